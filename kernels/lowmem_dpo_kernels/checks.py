@@ -1,0 +1,71 @@
+"""What the kernels ask of their inputs, in one line of plain words each."""
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_head_inputs(
+    hidden: Tensor, rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
+) -> None:
+    """Refuse shapes, dtypes, devices and indices that do not fit together, and a head that trains.
+
+    Args:
+        hidden: [N, D].
+        rows: [T] int64 in [0, N).
+        weight: [V, D] in hidden's dtype.
+        targets: [T] int64 in [0, V), or -100.
+        bias: [V] in hidden's dtype, or None.
+
+    Raises:
+        ValueError: For the first that does not fit. Indices are looked at on the CPU only.
+    """
+    if hidden.dtype not in DTYPES:
+        raise ValueError(
+            f"hidden must be floating point, got {hidden.dtype}; cast it, say to float32"
+        )
+    if hidden.dim() != 2 or weight.dim() != 2 or len(weight) < 2:
+        raise ValueError(
+            f"hidden must be [N, D] and weight [V, D], V at least 2, got {list(hidden.shape)} and "
+            f"{list(weight.shape)}; flatten the batch, and pass the head's own weight"
+        )
+    (num_rows, dim), vocabulary, num_tokens = hidden.shape, len(weight), targets.numel()
+    expected: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
+        ("rows", rows, (num_tokens,), torch.int64),
+        ("targets", targets, (num_tokens,), torch.int64),
+        ("weight", weight, (vocabulary, dim), hidden.dtype),
+        ("bias", bias, (vocabulary,), hidden.dtype),
+    ]
+    for name, tensor, shape, dtype in expected:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {list(shape)}, got {list(tensor.shape)}; "
+                "hidden is [N, D], rows and targets [T], weight [V, D], bias [V]"
+            )
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}; call {name}.to({dtype})")
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} must be on hidden's device {hidden.device}, got {tensor.device}; "
+                f"call {name}.to(hidden.device)"
+            )
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must be frozen, got requires_grad=True; call {name}.requires_grad_(False)"
+            )
+    # Looking at values would wait for a CUDA card. There PyTorch's own assertion catches a
+    # wrong row, and a wrong target gets a log-prob of NaN.
+    if num_tokens and hidden.device.type == "cpu":
+        for name, index, end in (
+            ("rows", rows, num_rows),
+            ("targets", targets[targets != IGNORED], vocabulary),
+        ):
+            if ((index < 0) | (index >= end)).any():
+                raise ValueError(
+                    f"{name} must be in [0, {end}), got {index.min()} to {index.max()}; "
+                    f"mark a target that is not scored with {IGNORED}"
+                )

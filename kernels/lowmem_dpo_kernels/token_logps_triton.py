@@ -1,0 +1,117 @@
+"""The row statistics of `token_logps` as one Triton kernel between two cuBLAS products.
+
+One program reads one row of logits once and writes its softmax weights once, in the type of the
+second product: 6 bytes a logit for half operands. The PyTorch expressions that it replaces, in
+`token_logps_torch.fold_slice`, go over the tile ten times. A row has its own program: no atomics.
+
+Shapes: B rows of a block, S width of a slice.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NUM_WARPS = 8
+
+
+@triton.jit(do_not_specialize=["width"])
+def _fold_slice_kernel(
+    logits_ptr,  # [B, S] fp32
+    weights_ptr,  # [B, S] operand type
+    bias_ptr,  # [width] fp32
+    columns_ptr,  # [B] int64
+    top_ptr,  # [B] fp32, updated
+    rest_ptr,  # [B] fp32, updated
+    target_logit_ptr,  # [B] fp32, updated
+    rescale_ptr,  # [B] fp32, written
+    logits_stride,
+    weights_stride,
+    width,
+    padded_width,
+    logit_scale,
+    logit_softcap,
+    headroom,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_WEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    valid = offsets < width
+    z = tl.load(logits_ptr + row * logits_stride + offsets, mask=valid, other=0.0)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + offsets, mask=valid, other=0.0)
+    z *= logit_scale
+    slope = 1.0
+    if HAS_SOFTCAP:
+        # tanh(x) = 1 - 2 / (e^(2x) + 1), which saturates cleanly where e^(2x) overflows.
+        tanh = 1.0 - 2.0 / (tl.exp(2.0 * z / logit_softcap) + 1.0)
+        slope = 1.0 - tanh * tanh
+        z = logit_softcap * tanh
+    z = tl.where(valid, z, -float("inf"))
+
+    column = tl.load(columns_ptr + row)
+    inside = (column >= 0) & (column < width)
+    is_target = offsets == column
+    tl.store(target_logit_ptr + row, tl.sum(tl.where(is_target, z, 0.0), axis=0), mask=inside)
+    z = tl.where(is_target, -float("inf"), z)
+
+    top = tl.load(top_ptr + row)
+    new_top = tl.maximum(top, tl.max(z, axis=0) - headroom)
+    rescale = tl.exp(top - new_top)
+    weights = tl.exp(z - new_top)
+    rest = tl.load(rest_ptr + row) * rescale + tl.sum(weights, axis=0)
+    tl.store(top_ptr + row, new_top)
+    tl.store(rest_ptr + row, rest)
+    tl.store(rescale_ptr + row, rescale)
+    if WITH_WEIGHTS:
+        weights = (weights * slope).to(weights_ptr.dtype.element_ty)
+        tl.store(weights_ptr + row * weights_stride + offsets, weights, mask=offsets < padded_width)
+
+
+def fold_slice(
+    logits: Tensor,
+    columns: Tensor,
+    top: Tensor,
+    rest: Tensor,
+    target_logit: Tensor,
+    weights: Tensor | None,
+    *,
+    bias: Tensor | None,
+    width: int,
+    logit_scale: float,
+    logit_softcap: float | None,
+    headroom: float,
+) -> Tensor:
+    """Fold one slice of logits into the running statistics of its rows, all in place.
+
+    Arguments and result are those of `token_logps_torch.fold_slice`, in fp32; `logits` stays as it
+    is unless it is also `weights`.
+    """
+    num_rows, padded_width = logits.shape
+    rescale = top.new_empty(num_rows)
+    stored = logits if weights is None else weights
+    _fold_slice_kernel[(num_rows,)](
+        logits,
+        stored,
+        logits if bias is None else bias,
+        columns,
+        top,
+        rest,
+        target_logit,
+        rescale,
+        logits.stride(0),
+        stored.stride(0),
+        width,
+        padded_width,
+        logit_scale,
+        1.0 if logit_softcap is None else logit_softcap,
+        headroom,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=logit_softcap is not None,
+        WITH_WEIGHTS=weights is not None,
+        BLOCK=triton.next_power_of_2(padded_width),
+        num_warps=NUM_WARPS,
+    )
+    return rescale

@@ -1,0 +1,131 @@
+"""The command line: verbs, flags, YAML, exit codes.
+
+Exit codes: 0 done; 2 the user's input or setting is wrong (one line: what, where, how to mend); 130
+interrupted, after saving; 1 our own fault, or a check that stopped the run.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lowmem_dpo.config import (
+    DemoConfig,
+    GenerateConfig,
+    TrainConfig,
+    parse_config,
+    settings_parser,
+    to_yaml,
+)
+from lowmem_dpo.version import __version__
+
+USAGE = """\
+usage: python -m lowmem_dpo VERB [--config FILE.yaml] [--setting value ...]
+
+verbs:
+  train        train an adapter on preference pairs
+  precompute   compute and cache the reference log-probs, then stop
+  generate     answer prompts with the base and an adapter, side by side
+  demo         a whole run on a small model made on the spot, offline, in two minutes
+
+python -m lowmem_dpo VERB --help            every setting of a verb
+python -m lowmem_dpo VERB ... --print_config   the resolved settings as YAML
+python -m lowmem_dpo --version
+"""
+
+
+def _train(config: TrainConfig) -> int:
+    from lowmem_dpo.training.trainer import Trainer
+
+    Trainer(config).fit()
+    return 0
+
+
+def _precompute(config: TrainConfig) -> int:
+    from lowmem_dpo.training.trainer import Trainer
+
+    Trainer(config).precompute()
+    return 0
+
+
+def _generate(config: GenerateConfig) -> int:
+    from lowmem_dpo.pipeline.generate import generate
+
+    generate(config)
+    return 0
+
+
+def _demo(config: DemoConfig) -> int:
+    from lowmem_dpo.pipeline.demo import demo
+
+    return 0 if demo(config) else 1
+
+
+VERBS: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "train": (TrainConfig, _train),
+    "precompute": (TrainConfig, _precompute),
+    "generate": (GenerateConfig, _generate),
+    "demo": (DemoConfig, _demo),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        arguments: Words after the program's name; by default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    if words[0] in ("--version", "version"):
+        print(f"lowmem_dpo {__version__}")
+        return 0
+    verb, *rest = words
+    if verb not in VERBS:
+        return _fail(f"unknown verb {verb!r}; known: {', '.join(VERBS)}")
+    cls, run = VERBS[verb]
+    if "--help" in rest or "-h" in rest:
+        parser = settings_parser(cls)
+        parser.prog = f"python -m lowmem_dpo {verb}"
+        parser.print_help()
+        return 0
+    show = [word for word in rest if word in ("--print_config", "--print-config")]
+    try:
+        config = parse_config(cls, [word for word in rest if word not in show])
+        if show:
+            print(to_yaml(config), end="")
+            return 0
+        return _run(run, config)
+    except ValueError as error:
+        if os.environ.get("LOWMEM_DPO_DEBUG"):
+            raise
+        return _fail(str(error))
+
+
+def _run(run: Callable[[Any], int], config: Any) -> int:
+    """Run a verb with quiet libraries; interrupts and failed checks end without a traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from lowmem_dpo.training.health import RunStopped
+
+    try:
+        return run(config)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except RunStopped as error:
+        print(f"lowmem_dpo: stopped: {error}", file=sys.stderr)
+        return 1
+
+
+def _fail(message: str) -> int:
+    print(f"lowmem_dpo: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

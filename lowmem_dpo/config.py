@@ -1,0 +1,421 @@
+"""Every setting of every verb: one frozen dataclass a verb, one docstring a field.
+
+The flag, the YAML key, the help text and the README's table all come from the fields below. A
+config that exists is valid: `__post_init__` checks bounds and combinations and says how to mend
+what is wrong. Whether a file exists or a card is there is not a matter of settings and is checked
+where it is used.
+
+Nothing of this package is imported here.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+
+if TYPE_CHECKING:
+    import jsonargparse
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `train` and `precompute`."""
+
+    model: str | None = None
+    """A folder or Hugging Face id of a causal language model, or the folder of a PEFT adapter."""
+    data: str | None = None
+    """Preference pairs to train on: a .jsonl or .json file."""
+    eval_data: str | None = None
+    """Preference pairs to evaluate on: a .jsonl or .json file."""
+    output_dir: str = "outputs/dpo"
+    """Folder that receives the run."""
+
+    beta: float = 0.1
+    """Weight of the KL term: small lets the policy move far from the reference, large holds it."""
+    loss_type: Literal["sigmoid", "ipo", "hinge", "apo_zero"] = "sigmoid"
+    """Preference loss: sigmoid (DPO; cDPO with label_smoothing), ipo, hinge or apo_zero."""
+    label_smoothing: float = 0.0
+    """Probability that a label is flipped, in [0, 0.5): cDPO. Only for loss_type sigmoid."""
+    reference_free: bool = False
+    """Leave the reference out (a uniform one). Less stable; there is no step-zero check then."""
+    reference: Literal["auto", "accept"] = "auto"
+    """Cached reference numbers of another numerics fingerprint: score again (auto) or accept."""
+
+    learning_rate: float = 5e-6
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises from 0. Not used by `constant`."""
+    num_train_epochs: float = 1.0
+    """Passes over the data; 0.5 is half a pass."""
+    max_steps: int | None = None
+    """Number of optimizer steps; overrides num_train_epochs."""
+    batch_size: int = 16
+    """Pairs per optimizer step. How they are split into micro-batches is the plan's business."""
+    optim: Literal["adamw", "adamw_8bit", "sgd"] = "adamw"
+    """Optimizer: adamw (torch), adamw_8bit (bitsandbytes) or sgd."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of Adam's second moment."""
+    adam_epsilon: float = 1e-8
+    """Added to Adam's denominator."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the adapter's matrices."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+    shuffle: bool = True
+    """Draw a new order of the pairs every epoch."""
+    seed: int = 42
+    """Seeds the adapter's start, the order of the data, dropout and the held-out split."""
+
+    lora_r: int = 16
+    """Rank of the adapter."""
+    lora_alpha: float = 16.0
+    """The adapter's output is scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input. Above 0 there is no step-zero check."""
+    lora_target_modules: str | list[str] = "all"
+    """Layers that get an adapter: all (every linear in the decoder layers) or [q_proj, v_proj]."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling: lora_alpha / sqrt(lora_r)."""
+    init_adapter: str | None = None
+    """PEFT adapter folder to start from; the reference is then the base with that adapter."""
+
+    max_length: int = 1024
+    """Longest sequence (prompt and completion) in tokens; completions are cut from the right."""
+    truncate_prompt: bool = False
+    """Cut prompts from the left instead where a pair is too long."""
+    chat_template: str = "auto"
+    """auto (the tokenizer's own), none, or the path of a Jinja file."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, such as {enable_thinking: false} for Qwen3."""
+    system_prompt: str | None = None
+    """System message for conversations that have none."""
+    eval_fraction: float = 0.0
+    """Share of the prompts held out for evaluation when there is no eval_data."""
+
+    quantization: Literal["nf4", "none"] = "nf4"
+    """Storage of the base's linear layers: nf4 (4 bits, double quantisation) or none (in dtype)."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute type. auto: bfloat16 where the card has it, else float16; float32 on a CPU."""
+    device: str = "auto"
+    """auto (the CUDA card where there is one, else the CPU), cpu, cuda or cuda:N."""
+    memory_limit: str | None = None
+    """Use no more GPU memory than this, such as 8GB or 7.5GiB. CUDA only."""
+    pack_tokens: int | None = None
+    """Tokens per micro-batch; by default chosen from the lengths of the pairs."""
+    layer_inputs: Literal["device", "host"] = "device"
+    """Where layer inputs wait for the backward pass: device, or pinned host memory (CUDA)."""
+
+    logging_steps: int | None = None
+    """Write metrics every so many steps; by default 10, and 1 in runs of fewer than 100 steps."""
+    eval_steps: int | None = None
+    """Evaluate every so many steps; by default at the end of each epoch."""
+    save_strategy: Literal["epoch", "steps", "no"] = "epoch"
+    """When to write a checkpoint."""
+    save_steps: int | None = None
+    """Steps between checkpoints, with save_strategy steps."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    resume: str | None = None
+    """auto (output_dir's newest checkpoint; without one, start afresh) or a checkpoint's path."""
+    cache_dir: str | None = None
+    """Folder of the reference cache; by default $LOWMEM_DPO_CACHE or ~/.cache/lowmem_dpo."""
+    report_to: Literal["none"] = "none"
+    """Experiment trackers. None is supported yet; metrics.jsonl holds everything."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _split_names(self, "lora_target_modules")
+        for name in ("beta", "learning_rate", "num_train_epochs", "lora_alpha", "adam_epsilon"):
+            _check(self, name, getattr(self, name) > 0, "must be > 0")
+        for name in ("batch_size", "lora_r", "max_length", "keep_checkpoints"):
+            _check(self, name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("max_steps", "logging_steps", "eval_steps", "save_steps", "pack_tokens"):
+            value = getattr(self, name)
+            _check(self, name, value is None or value >= 1, "must be at least 1, or left out")
+        for name in ("warmup_ratio", "lora_dropout", "eval_fraction", "adam_beta1", "adam_beta2"):
+            _check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+        for name in ("weight_decay", "max_grad_norm", "seed"):
+            _check(self, name, getattr(self, name) >= 0, "must be >= 0")
+        _check(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "must be in [0, 0.5)")
+        self._check_combinations()
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit)
+
+    def _check_combinations(self) -> None:
+        """Refuse settings that would have no effect beside the others."""
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} has no effect with "
+                f"loss_type={self.loss_type}; use loss_type sigmoid or leave label_smoothing out"
+            )
+        if self.reference_free and self.reference == "accept":
+            raise ValueError("reference accept has no effect with reference_free; leave one out")
+        if self.eval_data and self.eval_fraction:
+            raise ValueError("eval_data and eval_fraction are both given; leave one out")
+        if self.eval_steps and not (self.eval_data or self.eval_fraction):
+            raise ValueError(
+                "eval_steps needs something to evaluate on: set eval_data or eval_fraction"
+            )
+        if self.save_strategy == "steps" and self.save_steps is None:
+            raise ValueError("save_strategy steps needs save_steps, for example save_steps 200")
+        if self.save_strategy != "steps" and self.save_steps is not None:
+            raise ValueError(
+                f"save_steps={self.save_steps} has no effect with "
+                f"save_strategy={self.save_strategy}; set save_strategy steps"
+            )
+        if self.system_prompt is not None and self.chat_template == "none":
+            raise ValueError("system_prompt needs a chat template; leave chat_template none out")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "TrainConfig":
+        """Read a config from a YAML file.
+
+        Args:
+            path: The file; keys are the field names.
+
+        Raises:
+            ValueError: If the file is missing, is no YAML mapping, has an unknown key or a wrong
+                value.
+        """
+        return parse_config(cls, ["--config", str(path)])
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Settings of `generate`."""
+
+    model: str | None = None
+    """A folder or Hugging Face id of a causal language model, or the folder of a PEFT adapter."""
+    adapter: str | None = None
+    """PEFT adapter folder; its answers are shown beside the base's."""
+    prompt: str | None = None
+    """One prompt."""
+    prompts: str | None = None
+    """A file of prompts: .txt (one a line), or .jsonl/.json with `prompt` in each row."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.7
+    """Randomness of sampling; 0 always takes the likeliest token."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Sample from this many likeliest tokens; 0 for all."""
+    seed: int = 42
+    """Seeds sampling; the base and the adapter get the same."""
+    compare: bool = True
+    """Show the base's answer beside the adapter's."""
+    chat_template: str = "auto"
+    """auto (the tokenizer's own), none, or the path of a Jinja file."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, such as {enable_thinking: false} for Qwen3."""
+    system_prompt: str | None = None
+    """System message put before the prompt."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """How the base's linear layers are stored: nf4 or none (in dtype)."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute type. auto: bfloat16 where the card has it, else float16; float32 on a CPU."""
+    device: str = "auto"
+    """auto (the CUDA card where there is one, else the CPU), cpu, cuda or cuda:N."""
+    cache_dir: str | None = None
+    """Folder of the digests of model files; by default $LOWMEM_DPO_CACHE or ~/.cache/lowmem_dpo."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check(self, "max_new_tokens", self.max_new_tokens >= 1, "must be at least 1")
+        _check(self, "temperature", self.temperature >= 0, "must be >= 0")
+        _check(self, "top_p", 0 < self.top_p <= 1, "must be in (0, 1]")
+        _check(self, "top_k", self.top_k >= 0, "must be >= 0")
+        if self.prompt is not None and self.prompts is not None:
+            raise ValueError("prompt and prompts are both given; leave one out")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Settings of `demo`."""
+
+    output_dir: str = "outputs/demo"
+    """Folder that receives the demo's model, pairs and run; an earlier demo is replaced."""
+    seed: int = 42
+    """Seeds everything random."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N. The demo's model is so small that a CPU suits it best."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+def _check_types(config: Any) -> None:
+    """Hold every value against its annotation, for configs built in Python."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if get_origin(f.type) is Literal:
+            choices = get_args(f.type)
+            if value not in choices:
+                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+            continue
+        kinds = tuple(get_origin(kind) or kind for kind in get_args(f.type) or (f.type,))
+        if get_origin(f.type) is dict:
+            kinds = (dict,)
+        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+            object.__setattr__(config, f.name, float(value))
+        elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"{f.name} must be {_type_name(f.type)}, got {value!r}")
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, get_args(annotation)))
+    if get_args(annotation):
+        return str(annotation).replace("typing.", "")
+    return annotation.__name__
+
+
+def _check(config: Any, name: str, holds: bool, rule: str) -> None:
+    if not holds:
+        usual = next(f.default for f in dataclasses.fields(config) if f.name == name)
+        hint = "" if usual is None else f"; the usual value is {usual}"
+        raise ValueError(f"{name} {rule}, got {getattr(config, name)}{hint}")
+
+
+def _split_names(config: Any, name: str) -> None:
+    """Turn "q_proj,v_proj" into a list, and the word "all" in any list into "all"."""
+    value = getattr(config, name)
+    if isinstance(value, str) and value != "all":
+        value = [part.strip() for part in value.strip("[]").split(",") if part.strip()]
+    if not value:
+        raise ValueError(f"{name} is empty; use all, or names such as q_proj,v_proj")
+    object.__setattr__(config, name, value)
+
+
+def parse_bytes(text: str) -> int:
+    """Read a memory size such as `8GB`, `7.5GiB` or `900MiB`.
+
+    Raises:
+        ValueError: If the text is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"memory_limit must be a size such as 8GB or 7.5GiB, got {text!r}")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** ("KMGT".index(match[2].upper()) + 1 if match[2] else 0))
+
+
+def parse_config(cls: type[Config], arguments: list[str]) -> Config:
+    """Build a config from command-line words: defaults, then `--config FILE`, then flags.
+
+    Args:
+        cls: One of the dataclasses above.
+        arguments: Words such as `["--beta", "0.2", "--config", "run.yaml", "--reference_free"]`.
+            Hyphens in flag names count as underscores; a boolean flag needs no value.
+
+    Raises:
+        ValueError: If the file cannot be read, a name is unknown or a value does not fit its field.
+    """
+    path, words = _split_arguments(cls, arguments)
+    where = f"{path}: " if path is not None else ""
+    if path is not None:
+        _check_names(cls, _read_mapping(path), where)
+        where = "" if words else where  # with flags about, the file may not be to blame
+        words = ["--config", path, *words]
+    try:
+        values = settings_parser(cls).parse_args(words)
+        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
+    except argparse.ArgumentError as error:
+        raise ValueError(where + _one_line(cls, str(error))) from None
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+
+
+def settings_parser(cls: type) -> "jsonargparse.ArgumentParser":
+    """The jsonargparse parser whose flags and help are the fields of `cls`."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_argument(
+        "--config", action="config", help="YAML file of settings; flags override it."
+    )
+    parser.add_class_arguments(cls, None)
+    return parser
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved settings as YAML; `--config` reads it back."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _split_arguments(cls: type, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Take `--config FILE` out of the words; spell every flag as its field and give it a value."""
+    booleans = {f.name for f in dataclasses.fields(cls) if f.type in (bool, "bool")}
+    path: str | None = None
+    words: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"unexpected argument {word!r}; settings are given as --name value")
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name != "config":
+            _check_names(cls, [name.partition(".")[0]], "")
+        if not equals:
+            if name in booleans and (not rest or rest[0].startswith("--")):
+                value = "true"
+            elif rest:
+                value = rest.pop(0)
+            else:
+                raise ValueError(f"--{name} needs a value")
+        if name == "config":
+            path = value
+        else:
+            words.append(f"--{name}={value}")
+    return path, words
+
+
+def _check_names(cls: type, names: Iterable[Any], where: str) -> None:
+    """Refuse names that are no field of `cls`, and name the nearest one."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{where}unknown setting {str(name)!r}; {hint}")
+
+
+def _read_mapping(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the settings file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not valid YAML: {reason}") from None
+    if mapping is None:
+        return {}
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, got a {type(mapping).__name__}")
+    return mapping
+
+
+def _one_line(cls: type, message: str) -> str:
+    """Shorten jsonargparse's explanation to what was expected and what was given."""
+    key = re.search(r'key "(\w+)', message)
+    given = re.findall(r"(?:Got|Given) value: (.*)", message)
+    if not key or not given:
+        return " ".join(message.split())
+    annotation = next(f.type for f in dataclasses.fields(cls) if f.name == key[1])
+    return f"{key[1]} must be {_type_name(annotation)}, got {given[-1]}"

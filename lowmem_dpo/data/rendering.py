@@ -1,0 +1,300 @@
+"""From preferences to text: which chat template is used, and what is already rendered.
+
+Message lists go through the template. Plain strings are wrapped as one user and one assistant turn
+where there is a template, and joined as they are where there is none. Text that is already rendered
+stays as it is.
+
+How a template opens a user turn and ends an answer is learnt by rendering a probe conversation, so
+that rendered prompts and terminators are recognised for any template.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from lowmem_dpo.data.formats import Message, Preference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What opens a user turn in common templates: text that holds it is rendered, whoever it is for.
+COMMON_MARKERS = (
+    "<|im_start|>user",  # ChatML, Qwen
+    "<|start_header_id|>user",  # Llama 3
+    "<start_of_turn>user",  # Gemma
+    "<|turn>user",  # Gemma 4
+    "<|start|>user",  # Harmony
+    "<|user|>",  # Zephyr, Phi 3
+    "<|USER_TOKEN|>",  # Command R
+    "<｜User｜>",  # DeepSeek
+    "[INST]",  # Llama 2, Mistral
+    "### Instruction:",  # Alpaca
+)
+USER_PROBE, ASSISTANT_PROBE = "UserProbe", "AssistantProbe"
+# Arguments of apply_chat_template that are set here, or that would change what it returns.
+RESERVED_KWARGS = {
+    *("conversation", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "padding", "truncation", "max_length", "sanitize_control_tokens"),
+}
+
+
+@dataclass(frozen=True)
+class TemplateSettings:
+    """How text becomes tokens."""
+
+    chat_template: str = "auto"
+    """auto (the tokenizer's own), none, or the path of a Jinja file."""
+    system_prompt: str | None = None
+    """System message for conversations that have none."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template."""
+    max_length: int = 1024
+    """Longest sequence in tokens."""
+    truncate_prompt: bool = False
+    """Cut prompts from the left first where a pair is too long."""
+
+
+@dataclass(frozen=True)
+class PairText:
+    """The text of a pair.
+
+    Attributes:
+        prompt: The prompt, up to where the answer begins.
+        chosen: Prompt and chosen answer.
+        rejected: Prompt and rejected answer.
+        is_chat: Written by the template, which then writes BOS too.
+        was_rendered: The row held rendered text.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    is_chat: bool
+    was_rendered: bool = False
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """A tokenizer with the template in use and what a probe taught about it.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        settings: The user's settings.
+        template: Jinja source; None to join plain text.
+        choice: Where the template comes from, in words.
+        ends: Texts that end an answer: the EOS token, the template's end of a turn.
+        markers: Texts that only rendered prompts hold.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    settings: TemplateSettings
+    template: str | None
+    choice: str
+    ends: tuple[str, ...]
+    markers: tuple[str, ...]
+
+    def wraps(self, prompt: str | list[Message]) -> bool:
+        """Whether a prompt goes through the template: messages, and text not yet rendered."""
+        if isinstance(prompt, str):
+            return self.template is not None and not self.is_rendered(prompt)
+        return True
+
+    def is_rendered(self, prompt: str) -> bool:
+        """Whether a prompt string holds role markers."""
+        return any(marker in prompt for marker in self.markers)
+
+    def is_terminated(self, text: str) -> bool:
+        """Whether a text ends with a terminator of its own, white space aside."""
+        return text.rstrip().endswith(self.ends)
+
+    def prompt_text(self, prompt: str | list[Message], where: str = "") -> str:
+        """A prompt up to where the answer begins; `where` names its row in errors."""
+        if isinstance(prompt, str) and not self.wraps(prompt):
+            return prompt
+        return self._render(self._with_system(prompt), generate=True, where=where)
+
+    def pair_text(self, preference: Preference, repeats_prompt: bool) -> PairText | None:
+        """The text of a pair.
+
+        Args:
+            preference: A row.
+            repeats_prompt: The answers are joined text: they begin with the whole prompt.
+
+        Returns:
+            The text, or None if an answer is empty.
+        """
+        prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+        if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+            was_rendered = repeats_prompt or self.is_rendered(prompt)
+            if repeats_prompt:
+                chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+            answers = self._without_end(chosen), self._without_end(rejected)
+            if not all(answer.strip() for answer in answers):
+                return None
+            if was_rendered or self.template is None:
+                return PairText(prompt, prompt + chosen, prompt + rejected, False, was_rendered)
+            chosen, rejected = answers  # the template writes the terminator
+        chosen, rejected = _as_messages(chosen, "assistant"), _as_messages(rejected, "assistant")
+        if not all(any(m["content"].strip() for m in answer) for answer in (chosen, rejected)):
+            return None
+        where = f"row {preference.row}: "
+        messages = self._with_system(prompt)
+        return PairText(
+            self._render(messages, generate=True, where=where),
+            self._render(messages + chosen, where=where),
+            self._render(messages + rejected, where=where),
+            is_chat=True,
+        )
+
+    def _without_end(self, text: str) -> str:
+        """A plain answer without a terminator written behind it."""
+        stripped = text.rstrip()
+        end = next((end for end in self.ends if stripped.endswith(end)), None)
+        return stripped.removesuffix(end) if end else text
+
+    def _with_system(self, prompt: str | list[Message]) -> list[Message]:
+        """A prompt as messages, with the system prompt in front where it has none."""
+        if isinstance(prompt, str):  # the template writes BOS
+            prompt = prompt.removeprefix(self.tokenizer.bos_token or "")
+        messages = _as_messages(prompt, "user")
+        system = self.settings.system_prompt
+        if system is None or any(m["role"] in ("system", "developer") for m in messages):
+            return messages
+        return [{"role": "system", "content": system}, *messages]
+
+    def _render(self, messages: list[Message], generate: bool = False, where: str = "") -> str:
+        """Messages as text; `generate` opens the answer."""
+        if self.template is None:
+            raise ValueError(
+                f"{where}message lists need a chat template, and none is in use ({self.choice}); "
+                "name a Jinja file with --chat_template FILE"
+            )
+        return _apply(self.tokenizer, self.template, self.settings, messages, generate, where)
+
+
+def build_renderer(tokenizer: "PreTrainedTokenizerBase", settings: TemplateSettings) -> Renderer:
+    """Choose the template and probe it.
+
+    Raises:
+        ValueError: The template file cannot be used, or a setting has no effect without a template.
+    """
+    template, choice = _choose_template(tokenizer, settings)
+    ends = [tokenizer.eos_token] if tokenizer.eos_token else []
+    markers = list(COMMON_MARKERS)
+    if template is not None:
+        opening, ending = _probe(tokenizer, template, settings)
+        markers += [opening] if opening else []
+        ends += [ending] if ending else []
+    else:
+        for name in ("system_prompt", "chat_template_kwargs"):
+            if getattr(settings, name):
+                raise ValueError(
+                    f"{name} needs a chat template, and none is in use ({choice}); "
+                    "name a Jinja file with --chat_template FILE, or leave it out"
+                )
+    return Renderer(tokenizer, settings, template, choice, tuple(ends), tuple(markers))
+
+
+def prompts_are_repeated(preferences: Sequence[Preference]) -> bool:
+    """Whether most rows hold joined text: both answers begin with the whole prompt.
+
+    A majority, because a prompt such as "Hi" begins an honest answer now and then.
+    """
+    return 2 * sum(map(repeats_prompt, preferences)) > len(preferences)
+
+
+def repeats_prompt(preference: Preference) -> bool:
+    """Whether both answers of a row of strings begin with the whole prompt."""
+    prompt, sides = preference.prompt, (preference.chosen, preference.rejected)
+    if not isinstance(prompt, str) or not prompt.strip():
+        return False
+    return all(isinstance(side, str) and side.startswith(prompt) for side in sides)
+
+
+def _choose_template(
+    tokenizer: "PreTrainedTokenizerBase", settings: TemplateSettings
+) -> tuple[str | None, str]:
+    """Jinja source (None for plain text) and where it comes from, in words."""
+    clash = sorted(RESERVED_KWARGS & settings.chat_template_kwargs.keys())
+    if clash:
+        raise ValueError(f"chat_template_kwargs cannot set {', '.join(clash)}; leave them out")
+    if settings.chat_template == "none":
+        return None, "no chat template, as set"
+    if settings.chat_template == "auto":
+        if not tokenizer.chat_template:
+            return None, "no chat template: the tokenizer has none"
+        return tokenizer.get_chat_template(), "the tokenizer's chat template"
+    path = Path(settings.chat_template)
+    if not path.is_file():
+        raise ValueError(
+            f"chat_template must be auto, none or a Jinja file, got {settings.chat_template!r}, "
+            "which is no file; check the path"
+        )
+    try:
+        return path.read_text(encoding="utf-8-sig"), f"the chat template {path}"
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not valid UTF-8; save the template as UTF-8") from None
+
+
+def _probe(
+    tokenizer: "PreTrainedTokenizerBase", template: str, settings: TemplateSettings
+) -> tuple[str, str]:
+    """What opens a user turn and what ends an answer; empty where there is no such text.
+
+    An ending counts only if it holds a token of its own: generation would not stop at plain text.
+    """
+    probe = [
+        {"role": "user", "content": USER_PROBE},
+        {"role": "assistant", "content": ASSISTANT_PROBE},
+    ]
+    text = _apply(tokenizer, template, settings, probe, generate=False, where="")
+    before, user, rest = text.partition(USER_PROBE)
+    _, assistant, ending = rest.rpartition(ASSISTANT_PROBE)
+    if not (user and assistant):
+        raise ValueError(
+            "the chat template leaves out what the user or the assistant says; "
+            "name another with --chat_template FILE"
+        )
+    for token in (tokenizer.bos_token, tokenizer.eos_token):
+        before = before.replace(token, "") if token else before
+    opening = before.strip().rpartition("\n")[2].strip()
+    ending = ending.strip()
+    added = tokenizer.added_tokens_decoder.keys() | set(tokenizer.all_special_ids)
+    ids = tokenizer(ending, add_special_tokens=False)["input_ids"]
+    return opening, ending if added.intersection(ids) else ""
+
+
+def _apply(
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str,
+    settings: TemplateSettings,
+    messages: list[Message],
+    generate: bool,
+    where: str,
+) -> str:
+    """Messages as text, with the template's complaints as a ValueError of one line."""
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=template,
+            add_generation_prompt=generate,
+            tokenize=False,
+            **settings.chat_template_kwargs,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        roles, reason = "/".join(m["role"] for m in messages), " ".join(str(error).split())
+        raise ValueError(
+            f"{where}the chat template cannot render the roles {roles}: {reason}; "
+            "change the messages, or name another template with --chat_template FILE"
+        ) from error
+    assert isinstance(text, str)
+    return text
+
+
+def _as_messages(content: str | list[Message], role: str) -> list[Message]:
+    """A string as one turn of `role`; messages as they are."""
+    return [{"role": role, "content": content}] if isinstance(content, str) else content

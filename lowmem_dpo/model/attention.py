@@ -1,0 +1,113 @@
+"""Attention over packed trees: a trunk is computed once and read by both of its branches.
+
+A pack holds trees laid end to end, each `[trunk | chosen | rejected]`. A token attends to its own
+tree only: trunk tokens causally to the trunk, a branch to the whole trunk and causally to itself.
+So a tree is two dense causal calls, whatever its neighbours are:
+
+    A: queries trunk+chosen, keys trunk+chosen (causal)
+    B: queries rejected,     keys trunk+rejected (causal, aligned at the bottom right)
+
+Nothing quadratic in the pack is ever built, and a tree's result has the same bits in any pack. The
+function is registered with transformers under `TREE_ATTENTION`; layers pass `tree_layout` on to it.
+
+Shapes: N packed tokens, H query heads, K key heads, E head size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface
+
+TREE_ATTENTION = "lowmem_dpo_tree"
+PLAIN_ATTENTION = "sdpa"
+
+TreeLayout = Sequence[tuple[int, int, int, int]]
+"""(start, trunk, chosen, rejected) of each tree, in tokens, in pack order."""
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    tree_layout: TreeLayout | None = None,
+    on_tree_attention: Any = None,
+    **ignored: Any,
+) -> tuple[Tensor, None]:
+    """Attention of every tree of one pack, by scaled_dot_product_attention.
+
+    Args:
+        module: The calling attention layer.
+        query: [1, H, N, E].
+        key: [1, K, N, E]; K divides H.
+        value: [1, K, N, E].
+        attention_mask: None; the layout says everything.
+        scaling: Factor on the scores.
+        tree_layout: Where the trees are.
+        on_tree_attention: Called with `module`, so that the self-check can count the layers that
+            came here.
+        **ignored: What transformers passes to every attention function (dropout of a model in eval
+            mode is 0).
+
+    Returns:
+        [1, N, H, E], zero behind the last tree, and None for the weights.
+
+    Raises:
+        ValueError: If a caller ran the model without a layout.
+    """
+    if tree_layout is None:
+        raise ValueError(f"the model runs with attention {TREE_ATTENTION!r} but got no tree_layout")
+    if on_tree_attention is not None:
+        on_tree_attention(module)
+    sizes = [size for _, *lengths in tree_layout for size in lengths]
+    padding = query.shape[2] - sum(sizes)
+    # split(), not slices: its backward is one concatenation, a slice's a zero-filled [N] each
+    queries = query.split([*sizes, padding], dim=2)
+    keys, values = key.split([*sizes, padding], dim=2), value.split([*sizes, padding], dim=2)
+    outputs = []
+    for i in range(0, len(sizes), 3):
+        trunk_chosen, trunk_rejected = [i, i + 1], [i, i + 2]
+        outputs.append(_causal(queries, keys, values, trunk_chosen, trunk_chosen, scaling))
+        if sizes[i + 2]:
+            outputs.append(_causal(queries, keys, values, [i + 2], trunk_rejected, scaling))
+    outputs.append(queries[-1].new_zeros(queries[-1].shape))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _causal(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    query_parts: list[int],
+    key_parts: list[int],
+    scaling: float,
+) -> Tensor:
+    """One segment: the named query parts over the named key parts, causal from the bottom right."""
+    q = torch.cat([queries[i] for i in query_parts], dim=2)
+    k = torch.cat([keys[i] for i in key_parts], dim=2)
+    v = torch.cat([values[i] for i in key_parts], dim=2)
+    square = q.shape[2] == k.shape[2]
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if square else causal_lower_right(q.shape[2], k.shape[2]),
+        is_causal=square,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Without this transformers would build a dense mask; the layout says it all."""
+
+
+AttentionInterface.register(TREE_ATTENTION, tree_attention)
+AttentionMaskInterface.register(TREE_ATTENTION, _no_mask)

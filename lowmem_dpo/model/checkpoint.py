@@ -1,0 +1,191 @@
+"""Safetensors files: what is in them, one tensor at a time, and what they are worth (digests).
+
+A file is 8 bytes of header length, a JSON header that says each tensor's dtype, shape and place,
+and the numbers. Tensors are read with plain reads into memory of their own: a file kept open
+through the safetensors library stays mapped, and every page that was touched counts as memory of
+this process until it is closed.
+
+Source: the safetensors format, https://github.com/huggingface/safetensors.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DIGESTS_FILE = "digests.json"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU, in memory of its own.
+
+        Raises:
+            ValueError: If the file ends too early.
+        """
+        data = torch.empty(self.nbytes, dtype=torch.uint8)
+        rest = memoryview(data.numpy())  # type: ignore[arg-type]
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            while rest:
+                count = file.readinto(
+                    rest
+                )  # an operating system may hand out less than was asked for
+                if not count:
+                    raise _damaged(self.path, "it ends inside a tensor")
+                rest = rest[count:]
+        return data.view(self.dtype).view(self.shape)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, by name, in the order they lie in.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or stores something that is no float.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if not 2 <= header_bytes <= min(size - 8, _MAX_HEADER_BYTES):
+                raise _damaged(path, "its header does not fit in it")
+            header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        tensors = {name: _place(path, 8 + header_bytes, entry) for name, entry in header.items()}
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError):
+        raise _damaged(path, "its header cannot be read") from None
+    if any(tensor.offset + tensor.nbytes > size for tensor in tensors.values()):
+        raise _damaged(path, f"it is cut off after {size} bytes")
+    return dict(sorted(tensors.items(), key=lambda item: item[1].offset))
+
+
+def _place(path: Path, data_start: int, entry: dict) -> StoredTensor:
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        known = ", ".join(_DTYPES)
+        raise ValueError(f"{path} stores numbers as {entry['dtype']}; only {known} can be loaded")
+    shape = tuple(int(size) for size in entry["shape"])
+    start, end = entry["data_offsets"]
+    if start < 0 or min(shape, default=0) < 0 or end - start != math.prod(shape) * dtype.itemsize:
+        raise _damaged(path, "its header contradicts itself")
+    return StoredTensor(path, dtype, shape, data_start + start, end - start)
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is damaged ({why}); download or copy it again")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in name order.
+
+    Raises:
+        ValueError: If there is none, or one that the index names is missing.
+    """
+    index = folder / INDEX_FILE
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    if not index.is_file():
+        if any(folder.glob("*.bin")):
+            raise ValueError(
+                f"{folder} holds pickled weights (.bin), which can run code; convert them "
+                " with transformers: from_pretrained(FOLDER), then save_pretrained(NEW_FOLDER)"
+            )
+        raise ValueError(f"{folder} holds no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise _damaged(index, "it is no index of weights") from None
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing)}, which {INDEX_FILE} names; download it again"
+        )
+    return [folder / name for name in sorted(names)]
+
+
+def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
+    """The tensors of several files, by name, in the order they lie in.
+
+    Raises:
+        ValueError: If a file is damaged or a tensor is there twice.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        header = read_header(path)
+        twice = tensors.keys() & header.keys()
+        if twice:
+            raise ValueError(
+                f"{min(twice)} is stored twice: in {path} and {tensors[min(twice)].path}"
+            )
+        tensors |= header
+    return tensors
+
+
+def file_digest(path: Path, cache_dir: Path | None = None) -> str:
+    """SHA-256 of a file's content, in hex.
+
+    Args:
+        path: The file.
+        cache_dir: Where to remember it, so that gigabytes are read once; a file whose size and
+            time of change are the same counts as the same. None remembers nothing.
+    """
+    stat = path.stat()
+    key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+    memory = cache_dir / DIGESTS_FILE if cache_dir else None
+    known = _read_digests(memory)
+    if key in known and known[key][:2] == stamp:
+        return known[key][2]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if memory:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        # Read again: another process may have added to it meanwhile. What is lost is redone.
+        entries = _read_digests(memory) | {key: [*stamp, digest]}
+        replace_file(memory, json.dumps(entries, indent=0).encode())
+    return digest
+
+
+def _read_digests(path: Path | None) -> dict[str, list]:
+    """What is remembered; nothing, if the file is missing or damaged: digests can be redone."""
+    with contextlib.suppress(OSError, ValueError):
+        entries = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        if isinstance(entries, dict):
+            return {key: v for key, v in entries.items() if isinstance(v, list) and len(v) == 3}
+    return {}
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that it holds the old bytes or the new ones, never half of them."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

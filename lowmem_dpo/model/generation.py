@@ -1,0 +1,94 @@
+"""Text from the policy: transformers' sampling over our layers, with plain attention."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+
+from lowmem_dpo.model.attention import PLAIN_ATTENTION
+from lowmem_dpo.model.loading import ModelParts
+from lowmem_dpo.model.scoring import attention
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token; fields as in `GenerateConfig`."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = 0
+    seed: int = 42
+
+    @classmethod
+    def of(cls, config: Any) -> "Sampling":
+        """Take these fields from a config that has them."""
+        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
+
+
+@torch.no_grad()
+def generate_text(
+    model: Any,
+    parts: ModelParts,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    *,
+    stream: bool = False,
+) -> list[str]:
+    """Answer prompts together, left-padded.
+
+    Args:
+        model: The causal language model that `parts` belong to.
+        parts: Its parts.
+        tokenizer: For decoding.
+        prompts: Token ids.
+        sampling: Settings.
+        stream: Print the text of a single prompt as it comes.
+
+    Returns:
+        The answers, without special tokens.
+    """
+    device = parts.lm_head_weight.device
+    width = max(len(ids) for ids in prompts)
+    stop = stop_ids(model, tokenizer)
+    input_ids = torch.full((len(prompts), width), stop[0] if stop else 0)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        mask[row, width - len(ids) :] = 1
+    greedy = sampling.temperature == 0
+    settings = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=not greedy,
+        eos_token_id=stop or None,
+        pad_token_id=stop[0] if stop else 0,
+        **({} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p}),
+        **({} if greedy else {"top_k": sampling.top_k}),
+    )
+    streamer = (
+        TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    )
+    with attention(parts, PLAIN_ATTENTION), torch.random.fork_rng(_cuda(device)):
+        torch.manual_seed(sampling.seed)
+        output = model.generate(
+            input_ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=settings,
+            streamer=streamer,
+        )
+    return tokenizer.batch_decode(output[:, width:].cpu(), skip_special_tokens=True)
+
+
+def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's EOS and those of the model's configs."""
+    found = [tokenizer.eos_token_id]
+    for config in (model.config, model.generation_config):
+        ids = getattr(config, "eos_token_id", None)
+        found += ids if isinstance(ids, list) else [ids]
+    return list(dict.fromkeys(i for i in found if i is not None))
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []

@@ -1,0 +1,140 @@
+"""Four-bit weights: NF4 with double quantisation, in bitsandbytes' layout.
+
+A weight is cut, row by row, into blocks of 64 numbers. Each block keeps its largest magnitude
+(absmax) and, for each number, the nearest of 16 levels that are even quantiles of a normal
+distribution. The absmax are quantised themselves: their mean (offset) is taken off, and blocks of
+256 of them keep one fp32 absmax and an 8-bit code each. That is 4.127 bits a number:
+
+    weight[i] = level[packed[i]] * scale[i // 64]
+    scale[j]  = code[absmax[j]] * absmax2[j // 256] + offset
+
+The first number of a pair is in the high half of its byte. Levels, rounding and layout are those of
+bitsandbytes, whose functions do the arithmetic on the CPU and on CUDA.
+
+Source: Dettmers et al., QLoRA (arXiv 2305.14314), sections 3 and 4.
+"""
+
+import functools
+
+import torch
+from bitsandbytes import functional as bnb
+from torch import Tensor, nn
+
+QUANTISER_VERSION = 1
+"""Raised whenever the same weight would be stored as other bytes."""
+
+BLOCK = 64
+BLOCK2 = 256
+
+# Numbers quantised at a time: bitsandbytes' temporaries are about 20 bytes a number on the CPU.
+_CHUNK = 1048576
+
+
+class Nf4Weight(nn.Module):
+    """A frozen weight [out, in] in NF4.
+
+    Args:
+        packed: [out * in / 2] uint8, two levels a byte.
+        absmax: [ceil(out * in / 64)] uint8, codes of the blocks' absmax.
+        absmax2: [ceil(len(absmax) / 256)] fp32.
+        offset: [] fp32.
+        shape: (out, in).
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    absmax2: Tensor
+    offset: Tensor
+
+    def __init__(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        absmax2: Tensor,
+        offset: Tensor,
+        shape: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.register_buffer("packed", packed)
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("absmax2", absmax2)
+        self.register_buffer("offset", offset)
+        self.shape = shape
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a new dense tensor.
+
+        Args:
+            dtype: Of the result. The product is formed in fp32 and rounded once.
+
+        Returns:
+            [out, in], on the weight's device.
+        """
+        assert self.absmax2.dtype == torch.float32, "a cast of the model reached the scales of NF4"
+        code = _dynamic_code(self.packed.device)
+        scale = bnb.dequantize_blockwise(
+            self.absmax, absmax=self.absmax2, code=code, blocksize=BLOCK2
+        ).add_(self.offset)
+        numel = self.shape[0] * self.shape[1]
+        # One block a row: bitsandbytes' CPU kernel misplaces the scales where blocks straddle rows.
+        rows = (numel // BLOCK, BLOCK) if numel % BLOCK == 0 else (1, numel)
+        kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
+        dense = torch.ops.bitsandbytes.dequantize_4bit(
+            self.packed.view(-1, 1), scale, BLOCK, "nf4", rows, kernel_dtype
+        )
+        return dense.view(self.shape).to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight takes."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def extra_repr(self) -> str:
+        """Shape for `print(model)`."""
+        return f"{self.shape[0]}, {self.shape[1]}"
+
+
+@torch.no_grad()
+def quantize_nf4(weight: Tensor) -> Nf4Weight:
+    """Quantise a weight on its own device, with temporaries that do not grow with it.
+
+    Args:
+        weight: [out, in], floating point.
+
+    Returns:
+        The weight in NF4; its packed codes are those of `bitsandbytes.functional.quantize_4bit`,
+        and all of it is the same whatever the number of threads.
+
+    Raises:
+        ValueError: If the weight is not a matrix, has an odd number of elements, or is not finite.
+    """
+    if weight.ndim != 2 or weight.numel() % 2 or not weight.numel():
+        raise ValueError(
+            "NF4 needs a matrix with an even number of elements, "
+            f"got shape {list(weight.shape)}; use quantization none"
+        )
+    flat = weight.reshape(-1)
+    packed = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32, device=weight.device)
+    for start in range(0, flat.numel(), _CHUNK):
+        chunk = flat[start : start + _CHUNK]
+        if chunk.dtype == torch.float64:
+            chunk = chunk.float()
+        codes, state = bnb.quantize_4bit(chunk, blocksize=BLOCK, quant_type="nf4")
+        packed[start // 2 : start // 2 + codes.numel()] = codes.view(-1)
+        absmax[start // BLOCK : start // BLOCK + state.absmax.numel()] = state.absmax
+    if not absmax.isfinite().all():
+        raise ValueError("the weight holds NaN or infinite numbers; the checkpoint is damaged")
+    # Summed in float64, the order of the sum (threads, device) is lost in the rounding to fp32.
+    offset = absmax.double().mean().float()
+    absmax_codes, state = bnb.quantize_blockwise(
+        absmax - offset, code=_dynamic_code(weight.device), blocksize=BLOCK2
+    )
+    return Nf4Weight(packed, absmax_codes, state.absmax, offset, (weight.shape[0], weight.shape[1]))
+
+
+@functools.cache
+def _dynamic_code(device: torch.device) -> Tensor:
+    """The 256 values of the second level's codes, signed and finest near zero: [256] fp32."""
+    return bnb.create_dynamic_map().to(device)

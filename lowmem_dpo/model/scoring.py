@@ -1,0 +1,101 @@
+"""The one scoring path: a pack of token trees in, the log-prob of every scored token out.
+
+Policy, reference, evaluation and the checks all call `score`; with a gradient or without, it
+returns the same bits. The head runs on the rows that predict a completion token and never forms the
+full logits.
+
+Shapes: N packed tokens, T scored tokens, D hidden.
+"""
+
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from lowmem_dpo_kernels import token_logps
+from torch import Tensor
+
+from lowmem_dpo.model.attention import PLAIN_ATTENTION, TREE_ATTENTION
+from lowmem_dpo.model.loading import ModelParts
+
+
+class PackedTrees(Protocol):
+    """What scoring needs to know of a pack; see `data.packing.Pack`."""
+
+    @property
+    def input_ids(self) -> Tensor: ...  # noqa: D102 - [N] int64
+
+    @property
+    def position_ids(self) -> Tensor: ...  # noqa: D102 - [N] int64
+
+    @property
+    def layout(self) -> tuple[tuple[int, int, int, int], ...]: ...  # noqa: D102
+
+    @property
+    def rows(self) -> Tensor: ...  # noqa: D102 - [T] int64
+
+    @property
+    def targets(self) -> Tensor: ...  # noqa: D102 - [T] int64
+
+
+def score(parts: ModelParts, pack: PackedTrees, **layer_arguments: Any) -> Tensor:
+    """Log-prob of every scored token of a pack under the model as it stands.
+
+    Args:
+        parts: The model, its attention set to `TREE_ATTENTION`.
+        pack: Token trees.
+        **layer_arguments: Passed on to the attention function.
+
+    Returns:
+        [T] fp32, in nats, in the order of `pack.rows`.
+    """
+    device = parts.lm_head_weight.device
+    embeddings = parts.backbone.get_input_embeddings()(pack.input_ids.to(device)[None])
+    if torch.is_grad_enabled():
+        embeddings.requires_grad_()  # or no layer's backward would run: all before is frozen
+    hidden = parts.backbone(
+        inputs_embeds=embeddings,
+        position_ids=pack.position_ids.to(device)[None],
+        use_cache=False,
+        tree_layout=pack.layout,
+        **layer_arguments,
+    ).last_hidden_state[0]
+    return _head(parts, hidden, pack.rows.to(device), pack.targets.to(device))
+
+
+@torch.no_grad()
+def score_plain(parts: ModelParts, ids: tuple[int, ...]) -> Tensor:
+    """Log-prob of every token but the first of one plain sequence, by plain causal attention.
+
+    Args:
+        parts: The model.
+        ids: L token ids.
+
+    Returns:
+        [L - 1] fp32, in nats.
+    """
+    input_ids = torch.tensor(ids, device=parts.lm_head_weight.device)
+    with attention(parts, PLAIN_ATTENTION):
+        hidden = parts.backbone(input_ids=input_ids[None], use_cache=False).last_hidden_state[0]
+    return _head(parts, hidden, torch.arange(len(ids) - 1, device=input_ids.device), input_ids[1:])
+
+
+@contextmanager
+def attention(parts: ModelParts, name: str) -> Any:
+    """Run the model with another attention function for a while."""
+    parts.backbone.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        parts.backbone.set_attn_implementation(TREE_ATTENTION)
+
+
+def _head(parts: ModelParts, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    return token_logps(
+        hidden,
+        rows,
+        parts.lm_head_weight,
+        targets,
+        bias=parts.lm_head_bias,
+        logit_scale=parts.logit_scale,
+        logit_softcap=parts.logit_softcap,
+    )

@@ -1,0 +1,210 @@
+"""Where a model comes from: a folder, a Hugging Face id, or an adapter that names its base.
+
+Everything that can be refused is refused here, from config.json alone, before a weight is read or
+downloaded. Code that comes with a model is never run.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+# Frequencies that depend on the longest sequence of a batch (dynamic, longrope) are left out: a
+# sequence's result would depend on its neighbours.
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+_OTHER_FILES = ["*/*", "consolidated*"]
+
+
+def resolve_source(model: str, init_adapter: str | None) -> tuple[str, str | None, str | None]:
+    """Tell the base from the adapter, where `model` may be either.
+
+    Args:
+        model: Folder or Hugging Face id of a model, or folder of a PEFT adapter.
+        init_adapter: Folder of the PEFT adapter to start from, or None.
+
+    Returns:
+        The base's folder or id, the adapter's folder or None, and a line to tell the user or None.
+
+    Raises:
+        ValueError: If two adapters are given, or an adapter does not name its base.
+    """
+    folder = Path(model)
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        if init_adapter is not None and not (Path(init_adapter) / ADAPTER_CONFIG_FILE).is_file():
+            raise ValueError(
+                f"init_adapter {init_adapter} is no adapter folder: no {ADAPTER_CONFIG_FILE} in it"
+            )
+        return model, init_adapter, None
+    if init_adapter is not None and Path(init_adapter).resolve() != folder.resolve():
+        raise ValueError(
+            f"model {model} is an adapter and init_adapter is {init_adapter}; "
+            "give the base as model, or leave init_adapter out"
+        )
+    base = read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise ValueError(
+            f"adapter {model} does not name its base; "
+            f"give the base as model and {model} as init_adapter"
+        )
+    # A relative base is looked for from here first, as PEFT does, then beside the adapter.
+    for candidate in (Path(base), folder / base, folder.parent / base):
+        if (candidate / "config.json").is_file():
+            base = str(candidate)
+            break
+    return base, model, f"{model} is an adapter: starting from it, on its base {base}"
+
+
+def tokenizer_source(base: str, init_adapter: str | None) -> str:
+    """Where the tokenizer is: in the adapter's folder if it holds one, else with the base."""
+    if init_adapter is not None and _holds_tokenizer(Path(init_adapter)):
+        return init_adapter
+    return base
+
+
+def load_config(source: str, *, max_length: int | None = None) -> PretrainedConfig:
+    """Read a model's config.json and refuse what cannot be trained rightly.
+
+    Args:
+        source: Folder or Hugging Face id. Of the latter, only config.json is downloaded.
+        max_length: Longest sequence of the run, in tokens; None if it has no bound. A sliding
+            window is of no effect, and allowed, where no sequence is longer than it.
+
+    Raises:
+        ValueError: If there is no such model, or it is one of those that are not supported.
+    """
+    path = _config_file(source)
+    raw = read_json(path)
+    _check_raw_config(source, raw)
+    try:
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+        raise ValueError(f"config.json of {source} is not valid: {_one_line(error)}") from None
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        raise ValueError(
+            f"{source} has position encoding {rope_type!r}; "
+            f"supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and (max_length is None or max_length > window):
+        limit = "unlimited" if max_length is None else max_length
+        raise ValueError(
+            f"{source} attends to a sliding window of {window} tokens, which is supported for "
+            f"sequences up to that length only; max_length is {limit}, set it to {window} or less"
+        )
+    return config
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or Hugging Face id.
+
+    Raises:
+        ValueError: If there is none that can be read.
+    """
+    if Path(source).is_dir() and not _holds_tokenizer(Path(source)):
+        raise ValueError(
+            f"{source} holds no tokenizer; copy tokenizer.json and tokenizer_config.json "
+            "of the original model into it"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(f"cannot load the tokenizer of {source}: {_one_line(error)}") from None
+
+
+def model_folder(source: str) -> Path:
+    """The folder that holds a model's files; those of a Hugging Face id are downloaded first.
+
+    Raises:
+        ValueError: If the download fails.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(
+            snapshot_download(source, allow_patterns=_MODEL_FILES, ignore_patterns=_OTHER_FILES)
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot download {source}: {_one_line(error)}") from None
+
+
+def _config_file(source: str) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{source} is no model folder: no config.json in it")
+        return folder / "config.json"
+    if folder.exists():
+        raise ValueError(
+            f"{source} is a file; give the folder that holds config.json and the weights"
+        )
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
+        raise ValueError(
+            f"there is no folder {source}; give a model's folder or its Hugging Face id"
+        )
+    try:
+        return Path(hf_hub_download(source, "config.json"))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        raise ValueError(
+            f"there is no folder {source}, and Hugging Face gives no such model: {_one_line(error)}"
+        ) from None
+
+
+def _check_raw_config(source: str, raw: dict[str, Any]) -> None:
+    """Refuse by name what the file itself says, before transformers interprets it."""
+    model_type = raw.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"{source} is of model type {model_type!r}; "
+            f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    if raw.get("auto_map"):
+        raise ValueError(
+            f"{source} comes with code of its own (auto_map in config.json), which is never run; "
+            "use a release of the model that transformers supports by itself"
+        )
+    if raw.get("quantization_config") or raw.get("compression_config"):
+        raise ValueError(
+            f"{source} is quantised already (quantization_config in config.json), which is not "
+            "supported yet; use the original 16-bit model, it is quantised while it is loaded"
+        )
+    kinds = raw.get("architectures") or []
+    if kinds and not any(str(kind).endswith("ForCausalLM") for kind in kinds):
+        raise ValueError(
+            f"{source} is a {', '.join(map(str, kinds))}; only causal language models are supported"
+        )
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: If the file cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

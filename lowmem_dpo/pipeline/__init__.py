@@ -1,0 +1,1 @@
+"""What stands around training: generation side by side, the demo."""

@@ -1,0 +1,83 @@
+"""`generate`: prompts through the base and an adapter, side by side."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+from lowmem_dpo.config import GenerateConfig, TrainConfig
+from lowmem_dpo.data.templates import render_prompt
+from lowmem_dpo.model.generation import Sampling, generate_text
+from lowmem_dpo.model.lora import adapters_disabled
+from lowmem_dpo.training.console import console, say
+from lowmem_dpo.training.setup import Policy, load_policy, template_settings
+
+
+def generate(config: GenerateConfig) -> None:
+    """Print answers to one prompt, or to a file of them.
+
+    Raises:
+        ValueError: If no model or no prompt is given, or the file cannot be read.
+    """
+    prompts = [config.prompt] if config.prompt is not None else read_prompts(config.prompts)
+    model = config.model or config.adapter
+    if model is None:
+        raise ValueError(
+            "no model given; set --model to a folder or a Hugging Face id, or --adapter"
+        )
+    policy = load_policy(
+        TrainConfig(
+            model=model,
+            init_adapter=config.adapter,
+            quantization=config.quantization,
+            dtype=config.dtype,
+            device=config.device,
+            cache_dir=config.cache_dir,
+            seed=config.seed,
+        )
+    )
+    for prompt in prompts:
+        say(f"\nprompt: {prompt}")
+        if policy.init_adapter and config.compare:
+            _answer(policy, config, prompt, "base", adapter=False)
+        _answer(policy, config, prompt, "adapter" if policy.init_adapter else "base", adapter=True)
+
+
+def _answer(
+    policy: Policy, config: GenerateConfig, prompt: str, title: str, *, adapter: bool
+) -> None:
+    """Stream one answer under its title."""
+    ids = render_prompt(policy.tokenizer, prompt, template_settings(config))
+    console.print(f"[bold]{title}:[/bold]")
+    model = policy.loaded.model
+    with nullcontext() if adapter else adapters_disabled(model):
+        generate_text(
+            model, policy.parts, policy.tokenizer, [ids], Sampling.of(config), stream=True
+        )
+
+
+def read_prompts(path: str | None) -> list[str]:
+    """Prompts from a file: one a line in .txt, `prompt` of each row in .jsonl and .json.
+
+    Raises:
+        ValueError: If there is no file, or it holds no prompts.
+    """
+    if path is None:
+        raise ValueError("no prompt given; set --prompt TEXT or --prompts FILE")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompts in {path}: {error}") from None
+    try:
+        if path.endswith(".jsonl"):
+            prompts = [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
+        elif path.endswith(".json"):
+            prompts = [row["prompt"] for row in json.loads(text)]
+        else:
+            prompts = [line for line in text.splitlines() if line.strip()]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: every row must be an object with a `prompt`: {error!r}"
+        ) from None
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"{path} holds no prompts, or some that are not text")
+    return prompts

@@ -1,0 +1,166 @@
+"""The cache of reference log-probs: per-token fp32 numbers on disk, keyed by what they depend on.
+
+Layout, below the cache folder:
+
+    reference/<identity>/manifest.json          what the numbers were computed from
+    reference/<identity>/<sha256>.safetensors   a shard: keys, lengths, log-probs, numerics
+    fingerprint
+
+The identity covers the base's files, the quantisation, the starting adapter and the scoring
+options; a pair's key covers its token ids and scored positions. So an edited data file costs the
+changed pairs only, and another beta, loss, learning rate or seed costs nothing. Shards are written
+one by one under a temporary name and renamed when whole: a killed pass goes on where it stopped. A
+shard's name is the digest of its content, so a damaged one is found when it is read, and two runs
+never write the same name with different content.
+
+Beside the key stands the fingerprint: everything else that can move a log-prob's last bits (device,
+versions, dtype, micro-batch size). Numbers of the same fingerprint are reproduced exactly.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+Fingerprint = dict[str, Any]
+
+
+@dataclass
+class CachedLogps:
+    """Reference numbers found for the pairs of a run.
+
+    Attributes:
+        same: Pair key to its token log-probs, scored under this run's fingerprint.
+        other: The same for pairs known only under another fingerprint.
+        other_fingerprint: One such fingerprint, to say what differs.
+    """
+
+    same: dict[str, Tensor] = field(default_factory=dict)
+    other: dict[str, Tensor] = field(default_factory=dict)
+    other_fingerprint: Fingerprint | None = None
+
+
+class ReferenceCache:
+    """The shards of one reference.
+
+    Args:
+        cache_dir: The cache folder.
+        identity: Everything that the numbers depend on but the pair; JSON values.
+    """
+
+    def __init__(self, cache_dir: Path, identity: Mapping[str, Any]) -> None:
+        text = json.dumps(identity, sort_keys=True)
+        self.identity = dict(identity)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.directory = cache_dir / "reference" / self.digest[:32]
+
+    def read(self, keys: Sequence[str], fingerprint: Fingerprint) -> CachedLogps:
+        """Find the given pairs.
+
+        A damaged shard is said, set aside and counts as absent.
+
+        Args:
+            keys: Digests of the pairs' token trees.
+            fingerprint: Of this run.
+        """
+        wanted, found = set(keys), CachedLogps()
+        for shard_fingerprint, logps in self._shards():
+            fits = shard_fingerprint == fingerprint
+            known = {key: logps[key] for key in logps.keys() & wanted}
+            (found.same if fits else found.other).update(known)
+            if known and not fits:
+                found.other_fingerprint = shard_fingerprint
+        for key in found.same.keys() & found.other.keys():
+            del found.other[key]
+        return found
+
+    def pack_tokens(self, keys: Sequence[str], fingerprint: Fingerprint) -> int | None:
+        """The micro-batch size under which most of these pairs were scored, all else being equal.
+
+        Args:
+            keys: Digests of the pairs' token trees.
+            fingerprint: Of this run; its `pack_tokens` is ignored.
+        """
+        wanted, votes = set(keys), dict[int, int]()
+        for shard_fingerprint, logps in self._shards():
+            if {**shard_fingerprint, "pack_tokens": 0} == {**fingerprint, "pack_tokens": 0}:
+                size = shard_fingerprint["pack_tokens"]
+                votes[size] = votes.get(size, 0) + len(logps.keys() & wanted)
+        best = max(votes, key=lambda size: (votes[size], size), default=None)
+        return best if best is not None and votes[best] else None
+
+    def write(self, logps: Mapping[str, Tensor], fingerprint: Fingerprint) -> None:
+        """Write one shard.
+
+        Args:
+            logps: Pair key to its token log-probs, [T] fp32 on the CPU.
+            fingerprint: Of this run.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        manifest = self.directory / "manifest.json"
+        if not manifest.exists():
+            record = {"schema_version": SCHEMA_VERSION, "identity": self.identity}
+            _write_atomically(manifest, json.dumps(record, indent=2).encode())
+        keys = sorted(logps)
+        tensors = {
+            "keys": torch.frombuffer(bytearray.fromhex("".join(keys)), dtype=torch.uint8),
+            "lengths": torch.tensor([len(logps[key]) for key in keys]),
+            "logps": torch.cat([logps[key] for key in keys]),
+        }
+        metadata = {"fingerprint": json.dumps(fingerprint, sort_keys=True)}
+        content = save(tensors, metadata)
+        name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
+        _write_atomically(self.directory / name, content)
+
+    def _shards(self) -> list[tuple[Fingerprint, dict[str, Tensor]]]:
+        shards = []
+        for path in sorted(self.directory.glob("*.safetensors")):
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != path.stem:
+                logger.warning("%s is damaged and set aside; its pairs are scored again", path)
+                os.replace(path, path.with_suffix(".damaged"))
+                continue
+            shards.append(_parse_shard(content))
+        return shards
+
+
+def _parse_shard(content: bytes) -> tuple[Fingerprint, dict[str, Tensor]]:
+    header_bytes = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + header_bytes])["__metadata__"]
+    tensors = load(content)
+    keys = tensors["keys"].numpy().tobytes().hex()
+    logps = tensors["logps"].split(tensors["lengths"].tolist())
+    names = (keys[i : i + 64] for i in range(0, len(keys), 64))
+    return json.loads(metadata["fingerprint"]), dict(zip(names, logps, strict=True))
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def fingerprint_difference(old: Fingerprint, new: Fingerprint) -> str:
+    """What differs between two fingerprints, for a message: `torch 2.11 -> 2.13, dtype ...`."""
+    names = sorted(old.keys() | new.keys())
+    changed = [name for name in names if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)

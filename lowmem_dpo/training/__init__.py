@@ -1,0 +1,1 @@
+"""The loop and its surroundings: set-up, reference pass, checkpoints, metrics, health."""

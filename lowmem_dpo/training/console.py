@@ -1,0 +1,117 @@
+"""What a run says while it works: a progress bar where there is a terminal, else lines."""
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(highlight=False, soft_wrap=True)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(message: Any = "") -> None:
+    """Print a line, or anything that rich can draw; square brackets are left as they are."""
+    console.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """Print a line that the user should not miss."""
+    console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+class ProgressBar:
+    """Progress through a known number of units; use it as a context manager.
+
+    Args:
+        title: What is being done.
+        total: Number of units.
+        unit: Their name, for the rate.
+        done: Units that were done before (a resumed run).
+        lines: Where there is no terminal, print a line from time to time.
+    """
+
+    def __init__(
+        self, title: str, total: int, unit: str, *, done: int = 0, lines: bool = True
+    ) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = self.start = done
+        self.lines = lines
+        self.begun = self.last_line = time.perf_counter()
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> "ProgressBar":
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task(
+                self.title, total=self.total, completed=self.done, note=""
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, units: int, note: str = "") -> None:
+        """Count finished units; `note` is shown beside the bar."""
+        self.done += units
+        note = note or f"{self.rate:.1f} {self.unit}/s"
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, note=note)
+        elif self.lines and (
+            self.done == self.total or time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES
+        ):
+            self.last_line = time.perf_counter()
+            say(f"{self.title}: {self.done}/{self.total}, {note}, {self.time_left} left")
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the bar was opened."""
+        return (self.done - self.start) / max(time.perf_counter() - self.begun, 1e-9)
+
+    @property
+    def time_left(self) -> str:
+        """Predicted time to the end, as text."""
+        if self.rate <= 0:
+            return "unknown time"
+        return duration((self.total - self.done) / self.rate)
+
+
+def duration(seconds: float) -> str:
+    """A time span as people say it: 42 s, 3 min 20 s, 2 h 05 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes as people say it: 512 MiB, 5.3 GiB."""
+    mib = num_bytes / 2**20
+    return f"{mib:.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB"

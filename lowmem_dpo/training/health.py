@@ -1,0 +1,104 @@
+"""The checks a run passes on its way: step zero, finite numbers, an adapter that moves.
+
+At the first step the adapter's output is exactly zero (or the starting adapter unchanged), so
+policy and reference are the same function: every margin must be 0 and the loss its value there
+(sigmoid: ln 2).
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.losses import zero_margin_loss
+
+LOSS_TOLERANCE = 0.02
+STEPS_UNTIL_LORA_B_MOVES = 20
+
+
+class RunStopped(RuntimeError):
+    """A check failed and the run cannot go on; the message says what was seen and what to do."""
+
+
+def has_step_zero(config: TrainConfig) -> bool:
+    """Whether policy and reference must agree at the first step of this run."""
+    return not config.reference_free and config.lora_dropout == 0
+
+
+def rms_difference(a: Tensor, b: Tensor) -> float:
+    """Root mean square difference per token, in nats."""
+    return (a - b).double().pow(2).mean().sqrt().item() if a.numel() else 0.0
+
+
+def check_step_zero(
+    config: TrainConfig, loss: float, rms_per_token: float, tolerance: float, same_fingerprint: bool
+) -> tuple[dict[str, float | bool], str | None]:
+    """Judge the first step.
+
+    Args:
+        config: The run's settings.
+        loss: Mean loss of the first step.
+        rms_per_token: Difference between policy and reference log-probs, in nats.
+        tolerance: Largest rms difference between two correct computations.
+        same_fingerprint: Whether the reference was scored under this run's numerics.
+
+    Returns:
+        The figures for run.json, and a warning if the numbers are right but not exact where they
+        should be.
+
+    Raises:
+        RunStopped: If policy and reference differ by more than rounding.
+    """
+    expected = zero_margin_loss(config.loss_type, config.beta, config.label_smoothing)
+    allowed = LOSS_TOLERANCE * max(1.0, expected)
+    exact = rms_per_token == 0.0
+    record = {
+        "loss": loss,
+        "expected_loss": expected,
+        "rms_per_token": rms_per_token,
+        "exact": exact,
+    }
+    if not (rms_per_token <= tolerance and abs(loss - expected) <= allowed):
+        raise RunStopped(
+            "step zero failed: policy and reference must agree before the first update, but they "
+            f"differ by {rms_per_token:.2e} nat rms per token (at most {tolerance:g}) and the loss "
+            f"is {loss:.4f} instead of {expected:.4f}; the reference numbers do not belong to this "
+            "model: delete the cache folder, or set another cache_dir"
+        )
+    warning = None
+    if not exact and same_fingerprint:
+        warning = (
+            f"step zero is not exact: {rms_per_token:.2e} nat rms per token under equal numerics; "
+            "training is sound, but please report it"
+        )
+    return record, warning
+
+
+def check_finite(loss: float, grad_norm: float, rows: list[int], step: int) -> None:
+    """Stop at a loss or gradient that is not a number.
+
+    Raises:
+        RunStopped: Naming the data rows of the step.
+    """
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise RunStopped(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}; the step's pairs are data rows "
+            f"{', '.join(map(str, sorted(rows)))}; look at these, or lower the learning rate"
+        )
+
+
+def check_adapter_moves(parameters: Mapping[str, Tensor], step: int) -> None:
+    """Stop a run whose LoRA-B matrices are still zero after 20 steps: it learns nothing.
+
+    Raises:
+        RunStopped: If every one of them is zero.
+    """
+    if step != STEPS_UNTIL_LORA_B_MOVES:
+        return
+    if not any(torch.any(p != 0) for name, p in parameters.items() if name.endswith("lora_b")):
+        raise RunStopped(
+            f"after {step} steps every LoRA-B matrix is still 0: no gradient reaches the adapter; "
+            "check that chosen and rejected differ and that the learning rate is not 0"
+        )

@@ -1,0 +1,195 @@
+"""The training loop, top to bottom.
+
+An optimizer step takes `batch_size` pairs, packed into micro-batches of a fixed number of tokens.
+Its loss is the mean over its pairs, whatever the micro-batches were; a short last batch is divided
+by its own number of pairs.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lowmem_dpo.data.packing import Pack, epoch_order, pack_trees, sequence_logps
+from lowmem_dpo.data.trees import Tree
+from lowmem_dpo.losses import LOSSES, PairLogps
+from lowmem_dpo.model.lora import dropout_live, lora_parameters
+from lowmem_dpo.model.scoring import score
+from lowmem_dpo.model.selfcheck import logp_tolerance
+from lowmem_dpo.training.checkpoints import TrainingState
+from lowmem_dpo.training.console import say, warn
+from lowmem_dpo.training.health import (
+    check_adapter_moves,
+    check_finite,
+    check_step_zero,
+    has_step_zero,
+    rms_difference,
+)
+from lowmem_dpo.training.metrics import Metrics, PairStats, peak_memory_bytes
+from lowmem_dpo.training.setup import Run
+
+
+@dataclass
+class Schedule:
+    """How many steps a run has, and which pairs each takes."""
+
+    num_pairs: int
+    batch_size: int
+    num_steps: int
+    seed: int
+    shuffle: bool
+
+    @classmethod
+    def of(cls, run: Run) -> "Schedule":
+        """The schedule of a run: whole epochs in batches, the last one possibly short."""
+        config, num_pairs = run.config, len(run.pairs.train)
+        per_epoch = math.ceil(num_pairs / config.batch_size)
+        num_steps = config.max_steps or max(1, math.ceil(per_epoch * config.num_train_epochs))
+        return cls(num_pairs, config.batch_size, num_steps, config.seed, config.shuffle)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data."""
+        return math.ceil(self.num_pairs / self.batch_size)
+
+    def batches(self, first_step: int) -> Iterator[list[int]]:
+        """Indices of the pairs of each step, from `first_step` to the end."""
+        order, order_epoch = list(range(self.num_pairs)), -1
+        for step in range(first_step, self.num_steps):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if self.shuffle and epoch != order_epoch:
+                order, order_epoch = epoch_order(self.num_pairs, self.seed, epoch), epoch
+            yield order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step gave: its number, counted from 1, and its metrics."""
+
+    step: int
+    metrics: Metrics
+
+
+def train_steps(run: Run, state: TrainingState, schedule: Schedule) -> Iterator[StepResult]:
+    """Take optimizer steps to the schedule's end; the caller logs and saves in between.
+
+    Args:
+        run: Policy, pairs and reference.
+        state: Optimizer, schedule and counters; advanced in place.
+        schedule: The pairs of each step.
+
+    Yields:
+        The result of each step.
+    """
+    config, parts = run.config, run.policy.parts
+    parameters = lora_parameters(run.policy.loaded.model)
+    for batch in schedule.batches(state.step):
+        begun = time.perf_counter()
+        stats, worst_rms, tokens = PairStats(), 0.0, 0
+        trees = [run.pairs.train[i] for i in batch]
+        for pack in pack_trees(trees, run.pack_tokens):
+            with dropout_live(run.policy.loaded.model):
+                logps = score(parts, pack)
+                pairs = pair_logps(run, pack, logps)
+                losses = LOSSES[config.loss_type](pairs, config.beta, config.label_smoothing)
+                state.scaler.scale(losses.sum() / len(batch)).backward()
+            stats.add(pairs, losses, config.beta)
+            if state.step == 0 and run.reference:
+                worst_rms = max(
+                    worst_rms, rms_difference(logps.detach().cpu(), run.reference.of(pack))
+                )
+            tokens += sum(num_sequence_tokens(tree) for tree in pack.trees)
+
+        metrics = stats.means()
+        if state.step == 0:
+            _judge_first_step(run, metrics["loss"], worst_rms)
+        state.scaler.unscale_(state.optimizer)
+        limit = config.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), limit).item()
+        rows = [tree.row for tree in trees]
+        overflow = state.scaler.is_enabled() and not math.isfinite(grad_norm)
+        check_finite(metrics["loss"], 0.0 if overflow else grad_norm, rows, state.step + 1)
+        learning_rate = state.schedule.get_last_lr()[0]
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.schedule.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.num_tokens += tokens
+        check_adapter_moves(parameters, state.step)
+
+        seconds = time.perf_counter() - begun
+        peak = peak_memory_bytes(run.policy.device)
+        yield StepResult(
+            state.step,
+            metrics
+            | {
+                "grad_norm": grad_norm,
+                "learning_rate": learning_rate,
+                "epoch": state.step / schedule.steps_per_epoch,
+                "step": state.step,
+                "num_tokens": state.num_tokens,
+                "pairs_per_second": len(batch) / seconds,
+                "tokens_per_second": tokens / seconds,
+            }
+            | ({} if peak is None else {"peak_memory_bytes": peak}),
+        )
+
+
+@torch.no_grad()
+def evaluate(run: Run, trees: Sequence[Tree], advance: Callable[[int], None]) -> Metrics:
+    """Loss, rewards and accuracy of the policy as it stands on held-out pairs, named eval_*.
+
+    Args:
+        run: Policy and reference.
+        trees: The held-out pairs.
+        advance: Told how many pairs were just scored.
+    """
+    config, stats = run.config, PairStats()
+    for pack in pack_trees(trees, run.pack_tokens):
+        pairs = pair_logps(run, pack, score(run.policy.parts, pack))
+        losses = LOSSES[config.loss_type](pairs, config.beta, config.label_smoothing)
+        stats.add(pairs, losses, config.beta)
+        advance(len(pack.trees))
+    return {f"eval_{name}": value for name, value in stats.means().items()}
+
+
+def pair_logps(run: Run, pack: Pack, logps: torch.Tensor) -> PairLogps:
+    """Sum a pack's token log-probs into its pairs, beside the reference's.
+
+    Both are summed by the same function over the same layout, so equal tokens give equal sums.
+    """
+    policy_chosen, policy_rejected = sequence_logps(logps, pack)
+    if run.reference is None:
+        reference_chosen = reference_rejected = torch.zeros_like(policy_chosen)
+    else:
+        reference = run.reference.of(pack).to(logps.device)
+        reference_chosen, reference_rejected = sequence_logps(reference, pack)
+    return PairLogps(
+        policy_chosen,
+        policy_rejected,
+        reference_chosen,
+        reference_rejected,
+        policy_chosen.new_tensor([tree.num_chosen_tokens for tree in pack.trees]),
+        policy_chosen.new_tensor([tree.num_rejected_tokens for tree in pack.trees]),
+    )
+
+
+def num_sequence_tokens(tree: Tree) -> int:
+    """Tokens of both sequences of a pair, the trunk counted twice."""
+    return 2 * len(tree.trunk) + len(tree.chosen) + len(tree.rejected)
+
+
+def _judge_first_step(run: Run, loss: float, rms_per_token: float) -> None:
+    if run.reference is None or not has_step_zero(run.config):
+        return
+    tolerance = logp_tolerance(run.policy.dtype)
+    run.step_zero, warning = check_step_zero(
+        run.config, loss, rms_per_token, tolerance, run.reference.same_fingerprint
+    )
+    if warning:
+        warn(warning)
+    elif run.step_zero["exact"]:
+        say(f"step zero: every margin is exactly 0, loss {loss:.6f}")

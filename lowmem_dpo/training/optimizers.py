@@ -1,0 +1,53 @@
+"""Optimizers and learning-rate schedules by their settings' names."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from lowmem_dpo.config import TrainConfig
+
+
+def make_optimizer(
+    config: TrainConfig, parameters: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer named by `config.optim` over the adapter's parameters."""
+    parameters = list(parameters)
+    betas = (config.adam_beta1, config.adam_beta2)
+    if config.optim == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+    if config.optim == "adamw_8bit":
+        import bitsandbytes as bnb
+
+        return bnb.optim.AdamW8bit(
+            parameters,
+            lr=config.learning_rate,
+            betas=betas,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=betas,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def make_schedule(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, num_steps: int
+) -> LRScheduler:
+    """The schedule named by `config.lr_scheduler_type`, over `num_steps` optimizer steps."""
+    return get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=math.ceil(config.warmup_ratio * num_steps),
+        num_training_steps=num_steps,
+    )

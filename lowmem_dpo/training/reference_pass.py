@@ -1,0 +1,168 @@
+"""The reference pass: score what the cache does not know yet, check a sample of what it does.
+
+The reference is the policy at the start of the run, so this pass must run before the first update;
+it goes through the very path that training scores with.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem_dpo.data.packing import Pack, pack_trees
+from lowmem_dpo.data.trees import Tree
+from lowmem_dpo.reference import Fingerprint, ReferenceCache, fingerprint_difference
+from lowmem_dpo.training.console import ProgressBar, duration, say, warn
+from lowmem_dpo.training.health import RunStopped, rms_difference
+
+WINDOW = 256  # pairs packed together; sorting by length within a window fills packs well
+SECONDS_PER_SHARD = 30.0
+
+Score = Callable[[Pack], Tensor]
+
+
+@dataclass
+class Reference:
+    """Reference log-probs of a run.
+
+    Attributes:
+        logps: Tree digest to its token log-probs, [T] fp32 on the CPU.
+        same_fingerprint: Whether all were scored under this run's numerics.
+        num_scored: How many pairs this run had to score.
+        recheck_rms: Difference of the re-scored sample, nat rms per token; None if nothing was
+            cached.
+    """
+
+    logps: dict[str, Tensor]
+    same_fingerprint: bool
+    num_scored: int
+    recheck_rms: float | None
+
+    def of(self, pack: Pack) -> Tensor:
+        """[T] the reference log-probs of a pack, in the order of its rows."""
+        return torch.cat([self.logps[tree.digest()] for tree in pack.trees])
+
+
+def prepare_reference(
+    trees: Sequence[Tree],
+    score: Score,
+    cache: ReferenceCache,
+    fingerprint: Fingerprint,
+    *,
+    pack_tokens: int,
+    tolerance: float,
+    accept_other: bool,
+    seed: int,
+) -> Reference:
+    """Bring the cache up to date and read it.
+
+    Args:
+        trees: All pairs of the run, training and evaluation.
+        score: A pack to its token log-probs [T], without gradient.
+        cache: The shards of this reference.
+        fingerprint: Of this run.
+        pack_tokens: Tokens per micro-batch.
+        tolerance: Largest rms difference per token between two correct computations, in nats.
+        accept_other: Keep numbers of another fingerprint instead of scoring them again.
+        seed: Chooses the sample.
+
+    Raises:
+        RunStopped: If cached numbers are not reproduced.
+    """
+    by_key = {tree.digest(): tree for tree in trees}
+    found = cache.read(list(by_key), fingerprint)
+    known = dict(found.same)
+    if found.other and accept_other:
+        known.update(found.other)
+    recheck = _recheck(by_key, known, score, pack_tokens, tolerance, seed) if known else None
+    missing = [tree for key, tree in by_key.items() if key not in known]
+    say(f"reference: {len(by_key)} pairs, {len(known)} in the cache, {len(missing)} to score")
+    if found.other and found.other_fingerprint is not None:
+        verb = "kept" if accept_other else "scored again"
+        changed = fingerprint_difference(found.other_fingerprint, fingerprint)
+        seconds = _seconds_per_pair(by_key, score, pack_tokens) * len(found.other)
+        time_needed = "" if accept_other else f", about {duration(seconds)}"
+        say(f"reference: {len(found.other)} pairs are {verb}{time_needed} ({changed})")
+    known.update(_score_missing(missing, score, cache, fingerprint, pack_tokens))
+    return Reference(
+        logps=known,
+        same_fingerprint=not (accept_other and found.other),
+        num_scored=len(missing),
+        recheck_rms=recheck,
+    )
+
+
+def _score_missing(
+    missing: Sequence[Tree],
+    score: Score,
+    cache: ReferenceCache,
+    fingerprint: Fingerprint,
+    pack_tokens: int,
+) -> dict[str, Tensor]:
+    """Score pairs the cache lacks, writing a shard every half minute."""
+    scored: dict[str, Tensor] = {}
+    unwritten: dict[str, Tensor] = {}
+    written_at = time.perf_counter()
+    with ProgressBar("reference", len(missing), "pairs") as bar:
+        for start in range(0, len(missing), WINDOW):
+            for pack in pack_trees(missing[start : start + WINDOW], pack_tokens):
+                unwritten.update(_by_tree(pack, score(pack).cpu()))
+                bar.advance(len(pack.trees))
+                if time.perf_counter() - written_at > SECONDS_PER_SHARD:
+                    cache.write(unwritten, fingerprint)
+                    scored.update(unwritten)
+                    unwritten, written_at = {}, time.perf_counter()
+        if unwritten:
+            cache.write(unwritten, fingerprint)
+            scored.update(unwritten)
+    return scored
+
+
+def _by_tree(pack: Pack, logps: Tensor) -> dict[str, Tensor]:
+    runs = logps.split([sum(counts) for counts in pack.counts])
+    return {tree.digest(): run.clone() for tree, run in zip(pack.trees, runs, strict=True)}
+
+
+def _recheck(
+    by_key: dict[str, Tree],
+    known: dict[str, Tensor],
+    score: Score,
+    pack_tokens: int,
+    tolerance: float,
+    seed: int,
+) -> float:
+    """Score one micro-batch of known pairs again and compare."""
+    pack = _sample_pack(by_key, list(known), pack_tokens, seed)
+    again = _by_tree(pack, score(pack).cpu())
+    rms = rms_difference(torch.cat([known[k] for k in again]), torch.cat(list(again.values())))
+    if not rms <= tolerance:
+        raise RunStopped(
+            f"{len(again)} cached reference pairs, scored again, differ by {rms:.2e} nat rms per "
+            f"token (at most {tolerance:g}): the cached numbers do not belong to this model; "
+            "delete the cache folder, or set another cache_dir"
+        )
+    if rms:
+        warn(f"cached reference numbers are reproduced to {rms:.2e} nat rms per token, not exactly")
+    return rms
+
+
+def _sample_pack(by_key: dict[str, Tree], keys: list[str], pack_tokens: int, seed: int) -> Pack:
+    """One micro-batch filled with randomly drawn pairs."""
+    random.Random(seed).shuffle(keys)
+    sample, room = [], pack_tokens
+    for key in keys:
+        if by_key[key].num_tokens <= room:
+            sample.append(by_key[key])
+            room -= by_key[key].num_tokens
+    return pack_trees(sample, pack_tokens)[0]
+
+
+def _seconds_per_pair(by_key: dict[str, Tree], score: Score, pack_tokens: int) -> float:
+    """Time one micro-batch, to predict how long scoring again will take."""
+    pack = _sample_pack(by_key, list(by_key), pack_tokens, 0)
+    begun = time.perf_counter()
+    score(pack).cpu()
+    return (time.perf_counter() - begun) / len(pack.trees)

@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from lowmem_dpo.model.attention import tree_attention
+
+HEADS, KEY_HEADS, SIZE = 4, 2, 16
+
+
+def plain_attention(q, k, v, scaling):
+    """One sequence in float64: [H, L, E]."""
+    k, v = k.repeat_interleave(HEADS // KEY_HEADS, 0), v.repeat_interleave(HEADS // KEY_HEADS, 0)
+    scores = q @ k.transpose(1, 2) * scaling
+    causal = torch.ones(scores.shape[1:], dtype=torch.bool).tril()
+    return scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v
+
+
+def tree_by_tree(q, k, v, layout, scaling):
+    """Each branch with its own copy of the trunk, written into the places the pack has."""
+    output = torch.zeros(q.shape, dtype=q.dtype)
+    for start, trunk, chosen, rejected in layout:
+        stem = list(range(start, start + trunk))
+        for begin, length in ((trunk, chosen), (trunk + chosen, rejected)):
+            places = stem + list(range(start + begin, start + begin + length))
+            output = output.index_copy(
+                1,
+                torch.tensor(places, dtype=torch.long),
+                plain_attention(*(x[:, places] for x in (q, k, v)), scaling),
+            )
+    return output
+
+
+LAYOUTS = [
+    [(0, 5, 3, 4)],
+    [(0, 1, 7, 2), (10, 6, 1, 9), (26, 3, 3, 3)],
+    [(0, 4, 0, 5), (9, 4, 5, 0)],
+    [(0, 0, 3, 4)],
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["one", "three", "empty-branches", "no-trunk"])
+def test_tree_attention_equals_plain_sequences_in_value_and_gradient(layout):
+    torch.manual_seed(0)
+    num_tokens = 40
+    q, k, v = (
+        torch.randn(heads, num_tokens, SIZE, dtype=torch.float64, requires_grad=True)
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    )
+    upstream = torch.randn(HEADS, num_tokens, SIZE, dtype=torch.float64)
+    output, weights = tree_attention(
+        torch.nn.Module(), q[None], k[None], v[None], None, scaling=0.3, tree_layout=layout
+    )
+    packed = output[0].transpose(0, 1)
+    expected = tree_by_tree(q, k, v, layout, 0.3)
+    assert weights is None
+    torch.testing.assert_close(packed, expected)
+    grads = torch.autograd.grad((packed * upstream).sum(), [q, k, v])
+    wanted = torch.autograd.grad((expected * upstream).sum(), [q, k, v])
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want)
+
+
+def test_tree_attention_gives_a_tree_the_same_bits_in_any_pack():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, 64, SIZE) for h in (HEADS, KEY_HEADS, KEY_HEADS))
+    alone, _ = tree_attention(
+        torch.nn.Module(), q, k, v, None, scaling=0.3, tree_layout=[(0, 9, 6, 5)]
+    )
+    q2, k2, v2 = (torch.cat([torch.randn_like(x[:, :, :20]), x], dim=2) for x in (q, k, v))
+    beside, _ = tree_attention(
+        torch.nn.Module(), q2, k2, v2, None, scaling=0.3, tree_layout=[(0, 3, 8, 9), (20, 9, 6, 5)]
+    )
+    assert torch.equal(alone[:, :20], beside[:, 20:40])
+
+
+def test_tree_attention_leaves_zeros_behind_the_last_tree():
+    x = torch.randn(1, 2, 12, SIZE)
+    output, _ = tree_attention(
+        torch.nn.Module(), x, x, x, None, scaling=1.0, tree_layout=[(0, 2, 2, 2)]
+    )
+    assert output.shape == (1, 12, 2, SIZE) and not output[:, 6:].any() and output[:, :6].all()
+
+
+def test_tree_attention_refuses_to_run_without_a_layout():
+    x = torch.randn(1, 2, 4, SIZE)
+    with pytest.raises(ValueError, match="no tree_layout"):
+        tree_attention(torch.nn.Module(), x, x, x, None, scaling=1.0)

@@ -1,0 +1,130 @@
+import hashlib
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from lowmem_dpo.model import nf4
+from lowmem_dpo.model.nf4 import Nf4Weight, quantize_nf4
+
+SHAPES = [(64, 128), (96, 80), (33, 20), (7, 10), (3, 256)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def random_weight(shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def by_hand(weight: Nf4Weight) -> torch.Tensor:
+    """The layout's definition, one step at a time."""
+    numel = weight.shape[0] * weight.shape[1]
+    levels = bnb.get_4bit_type("nf4", device="cpu")
+    indices = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).flatten().long()
+    code = bnb.create_dynamic_map()
+    scale = code[weight.absmax.long()]
+    scale = scale * weight.absmax2.repeat_interleave(256)[: len(scale)] + weight.offset
+    return (levels[indices] * scale.repeat_interleave(64)[:numel]).view(weight.shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_nf4_packs_the_codes_of_bitsandbytes(shape, dtype):
+    weight = random_weight(shape, dtype)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    ours = quantize_nf4(weight)
+    assert torch.equal(ours.packed, packed.view(-1))
+    # The offset is summed in another precision; the rest follows from it.
+    torch.testing.assert_close(ours.offset, state.offset, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.absmax2, state.state2.absmax, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (128, 256), (3, 256)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantize_equals_bitsandbytes_given_its_state(shape, dtype):
+    weight = random_weight(shape, dtype)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    ours = Nf4Weight(packed.view(-1), state.absmax, state.state2.absmax, state.offset, shape)
+    assert torch.equal(ours.dequantize(dtype), bnb.dequantize_4bit(packed, state))
+
+
+def test_dequantize_by_bitsandbytes_from_our_state_is_equal():
+    ours = quantize_nf4(random_weight((64, 128)))
+    second = bnb.QuantState(
+        absmax=ours.absmax2, code=bnb.create_dynamic_map(), blocksize=256, dtype=torch.float32
+    )
+    state = bnb.QuantState(
+        absmax=ours.absmax,
+        shape=torch.Size(ours.shape),
+        code=bnb.get_4bit_type("nf4", device="cpu"),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=torch.float32,
+        offset=ours.offset,
+        state2=second,
+    )
+    theirs = bnb.dequantize_4bit(ours.packed.view(-1, 1), state)
+    assert torch.equal(ours.dequantize(torch.float32), theirs)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dequantize_follows_the_layout_even_where_blocks_straddle_rows(shape):
+    ours = quantize_nf4(random_weight(shape))
+    assert torch.equal(ours.dequantize(torch.float32), by_hand(ours))
+    assert torch.equal(ours.dequantize(torch.float64), by_hand(ours).double())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dequantize_is_near_the_weight(shape):
+    weight = random_weight(shape)
+    error = quantize_nf4(weight).dequantize(torch.float32) - weight
+    assert error.pow(2).mean().sqrt() < 0.15
+    assert error.abs().max() < 0.6
+
+
+def test_quantize_nf4_does_not_depend_on_its_chunks(monkeypatch):
+    weight = random_weight((130, 36))
+    whole = quantize_nf4(weight)
+    monkeypatch.setattr(nf4, "_CHUNK", 192)
+    pieces = quantize_nf4(weight)
+    for name, buffer in whole.named_buffers():
+        assert torch.equal(buffer, getattr(pieces, name)), name
+
+
+def test_quantize_nf4_does_not_depend_on_the_number_of_threads():
+    weight = random_weight((1024, 2048))
+    before = torch.get_num_threads()
+    digests = set()
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            ours = quantize_nf4(weight)
+            content = b"".join(buffer.numpy().tobytes() for buffer in ours.buffers())
+            digests.add(hashlib.sha256(content).hexdigest())
+    finally:
+        torch.set_num_threads(before)
+    assert len(digests) == 1
+
+
+def test_quantize_nf4_takes_a_transposed_view_and_zero_blocks():
+    weight = random_weight((128, 64)).T
+    assert torch.equal(quantize_nf4(weight).packed, quantize_nf4(weight.contiguous()).packed)
+    zeros = torch.zeros(64, 64)
+    assert torch.equal(quantize_nf4(zeros).dequantize(torch.float32), zeros)
+
+
+def test_nbytes_is_4_127_bits_a_number():
+    weight = quantize_nf4(random_weight((512, 1024)))
+    assert weight.nbytes * 8 / (512 * 1024) == pytest.approx(4.127, abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4, 4, 4), (0, 4)])
+def test_quantize_nf4_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match=r"NF4 needs a matrix.*quantization none"):
+        quantize_nf4(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_quantize_nf4_refuses_what_is_not_finite(value):
+    weight = random_weight((8, 64))
+    weight[3, 5] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        quantize_nf4(weight)

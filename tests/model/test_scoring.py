@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.data.packing import pack_trees, sequence_logps
+from lowmem_dpo.data.templates import TokenPair
+from lowmem_dpo.data.trees import build_tree
+from lowmem_dpo.losses import LOSSES, PairLogps
+from lowmem_dpo.model.attention import PLAIN_ATTENTION
+from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.model.scoring import attention, score
+from lowmem_dpo.training.setup import load_policy
+from tests.tiny import FAMILIES, save_tiny_model
+
+REFERENCE = (-30.0, -31.5)  # any numbers do: they only shift the margins
+
+
+def token_pairs(seed: int = 0) -> list[TokenPair]:
+    """Pairs of every shape: shared completion starts, an empty branch, starts that differ."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length):
+        return tuple(torch.randint(4, 200, (length,), generator=generator).tolist())
+
+    prompt, other, opening = ids(7), ids(20), ids(3)
+    return [
+        TokenPair(1, prompt + (201, *ids(6)), prompt + (202, *ids(9)), 7, 7),
+        TokenPair(2, other + opening + (201, *ids(4)), other + opening + (202, *ids(2)), 20, 20),
+        TokenPair(3, prompt + opening, prompt + opening + ids(5), 7, 7),
+        TokenPair(4, other + (203, *ids(5)), other + (204, *ids(3)), 20, 18),
+    ]
+
+
+def packed_loss(policy, trees, num_tokens):
+    total = 0.0
+    for pack in pack_trees(trees, num_tokens):
+        chosen, rejected = sequence_logps(score(policy.parts, pack), pack)
+        ones = torch.ones_like(chosen)
+        logps = PairLogps(chosen, rejected, ones * REFERENCE[0], ones * REFERENCE[1], ones, ones)
+        loss = LOSSES["sigmoid"](logps, 0.1, 0.0).sum() / len(trees)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def plain_loss(policy, pairs):
+    """Two sequences a pair, whole logits, the model's own attention, ordinary autograd."""
+    total = 0.0
+    parts = policy.parts
+    with attention(parts, PLAIN_ATTENTION):
+        for pair in pairs:
+            sums = []
+            for ids, start in (
+                (pair.chosen_ids, pair.chosen_start),
+                (pair.rejected_ids, pair.rejected_start),
+            ):
+                embeddings = parts.backbone.get_input_embeddings()(torch.tensor(ids)[None])
+                hidden = parts.backbone(
+                    inputs_embeds=embeddings.requires_grad_(), use_cache=False
+                ).last_hidden_state[0]
+                logits = hidden @ parts.lm_head_weight.T
+                logps = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(ids)[1:, None])[:, 0]
+                sums.append(logps[start - 1 :].sum())
+            h = (sums[0] - REFERENCE[0]) - (sums[1] - REFERENCE[1])
+            loss = -torch.nn.functional.logsigmoid(0.1 * h) / len(pairs)
+            loss.backward()
+            total += loss.item()
+    return total
+
+
+def take_gradients(policy):
+    gradients = {}
+    for name, parameter in lora_parameters(policy.loaded.model).items():
+        gradients[name] = parameter.grad
+        parameter.grad = None
+    return gradients
+
+
+@pytest.fixture(params=FAMILIES)
+def policy(request, tmp_path: Path):
+    extra = {"attention_bias": True} if request.param == "llama" else {}
+    directory = save_tiny_model(tmp_path / "model", request.param, **extra)
+    policy = load_policy(TrainConfig(model=str(directory), quantization="nf4", lora_r=4))
+    torch.manual_seed(3)
+    for name, parameter in lora_parameters(policy.loaded.model).items():
+        if name.endswith("lora_b"):  # or lora_a would have no gradient to compare
+            torch.nn.init.normal_(parameter, std=0.05)
+    return policy
+
+
+@pytest.mark.parametrize("num_tokens", [64, 192])
+def test_score_of_packed_trees_equals_plain_sequences_in_loss_and_every_gradient(
+    policy, num_tokens
+):
+    pairs = token_pairs()
+    loss = packed_loss(policy, [build_tree(pair) for pair in pairs], num_tokens)
+    gradients = take_gradients(policy)
+    wanted_loss = plain_loss(policy, pairs)
+    wanted = take_gradients(policy)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert gradients.keys() == wanted.keys() and len(gradients) == 2 * 7 * 2
+    for name, gradient in gradients.items():
+        assert wanted[name].norm() > 0, name
+        error = (gradient - wanted[name]).norm() / wanted[name].norm()
+        assert error < 2e-5, (name, error)
+
+
+def test_score_gives_the_same_bits_with_and_without_gradient_in_any_order(policy):
+    trees = [build_tree(pair) for pair in token_pairs()]
+    by_row = {}
+    for order, gradient in ((trees, True), (trees, False), (trees[::-1], False)):
+        with torch.set_grad_enabled(gradient):
+            for pack in pack_trees(order, 192):
+                logps = score(policy.parts, pack).detach()
+                runs = logps.split([sum(counts) for counts in pack.counts])
+                for tree, run in zip(pack.trees, runs, strict=True):
+                    assert torch.equal(by_row.setdefault(tree.row, run), run)
+    assert len(by_row) == 4

@@ -1,0 +1,222 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lowmem_dpo.model import source
+from lowmem_dpo.model.source import (
+    load_config,
+    load_tokenizer,
+    model_folder,
+    resolve_source,
+    tokenizer_source,
+)
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+BASE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32}
+
+
+def write_config(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(BASE | changes), encoding="utf-8")
+    return str(folder)
+
+
+def write_adapter(folder, base):
+    folder.mkdir(exist_ok=True)
+    content = {"peft_type": "LORA", "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(content), encoding="utf-8")
+    return str(folder)
+
+
+def write_tokenizer(folder):
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return str(folder)
+
+
+def refusal(call, *args, **kwargs):
+    with pytest.raises(ValueError) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500
+    return message
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_load_config_reads_every_supported_type(tmp_path, family):
+    folder = write_config(
+        tmp_path / "m", model_type=family, architectures=None, sliding_window=None
+    )
+    assert load_config(folder, max_length=10**6).model_type == family
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gemma3"}, "'gemma3'; supported: llama, mistral, qwen2, qwen3"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "'t5'; supported"),
+        ({"model_type": "qwen2_vl"}, "'qwen2_vl'; supported"),
+        ({"model_type": None}, "None; supported"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "only causal language models"),
+        ({"architectures": ["LlamaModel"]}, "only causal language models"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "never run"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "not supported yet"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "position encoding 'dynamic'"),
+        ({"hidden_size": "wide"}, "is not valid"),
+    ],
+)
+def test_load_config_refuses_by_name(tmp_path, changes, words):
+    assert words in refusal(load_config, write_config(tmp_path / "m", **changes))
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "llama3", "yarn"])
+def test_load_config_takes_position_encodings_that_do_not_depend_on_neighbours(tmp_path, rope_type):
+    scaling = {"rope_type": rope_type, "factor": 2.0, "original_max_position_embeddings": 32}
+    if rope_type == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = load_config(write_config(tmp_path / "m", rope_scaling=scaling))
+    assert config.rope_parameters["rope_type"] == rope_type
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mistral", "sliding_window": 256},
+        {
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 256,
+            "max_window_layers": 0,
+        },
+        {
+            "model_type": "qwen3",
+            "use_sliding_window": True,
+            "sliding_window": 256,
+            "max_window_layers": 0,
+        },
+    ],
+)
+def test_load_config_refuses_a_window_only_where_it_has_an_effect(tmp_path, changes):
+    folder = write_config(tmp_path / "m", **changes, architectures=None)
+    assert load_config(folder, max_length=256).sliding_window == 256
+    assert "set it to 256 or less" in refusal(load_config, folder, max_length=257)
+    assert "unlimited" in refusal(load_config, folder)
+
+
+def test_load_config_ignores_a_window_that_is_switched_off(tmp_path):
+    folder = write_config(
+        tmp_path / "m",
+        model_type="qwen2",
+        architectures=None,
+        sliding_window=256,
+        use_sliding_window=False,
+    )
+    assert load_config(folder, max_length=10**6).sliding_window is None
+
+
+def test_load_config_says_what_is_wrong_with_a_path(tmp_path):
+    (tmp_path / "file.gguf").write_text("x", encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{", encoding="utf-8")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]", encoding="utf-8")
+    assert "there is no folder" in refusal(load_config, str(tmp_path / "absent" / "model"))
+    assert "there is no folder" in refusal(load_config, "./absent")
+    assert "there is no folder" in refusal(load_config, "C:\\models\\absent")
+    assert "is a file" in refusal(load_config, str(tmp_path / "file.gguf"))
+    assert "no config.json in it" in refusal(load_config, str(tmp_path / "empty"))
+    assert "is not valid JSON" in refusal(load_config, str(tmp_path / "broken"))
+    assert "must hold a JSON object" in refusal(load_config, str(tmp_path / "list"))
+
+
+def test_load_config_says_that_an_id_is_unknown(monkeypatch):
+    def absent(*args, **kwargs):
+        raise OSError("404 Client Error.\n\nRepository Not Found")
+
+    monkeypatch.setattr(source, "hf_hub_download", absent)
+    message = refusal(load_config, "nobody/nothing")
+    assert "nobody/nothing" in message and "Repository Not Found" in message
+
+
+def test_load_config_of_an_id_asks_for_config_json_alone(monkeypatch, tmp_path):
+    asked = []
+    write_config(tmp_path / "m")
+
+    def download(repo, file):
+        asked.append((repo, file))
+        return str(tmp_path / "m" / file)
+
+    monkeypatch.setattr(source, "hf_hub_download", download)
+    assert load_config("some/model").hidden_size == 32
+    assert asked == [("some/model", "config.json")]
+
+
+def test_model_folder_downloads_no_pickles(monkeypatch, tmp_path):
+    asked = {}
+
+    def download(repo, **patterns):
+        asked.update(patterns, repo=repo)
+        return str(tmp_path)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    assert model_folder("some/model") == tmp_path
+    assert asked["repo"] == "some/model"
+    assert "*.safetensors" in asked["allow_patterns"]
+    assert not any("bin" in p or p in ("*", "*.*") for p in asked["allow_patterns"])
+
+
+def test_resolve_source_passes_a_model_through(tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", "base")
+    assert resolve_source("some/model", None) == ("some/model", None, None)
+    assert resolve_source("some/model", adapter) == ("some/model", adapter, None)
+
+
+def test_resolve_source_finds_the_base_of_an_adapter(tmp_path, monkeypatch):
+    adapter = write_adapter(tmp_path / "adapter", "some/model")
+    base, init_adapter, note = resolve_source(adapter, None)
+    assert (base, init_adapter) == ("some/model", adapter)
+    assert adapter in note and "some/model" in note and "\n" not in note
+    assert resolve_source(adapter, str(tmp_path / "x" / ".." / "adapter"))[:2] == (base, adapter)
+
+
+@pytest.mark.parametrize("place", [".", "..", "../adapter"])
+def test_resolve_source_finds_a_relative_base(tmp_path, monkeypatch, place):
+    adapter = write_adapter(tmp_path / "adapter", "base")
+    here = tmp_path / "here"
+    here.mkdir()
+    folder = here / place / "base"
+    write_config(folder)
+    monkeypatch.chdir(here)
+    assert Path(resolve_source(adapter, None)[0]).resolve() == folder.resolve()
+
+
+def test_resolve_source_refuses_contradictions(tmp_path):
+    one = write_adapter(tmp_path / "one", "base")
+    two = write_adapter(tmp_path / "two", "base")
+    nameless = write_adapter(tmp_path / "nameless", None)
+    assert "leave init_adapter out" in refusal(resolve_source, one, two)
+    assert "does not name its base" in refusal(resolve_source, nameless, None)
+    assert "no adapter_config.json" in refusal(resolve_source, "some/model", str(tmp_path))
+
+
+def test_tokenizer_source_prefers_the_adapter_if_it_holds_one(tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", "base")
+    assert tokenizer_source("base", None) == "base"
+    assert tokenizer_source("base", adapter) == "base"
+    write_tokenizer(Path(adapter))
+    assert tokenizer_source("base", adapter) == adapter
+    assert load_tokenizer(adapter)("hello")["input_ids"] == [1]
+
+
+def test_load_tokenizer_says_what_is_missing(tmp_path, tiny_checkpoint):
+    folder, _ = tiny_checkpoint("llama", dtype=torch.bfloat16)
+    assert "holds no tokenizer" in refusal(load_tokenizer, str(folder))
+    write_tokenizer(folder)
+    assert load_tokenizer(str(folder))("hello")["input_ids"] == [1]
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    assert "cannot load the tokenizer" in refusal(load_tokenizer, str(folder))
+    shutil.rmtree(folder)

@@ -1,0 +1,144 @@
+"""The rules that hold the rooms apart, read off the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "lowmem_dpo": ROOT / "lowmem_dpo",
+    "lowmem_dpo_kernels": ROOT / "kernels" / "lowmem_dpo_kernels",
+}
+
+# A room may import those after it in this list, and itself; rooms on one line do not know each other.
+ORDER = [
+    {"cli"},
+    {"pipeline"},
+    {"training"},
+    {"model", "reference", "losses", "data"},
+    {"memory"},
+    {"lowmem_dpo_kernels"},
+    {"config", "version"},
+]
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+ENTRANCES = {"__init__", "__main__"}
+
+
+def source_files():
+    return [path for folder in PACKAGES.values() for path in sorted(folder.rglob("*.py"))]
+
+
+def room_of(path: Path) -> str:
+    if "kernels" in path.relative_to(ROOT).parts[:1]:
+        return "lowmem_dpo_kernels"
+    return path.relative_to(PACKAGES["lowmem_dpo"]).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module]
+            if node.module == "lowmem_dpo":
+                names = [f"lowmem_dpo.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "lowmem_dpo":
+                rooms.add(parts[1])
+            elif parts[0] == "lowmem_dpo_kernels":
+                rooms.add("lowmem_dpo_kernels")
+    return rooms
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    room = room_of(path)
+    if room in ENTRANCES:
+        return
+    for other in imported_rooms(path) - {room}:
+        assert LEVEL[other] > LEVEL[room], f"{room} imports {other}"
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def test_kernels_folder_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_kernels_import_torch_and_triton_only():
+    allowed = {"torch", "triton", "lowmem_dpo_kernels", *sys.stdlib_module_names}
+    for path in sorted(PACKAGES["lowmem_dpo_kernels"].rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            else:
+                continue
+            assert {name.split(".")[0] for name in names} <= allowed, path
+
+
+def run_python(
+    code: str, *, cwd: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    import os
+
+    paths = os.pathsep.join(str(folder.parent) for folder in PACKAGES.values())
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+def test_kernels_folder_does_not_pass_for_hugging_faces_package():
+    code = """
+import importlib.util, transformers.modeling_utils
+spec = importlib.util.find_spec("kernels")
+assert spec is None or spec.origin is None, spec
+from transformers.utils import is_kernels_available
+assert not is_kernels_available()
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_real_kernels_package_wins_over_the_folder(tmp_path):
+    real = tmp_path / "site" / "kernels"
+    real.mkdir(parents=True)
+    (real / "__init__.py").write_text("REAL = True\n")
+    result = run_python(
+        f"import sys; sys.path.append({str(real.parent)!r}); import kernels; assert kernels.REAL"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_package_imports_without_torch_for_help_and_settings():
+    code = """
+import sys
+for name in ("torch", "transformers", "triton", "bitsandbytes"):
+    sys.modules[name] = None
+from lowmem_dpo.cli import main
+assert main(["--version"]) == 0
+assert main(["train", "--print_config", "--beta", "0.2"]) == 0
+assert main(["train", "--help"]) == 0
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_sources_do_not_speak_of_where_they_were_made():
+    words = ["/wo" + "rk/", "DESIGN" + ".md", "STYLE" + ".md", "shared" + "/"]
+    files = [*source_files(), *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "Makefile"]
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in words if word in text], path
