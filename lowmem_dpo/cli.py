@@ -89,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     verb, *rest = words
     if verb not in VERBS:
         return _fail(f"unknown verb {verb!r}; known: {', '.join(VERBS)}")
+    cls: type[Any]
     cls, run = VERBS[verb]
     if "--help" in rest or "-h" in rest:
         parser = settings_parser(cls)
@@ -102,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(to_yaml(config), end="")
             return 0
         return _run(run, config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("LOWMEM_DPO_DEBUG"):
             raise
         return _fail(str(error))
@@ -114,8 +115,12 @@ def _run(run: Callable[[Any], int], config: Any) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels we do not use
+    from transformers.utils.logging import disable_progress_bar
+
     from lowmem_dpo.training.health import RunStopped
 
+    disable_progress_bar()
     try:
         return run(config)
     except KeyboardInterrupt:

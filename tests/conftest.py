@@ -1,4 +1,5 @@
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,10 @@ import pytest
 import torch
 
 from tests.tiny import save_tiny_model
+
+# The suite runs on every core; threads inside a test would only fight for them.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

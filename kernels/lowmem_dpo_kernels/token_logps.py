@@ -62,7 +62,7 @@ class _State:
 
 def _tile(device: torch.device) -> tuple[int, int]:
     """Rows B of a block and width S of a slice: part of the numerics, so never a matter of T."""
-    return (1024, 8192) if device.type == "cuda" else (256, 1024)
+    return (1024, 8192) if device.type == "cuda" else (256, 2048)
 
 
 def _operand_dtype(hidden: Tensor) -> torch.dtype:

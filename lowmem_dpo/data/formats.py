@@ -162,8 +162,8 @@ def _parse_row(value: Any, row: int, where: str) -> tuple[Preference, str]:
     if not {source, *sides} <= value.keys():
         raise ValueError(f"{where}: {_unknown(value)}")
     if source == "prompt" and all(isinstance(value[key], str) for key in (source, *sides)):
-        prompt, chosen, rejected = (_text(value[key], key, where) for key in (source, *sides))
-        return Preference(prompt, chosen, rejected, row), STRINGS
+        texts = [_text(value[key], key, where) for key in (source, *sides)]
+        return Preference(texts[0], texts[1], texts[2], row), STRINGS
     messages = _messages(value[source], source, "user", where)
     chosen, rejected = (_completion(value[side], side, where) for side in sides)
     if source == "prompt":

@@ -42,13 +42,19 @@ class StoredTensor:
     offset: int
     nbytes: int
 
-    def read(self) -> Tensor:
-        """The tensor, on the CPU, in memory of its own.
+    def read(self, buffer: Tensor | None = None) -> Tensor:
+        """The tensor, on the CPU.
+
+        Args:
+            buffer: uint8, at least `nbytes` long: the tensor lies in it until the next one is read.
+                Without one, the tensor gets memory of its own.
 
         Raises:
             ValueError: If the file ends too early.
         """
-        data = torch.empty(self.nbytes, dtype=torch.uint8)
+        if buffer is None:
+            buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+        data = buffer[: self.nbytes]
         rest = memoryview(data.numpy())  # type: ignore[arg-type]
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)

@@ -1,10 +1,10 @@
 """Loading a base model: built empty, filled tensor by tensor, quantised on the way.
 
 The model is built on the meta device, where tensors have a shape and no memory. Each tensor of the
-checkpoint is then read, moved to the device, cast, quantised if it is a linear layer of a decoder
-layer, and put in its place before the next one is read. So the memory needed is that of the model
-as it is stored here, plus about two of its largest tensors. Names and shapes are all checked before
-the first tensor is read.
+checkpoint is then read into one buffer, moved to the device, cast, quantised if it is a linear
+layer of a decoder layer, and put in its place before the next one is read. So the memory needed is
+that of the model as it is stored here, plus about two of its largest tensors. Names and shapes are
+all checked before the first tensor is read.
 """
 
 import hashlib
@@ -116,10 +116,11 @@ def load_model(
     files = weight_files(folder)
     model = _empty_model(config, dtype)
     tensors = _matched(source, model, read_headers(files))
+    buffer = torch.empty(max(stored.nbytes for stored in tensors.values()), dtype=torch.uint8)
     for name, stored in tensors.items():
-        tensor = stored.read().to(device).to(dtype)
-        _put(model, name, tensor, quantization)
-        del tensor  # or it would still be there while the next one is read
+        quantised = quantization == "nf4" and _is_linear(model, name)
+        tensor = stored.read(buffer).to(device=device, dtype=dtype, copy=not quantised)
+        _put(model, name, tensor, quantised)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     rotary = model.model.rotary_emb
@@ -179,11 +180,17 @@ def _some(names: set[str]) -> str:
     return first + (f" and {len(others)} more" if others else "")
 
 
-def _put(model: PreTrainedModel, name: str, tensor: Tensor, quantization: Quantization) -> None:
-    """Put a tensor in its place, quantised if it is the weight of a decoder layer's linear."""
+def _is_linear(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor is the weight of a decoder layer's linear."""
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(path), LoraLinear)
+
+
+def _put(model: PreTrainedModel, name: str, tensor: Tensor, quantised: bool) -> None:
+    """Put a tensor in its place; to be quantised it may lie in the buffer, else it must not."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if isinstance(module, LoraLinear) and leaf == "weight" and quantization == "nf4":
+    if quantised:
         del module.weight  # torch puts no module where a parameter is registered
         try:
             module.weight = quantize_nf4(tensor)

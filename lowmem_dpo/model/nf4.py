@@ -27,7 +27,8 @@ BLOCK = 64
 BLOCK2 = 256
 
 # Numbers quantised at a time: bitsandbytes' temporaries are about 20 bytes a number on the CPU.
-_CHUNK = 1048576
+# Larger ones left the C allocator's heap full of holes, which count as memory of the process.
+_CHUNK = 2**18
 
 
 class Nf4Weight(nn.Module):

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from lowmem_dpo_kernels import token_logps
 from torch import Tensor
 
 from lowmem_dpo.model.attention import PLAIN_ATTENTION, TREE_ATTENTION
 from lowmem_dpo.model.loading import ModelParts
+from lowmem_dpo_kernels import token_logps
 
 
 class PackedTrees(Protocol):

@@ -111,7 +111,7 @@ def train_steps(run: Run, state: TrainingState, schedule: Schedule) -> Iterator[
         rows = [tree.row for tree in trees]
         overflow = state.scaler.is_enabled() and not math.isfinite(grad_norm)
         check_finite(metrics["loss"], 0.0 if overflow else grad_norm, rows, state.step + 1)
-        learning_rate = state.schedule.get_last_lr()[0]
+        learning_rate = float(state.schedule.get_last_lr()[0])
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.schedule.step()
@@ -124,8 +124,8 @@ def train_steps(run: Run, state: TrainingState, schedule: Schedule) -> Iterator[
         peak = peak_memory_bytes(run.policy.device)
         yield StepResult(
             state.step,
-            metrics
-            | {
+            {
+                **metrics,
                 "grad_norm": grad_norm,
                 "learning_rate": learning_rate,
                 "epoch": state.step / schedule.steps_per_epoch,
@@ -133,8 +133,8 @@ def train_steps(run: Run, state: TrainingState, schedule: Schedule) -> Iterator[
                 "num_tokens": state.num_tokens,
                 "pairs_per_second": len(batch) / seconds,
                 "tokens_per_second": tokens / seconds,
-            }
-            | ({} if peak is None else {"peak_memory_bytes": peak}),
+                **({} if peak is None else {"peak_memory_bytes": peak}),
+            },
         )
 
 

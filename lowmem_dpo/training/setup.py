@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes
-import lowmem_dpo_kernels
 import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+import lowmem_dpo_kernels
 from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.data.formats import read_preferences
 from lowmem_dpo.data.packing import choose_pack_tokens, pack_trees
@@ -44,12 +44,13 @@ from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.selfcheck import check_packing, logp_tolerance
 from lowmem_dpo.model.source import load_config, load_tokenizer, resolve_source, tokenizer_source
 from lowmem_dpo.reference import Fingerprint, ReferenceCache
-from lowmem_dpo.training.console import say, warn
+from lowmem_dpo.training.console import console, say, warn
 from lowmem_dpo.training.reference_pass import Reference, prepare_reference
 
-
-# Activations of one layer at this size fit small cards; beyond it a larger micro-batch gains little.
+# Activations of one layer at this size fit small cards; larger micro-batches gain little.
 PACK_TOKENS_LIMIT = 4096
+
+LORA_SHAPE = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora")
 
 
 def cache_directory(setting: str | None) -> Path:
@@ -208,7 +209,7 @@ def load_pairs(config: TrainConfig, data: str, tokenizer: PreTrainedTokenizerBas
     elif config.eval_fraction:
         pairs, evaluation = split_by_prompt(pairs, config.eval_fraction, config.seed)
         say(f"eval: {len(evaluation)} pairs held out by prompt, {len(pairs)} to train on")
-    say(preview_pair(pairs[0], tokenizer))
+    say(preview_pair(pairs[0], tokenizer, encoding=console.encoding))
     train = [build_tree(pair) for pair in pairs]
     held_out = [build_tree(pair) for pair in evaluation]
     keys = "".join(tree.digest() for tree in train) + "/" + "".join(t.digest() for t in held_out)

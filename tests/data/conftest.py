@@ -3,13 +3,15 @@
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings as hypothesis_settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    "{% endif %}"
 )
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
@@ -36,6 +38,10 @@ TURN_TOKENS = [
     "<|eot_id|>",
 ]
 
+# The same examples in every run, and no limit on their time.
+hypothesis_settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis_settings.load_profile("fixed")
+
 BuildTokenizer = Callable[..., PreTrainedTokenizerFast]
 
 
@@ -50,7 +56,7 @@ def build_tokenizer() -> BuildTokenizer:
         for left, right in merges:
             vocab[left + right] = len(vocab)
         core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         core.decoder = decoders.ByteLevel()
         core.add_special_tokens(["<s>", "</s>", *TURN_TOKENS])
         specials = [(token, core.token_to_id(token)) for token in ("<s>", "</s>")]

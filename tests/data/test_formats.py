@@ -143,14 +143,14 @@ def test_read_preferences_refuses_a_change_of_format(tmp_path):
 def test_read_preferences_names_the_line_of_broken_json(tmp_path):
     lines = tmp_path / "a.jsonl"
     lines.write_text(json.dumps(STRING_ROW) + '\n{"prompt": \n')
-    with pytest.raises(ValueError, match="a.jsonl, line 2: broken JSON"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: broken JSON"):
         read_preferences(lines)
     listed = tmp_path / "a.json"
     listed.write_text('[\n{"prompt": "p",}\n]')
-    with pytest.raises(ValueError, match="a.json, line 2: broken JSON"):
+    with pytest.raises(ValueError, match=r"a\.json, line 2: broken JSON"):
         read_preferences(listed)
     listed.write_text(json.dumps(STRING_ROW) + "\n{oops}")
-    with pytest.raises(ValueError, match="a.json, line 2: broken JSON"):
+    with pytest.raises(ValueError, match=r"a\.json, line 2: broken JSON"):
         read_preferences(listed)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers import AutoModelForCausalLM as Auto
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 CONFIGS = {
     "llama": LlamaConfig,

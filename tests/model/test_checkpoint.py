@@ -3,6 +3,8 @@ import struct
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from lowmem_dpo.model import checkpoint
 from lowmem_dpo.model.checkpoint import (
     file_digest,
@@ -11,7 +13,6 @@ from lowmem_dpo.model.checkpoint import (
     replace_file,
     weight_files,
 )
-from safetensors.torch import save_file
 
 TENSORS = {
     "matrix": torch.arange(12, dtype=torch.float32).view(3, 4),

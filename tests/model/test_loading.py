@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import nn
+
 from lowmem_dpo.model import loading
 from lowmem_dpo.model.loading import load_model, model_parts, storage_table
 from lowmem_dpo.model.lora import LoraLinear, linear_layers, lora_parameters
 from lowmem_dpo.model.nf4 import Nf4Weight, quantize_nf4
 from lowmem_dpo.model.source import load_config
-from rich.console import Console
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
@@ -221,7 +222,7 @@ def test_storage_adds_up_and_says_what_is_quantised(tiny_checkpoint):
 
 
 def test_model_parts_are_those_of_the_model(tiny_checkpoint):
-    folder, model = tiny_checkpoint("qwen3")
+    _, model = tiny_checkpoint("qwen3")
     parts = model_parts(model)
     ids = torch.arange(12)[None]
     hidden = parts.backbone(input_ids=ids, use_cache=False).last_hidden_state
@@ -305,5 +306,5 @@ def test_load_model_needs_the_stored_model_and_two_tensors(tmp_path):
     assert done.returncode == 0, done.stderr
     peak, stored = map(int, done.stdout.split())
     assert stored < 0.35 * num_bytes
-    slack = 2 * largest + 40 * 2**20  # the quantiser's temporaries are at most 32 MiB
+    slack = 2 * largest + 20 * 2**20  # for the quantiser's temporaries and the allocator
     assert peak < stored + slack, (peak, stored, largest)

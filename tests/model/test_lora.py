@@ -5,6 +5,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from lowmem_dpo.model.lora import (
     LoraLinear,
     adapters_disabled,
@@ -16,7 +18,6 @@ from lowmem_dpo.model.lora import (
     wrap_linears,
 )
 from lowmem_dpo.model.nf4 import quantize_nf4
-from torch import nn
 
 NUM_TOKENS, IN, OUT, RANK = 5, 32, 24, 3
 ADD = {"targets": "all", "rank": RANK, "alpha": 6.0, "dropout": 0.0, "rank_stabilised": False}
@@ -137,8 +138,8 @@ def test_dtypes_compute_in_that_of_x_and_give_fp32_gradients(base):
     assert layer.lora_a.grad.dtype == layer.lora_b.grad.dtype == torch.float32
 
 
-def count_saved(layer, x):
-    """What autograd keeps of one call, by address and size."""
+def saved_tensors(layer, x):
+    """What autograd keeps of one call."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         layer(x)
@@ -148,7 +149,7 @@ def count_saved(layer, x):
 def test_forward_keeps_x_itself_and_nothing_as_large():
     layer = make_layer("nf4")
     x = torch.randn(NUM_TOKENS, IN, requires_grad=True)
-    kept = count_saved(layer, x)
+    kept = saved_tensors(layer, x)
     assert [t for t in kept if t.data_ptr() == x.data_ptr()]
     others = [t for t in kept if t.data_ptr() != x.data_ptr()]
     assert sorted(tuple(t.shape) for t in others) == sorted(
@@ -156,11 +157,18 @@ def test_forward_keeps_x_itself_and_nothing_as_large():
     )
 
 
+def test_forward_with_a_frozen_adapter_keeps_no_input():
+    layer = make_layer("nf4").requires_grad_(False)
+    x = torch.randn(NUM_TOKENS, IN, requires_grad=True)
+    shapes = [tuple(t.shape) for t in saved_tensors(layer, x)]
+    assert sorted(shapes) == sorted([(RANK, IN), (OUT, RANK)])
+
+
 @pytest.mark.parametrize("off", ["no adapter", "disabled"])
 def test_forward_without_an_adapter_keeps_nothing(off):
     layer = make_layer("nf4", rank=0 if off == "no adapter" else RANK)
     layer.enabled = False
-    assert count_saved(layer, torch.randn(NUM_TOKENS, IN, requires_grad=True)) == []
+    assert saved_tensors(layer, torch.randn(NUM_TOKENS, IN, requires_grad=True)) == []
 
 
 def test_forward_and_backward_keep_no_dequantised_weight():

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
 from lowmem_dpo.model import source
 from lowmem_dpo.model.source import (
     load_config,
@@ -12,8 +15,6 @@ from lowmem_dpo.model.source import (
     resolve_source,
     tokenizer_source,
 )
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 BASE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32}
 

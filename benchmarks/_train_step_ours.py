@@ -1,0 +1,122 @@
+"""Our training loop for `train_step.py`, as `lowmem-dpo train` runs it, on a random model."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import StepClock, peak_mib, reset_peak
+from _random_models import random_model
+
+from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.data.packing import pack_trees
+from lowmem_dpo.data.templates import TokenPair
+from lowmem_dpo.data.trees import build_tree
+from lowmem_dpo.model.adapters import AdapterSettings
+from lowmem_dpo.model.attention import TREE_ATTENTION
+from lowmem_dpo.model.loading import LoadedModel, model_parts
+from lowmem_dpo.model.lora import LoraLinear, add_lora, lora_parameters
+from lowmem_dpo.model.runner import wrap_layers
+from lowmem_dpo.model.scoring import score
+from lowmem_dpo.model.selfcheck import logp_tolerance
+from lowmem_dpo.pipeline.byte_tokenizer import byte_tokenizer
+from lowmem_dpo.reference import ReferenceCache
+from lowmem_dpo.training.checkpoints import TrainingState
+from lowmem_dpo.training.loop import Schedule, train_steps
+from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
+from lowmem_dpo.training.reference_pass import prepare_reference
+from lowmem_dpo.training.setup import Pairs, Policy, Run, plan_pack_tokens
+
+
+def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> dict[str, Any]:
+    """Take the steps.
+
+    Args:
+        options: Of `train_step.py`.
+        pairs: Those of every step.
+        scratch: An empty folder.
+
+    Returns:
+        steps_ms of every step, ref_ms, peak_mib, and the first step's metrics as `metrics_0`.
+    """
+    on_cuda = options.device.type == "cuda"
+    config = TrainConfig(
+        batch_size=len(pairs),
+        max_steps=options.num_steps,
+        max_length=options.length,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant",
+        optim="adamw_8bit" if on_cuda else "adamw",
+        lora_r=options.rank,
+        lora_alpha=options.rank,
+        seed=options.seed,
+    )
+    policy = random_policy(options, config)
+    trees = [build_tree(pair) for pair in pairs]
+    dpo_run = Run(config, policy, Pairs(trees, [], "", {}), pack_tokens=0, self_check_rms=0.0)
+    cache = ReferenceCache(scratch, policy.identity)
+    dpo_run.pack_tokens = plan_pack_tokens(config, policy, dpo_run.pairs, cache)
+    with torch.no_grad():
+        dpo_run.reference = prepare_reference(
+            trees,
+            lambda pack: score(policy.parts, pack),
+            cache,
+            policy.fingerprint(dpo_run.pack_tokens),
+            pack_tokens=dpo_run.pack_tokens,
+            tolerance=logp_tolerance(policy.dtype),
+            accept_other=False,
+            seed=config.seed,
+        )
+    schedule = Schedule.of(dpo_run)
+    optimizer = make_optimizer(config, lora_parameters(policy.loaded.model).values())
+    scaler = torch.amp.GradScaler(options.device.type, enabled=policy.dtype == torch.float16)
+    state = TrainingState(optimizer, make_schedule(config, optimizer, schedule.num_steps), scaler)
+
+    clock, metrics = StepClock(options.device), []
+    reset_peak(options.device)
+    clock.start()
+    for result in train_steps(dpo_run, state, schedule):
+        clock.stop()
+        metrics.append(result.metrics)
+        clock.start()
+    peak = peak_mib(options.device)
+
+    reference_clock = StepClock(options.device)
+    reference_clock.start()
+    with torch.no_grad():
+        for pack in pack_trees(trees, dpo_run.pack_tokens):
+            score(policy.parts, pack)
+    reference_clock.stop()
+    return {
+        "steps_ms": clock.steps_ms,
+        "ref_ms": reference_clock.steps_ms[0],
+        "peak_mib": peak,
+        "metrics_0": metrics[0],
+    }
+
+
+def random_policy(options: argparse.Namespace, config: TrainConfig) -> Policy:
+    """A policy over random weights, its layers and attention as in a real run."""
+    model = random_model(
+        options.shape,
+        LoraLinear,
+        quantization=options.quantization,
+        dtype=options.dtype,
+        device=options.device,
+    )
+    adapter = AdapterSettings(config.lora_r, config.lora_alpha, 0.0, "all", rank_stabilised=False)
+    add_lora(
+        model,
+        targets=adapter.targets,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        rank_stabilised=adapter.rank_stabilised,
+        seed=config.seed,
+    )
+    parts = model_parts(model)
+    wrap_layers(parts.layers, inputs_on_host=False, has_randomness=False)
+    parts.backbone.set_attn_implementation(TREE_ATTENTION)
+    loaded = LoadedModel(model, storage=[], identity="random")
+    tokenizer = byte_tokenizer()
+    return Policy(loaded, parts, tokenizer, adapter, "", None, options.device, options.dtype)

@@ -1,0 +1,340 @@
+"""Time and memory of scoring tokens with a frozen output head, beside other projects.
+
+    python benchmarks/benchmark_token_logps.py
+    python benchmarks/benchmark_token_logps.py --shapes 4096x4096x128256 --output h200.json
+
+A shape is NxDxV: N packed positions, of which the second half is scored, as a pair's completions
+are. Every implementation gets the same positions, does with the others what its project does, and
+returns values and gradient. On 64 scored rows both are compared with float64: where they are wrong,
+no speed is printed. Peers that are not installed are left out; Liger, Cut Cross-Entropy and
+PyTorch's chunked head run on CUDA only.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "kernels"))
+
+from lowmem_dpo_kernels import reference, token_logps  # noqa: E402
+
+SCHEMA_VERSION = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHAPES = {
+    "quick": ["64x32x1000"],
+    "cpu": ["512x512x128256", "1024x512x128256"],
+    "cuda": ["8192x896x151936", "4096x2304x256000", "4096x4096x128256"],
+}
+TRL_CHUNK_TOKENS = 8192
+NUM_CHECKED = 64
+COLUMNS = "{:<12} {:<28} {:<18} {:<9} {:>10} {:>10}  {:<24} {}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One head to score: N positions, T of them scored."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    rows: Tensor  # [T]
+    targets: Tensor  # [T]
+
+    def everywhere(self) -> Tensor:
+        """Targets of all N positions, -100 where none is scored."""
+        return torch.full_like(self.hidden[:, 0], -100, dtype=torch.int64).scatter(
+            0, self.rows, self.targets
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table; ms and peak_mib are None where there is nothing to tell."""
+
+    op: str
+    impl: str
+    shape: str
+    dtype: str
+    ms: float | None
+    peak_mib: float | None
+    device: str
+    commit: str
+    logps_error: float
+    grad_error: float
+
+
+Implementation = Callable[[Case], Tensor]
+
+
+def ours(case: Case) -> Tensor:
+    """This repository's kernel, on the path it chooses."""
+    return token_logps(case.hidden, case.rows, case.weight, case.targets)
+
+
+def ours_torch(case: Case) -> Tensor:
+    """This repository's kernel without Triton."""
+    return token_logps(case.hidden, case.rows, case.weight, case.targets, implementation="torch")
+
+
+def twin(case: Case) -> Tensor:
+    """Materialised fp32 logits and autograd."""
+    return reference.token_logps(case.hidden, case.rows, case.weight, case.targets)
+
+
+def plain(case: Case) -> Tensor:
+    """Materialised logits in the model's dtype, fp32 log-softmax and autograd."""
+    logits = F.linear(case.hidden[case.rows], case.weight)
+    return logits.float().log_softmax(-1).gather(1, case.targets[:, None])[:, 0]
+
+
+def trl(case: Case) -> Tensor:
+    """TRL scores the labelled positions on CUDA and all positions elsewhere."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    on_cuda = case.hidden.is_cuda
+    hidden = case.hidden[case.rows] if on_cuda else case.hidden
+    targets = case.targets if on_cuda else case.everywhere().clamp(min=0)
+    settings = (
+        1.0,
+        TRL_CHUNK_TOKENS,
+        None,
+        1.0,
+        (),
+    )  # temperature, width, soft-cap, scale, outputs
+    logps = ChunkedLogProbFunction.apply(hidden, case.weight, None, targets, *settings)[0]
+    return logps if on_cuda else logps[case.rows]
+
+
+def liger(case: Case) -> Tensor:
+    """Liger's fused head; it recomputes logits where losses are not reduced."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    loss = liger_fused_linear_cross_entropy(
+        case.hidden[case.rows], case.weight, case.targets, reduction="none"
+    )
+    return -loss
+
+
+def cut_cross_entropy(case: Case) -> Tensor:
+    """Apple's Cut Cross-Entropy; it skips small gradients by default."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(
+        case.hidden[case.rows], case.weight, case.targets, reduction="none"
+    )
+
+
+def torch_linear_cross_entropy(case: Case) -> Tensor:
+    """PyTorch's own chunked head."""
+    return -F.linear_cross_entropy(
+        case.hidden[case.rows],
+        case.weight,
+        case.targets,
+        reduction="none",
+        options=torch.nn.LinearCrossEntropyOptions(),
+    )
+
+
+def implementations(device: torch.device) -> dict[str, Implementation]:
+    """What can run here, ours first."""
+    found: dict[str, Implementation] = {"ours": ours}
+    if device.type == "cuda":
+        found["ours (torch)"] = ours_torch
+    found |= {"twin": twin, "plain": plain}
+    if importlib.util.find_spec("trl"):
+        found["trl"] = trl
+    if device.type == "cuda":
+        if importlib.util.find_spec("liger_kernel"):
+            found["liger"] = liger
+        if importlib.util.find_spec("cut_cross_entropy"):
+            found["cut_cross_entropy"] = cut_cross_entropy
+        if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # from torch 2.13
+            found["torch linear_cross_entropy"] = torch_linear_cross_entropy
+    return found
+
+
+def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
+    """Seeded numbers with logits of a few nats; hidden requires a gradient, the head does not."""
+    num_tokens, dim, vocabulary = map(int, shape.split("x"))
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(num_tokens, dim, generator=generator, device=device).to(dtype)
+    weight = torch.empty(vocabulary, dim, dtype=dtype, device=device)
+    weight.normal_(std=3 * dim**-0.5, generator=generator)
+    rows = torch.arange(num_tokens // 2, num_tokens, device=device)
+    targets = torch.randint(vocabulary, rows.shape, generator=generator, device=device)
+    return Case(hidden.requires_grad_(), weight, rows, targets)
+
+
+def step(implementation: Implementation, case: Case) -> tuple[Tensor, Tensor]:
+    """Log-probs [T] and the gradient of their sum [N, D]."""
+    logps = implementation(case)
+    (grad,) = torch.autograd.grad(logps.sum(), case.hidden)
+    return logps.detach(), grad
+
+
+def errors(case: Case, logps: Tensor, grad: Tensor) -> tuple[float, float]:
+    """Errors of the first scored rows: largest of a log-prob (nats), relative of the gradient."""
+    rows, targets = case.rows[:NUM_CHECKED], case.targets[:NUM_CHECKED]
+    hidden = case.hidden.detach()[rows].double()
+    # In float64 the whole head would not fit beside a large one: slice by slice.
+    parts = case.weight.split(8192)
+    exact_logps = torch.cat([hidden @ part.double().T for part in parts], 1).log_softmax(-1)
+    exact_grad = case.weight[targets].double()
+    for part, some_logps in zip(parts, exact_logps.split(8192, 1), strict=True):
+        exact_grad -= some_logps.exp() @ part.double()
+    logps_error = logps[:NUM_CHECKED] - exact_logps.gather(1, targets[:, None])[:, 0]
+    grad_error = (grad[rows] - exact_grad).norm() / exact_grad.norm()
+    return logps_error.abs().max().item(), grad_error.item()
+
+
+def is_right(logps_error: float, grad_error: float, dtype: torch.dtype) -> bool:
+    """Half logits may be rounded to their type (some peers do so); nothing else is forgiven."""
+    logps_limit, grad_limit = (1e-3, 1e-3) if dtype == torch.float32 else (0.2, 0.05)
+    return logps_error <= logps_limit and grad_error <= grad_limit
+
+
+def peak_mib(action: Callable[[], object], device: torch.device) -> float | None:
+    """Most memory beyond what was held before, in MiB: the card's, or the process's (on Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if sys.platform != "linux":
+        return None
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again at VmRSS
+    before_kib = _status_kib("VmRSS")
+    action()
+    return max(0, _status_kib("VmHWM") - before_kib) / 1024
+
+
+def _status_kib(field: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    match = re.search(rf"{field}:\s+(\d+) kB", status)
+    assert match
+    return int(match[1])
+
+
+def median_ms(action: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median wall time; the card is idle before and after each run."""
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def measure(
+    name: str, implementation: Implementation, shape: str, case: Case, repeats: int
+) -> Result:
+    """Check, then measure memory, then time."""
+    device, dtype = case.hidden.device, case.hidden.dtype
+    logps_error, grad_error = errors(case, *step(implementation, case))
+    right = is_right(logps_error, grad_error, dtype)
+    peak = peak_mib(lambda: step(implementation, case), device) if right else None
+    ms = median_ms(lambda: step(implementation, case), device, repeats) if right else None
+    dtype_name = str(dtype).removeprefix("torch.")
+    where = device_name(device)
+    return Result(
+        "token_logps", name, shape, dtype_name, ms, peak, where, commit(), logps_error, grad_error
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the CPU's with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """The checkout's commit, with a + where files differ from it."""
+    command = ["git", "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"
+
+
+def print_row(result: Result) -> None:
+    """One line of the table; a wrong result gets its errors in place of a speed."""
+    ms = "wrong" if result.ms is None else f"{result.ms:.1f}"
+    peak = "-" if result.peak_mib is None else f"{result.peak_mib:.0f}"
+    line = (
+        result.op,
+        result.impl,
+        result.shape,
+        result.dtype,
+        ms,
+        peak,
+        result.device,
+        result.commit,
+    )
+    print(COLUMNS.format(*line), flush=True)
+    if result.ms is None:
+        logps_error, grad_error = result.logps_error, result.grad_error
+        print(f"  refused: log-probs off by {logps_error:.1e} nats, gradient by {grad_error:.1e}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run every implementation on every shape and dtype."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="NxDxV", help="positions x hidden x vocabulary"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: float32 and bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--quick", action="store_true", help="one toy shape, one repeat: does it run?"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    shapes = options.shapes or SHAPES["quick" if options.quick else device.type]
+    for shape in shapes:
+        if not re.fullmatch(r"\d+x\d+x\d+", shape):
+            parser.error(f"a shape must be NxDxV, such as 512x512x128256, got {shape}")
+
+    print(COLUMNS.format("op", "impl", "shape", "dtype", "ms", "peak_mib", "device", "commit"))
+    results = []
+    for shape in shapes:
+        for dtype in options.dtypes or ["float32", "bfloat16"]:
+            case = make_case(shape, DTYPES[dtype], device)
+            for name, implementation in implementations(device).items():
+                result = measure(
+                    name, implementation, shape, case, 1 if options.quick else options.repeats
+                )
+                results.append(result)
+                print_row(result)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "torch": torch.__version__,
+            "results": [asdict(result) for result in results],
+        }
+        options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

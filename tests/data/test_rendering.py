@@ -1,0 +1,61 @@
+import pytest
+
+from lowmem_dpo.data.formats import Preference
+from lowmem_dpo.data.rendering import (
+    COMMON_MARKERS,
+    TemplateSettings,
+    build_renderer,
+    prompts_are_repeated,
+    repeats_prompt,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "opening", "ends"),
+    [
+        (None, [], ("</s>",)),
+        ("chatml", ["<|im_start|>user"], ("</s>", "<|im_end|>")),
+        ("llama3", ["<|start_header_id|>user<|end_header_id|>"], ("</s>", "<|eot_id|>")),
+        ("mistral", ["[INST]"], ("</s>", "</s>")),
+        ("no_end", ["### user:"], ("</s>",)),
+    ],
+)
+def test_build_renderer_learns_how_turns_begin_and_answers_end(
+    build_tokenizer, name, opening, ends
+):
+    renderer = build_renderer(build_tokenizer(name), TemplateSettings())
+    assert renderer.markers == (*COMMON_MARKERS, *opening)
+    assert renderer.ends == ends
+
+
+def test_build_renderer_does_not_take_plain_text_for_an_end(build_tokenizer, tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text("{% for m in messages %}{{ m['content'] }}<|done|>{% endfor %}")
+    settings = TemplateSettings(chat_template=str(path))
+    assert build_renderer(build_tokenizer(), settings).ends == ("</s>",)
+
+
+def test_build_renderer_takes_the_default_of_named_templates(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    tokenizer.chat_template = {"tool_use": "", "default": tokenizer.chat_template}
+    assert "<|im_end|>" in build_renderer(tokenizer, TemplateSettings()).ends
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "expected"),
+    [
+        ("a", "ab", "ac", True),
+        ("a", "ab", "b", False),
+        ("", "ab", "ac", False),
+        ("a", [{"role": "assistant", "content": "ab"}], "ac", False),
+    ],
+)
+def test_repeats_prompt_wants_the_whole_prompt_on_both_sides(prompt, chosen, rejected, expected):
+    assert repeats_prompt(Preference(prompt, chosen, rejected, 1)) is expected
+
+
+def test_prompts_are_repeated_goes_by_the_majority():
+    joined, plain = Preference("a", "ab", "ac", 1), Preference("a", "b", "c", 2)
+    assert prompts_are_repeated([joined, joined, plain])
+    assert not prompts_are_repeated([joined, plain])
+    assert not prompts_are_repeated([])

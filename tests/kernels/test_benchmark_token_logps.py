@@ -1,0 +1,74 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "benchmark_token_logps.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_token_logps", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)  # dataclasses look it up
+        spec.loader.exec_module(module)
+        yield module
+
+
+def without_trl(monkeypatch, benchmark):
+    """Importing TRL takes many seconds."""
+    real = benchmark.implementations
+    monkeypatch.setattr(
+        benchmark,
+        "implementations",
+        lambda device: {name: f for name, f in real(device).items() if name != "trl"},
+    )
+
+
+def test_main_quick_prints_a_table_and_writes_json(benchmark, monkeypatch, tmp_path, capsys):
+    without_trl(monkeypatch, benchmark)
+    path = tmp_path / "results" / "quick.json"
+    assert benchmark.main(["--quick", "--device", "cpu", "--output", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = ["op", "impl", "shape", "dtype", "ms", "peak_mib", "device", "commit"]
+    assert lines[0].split() == header
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["schema_version"] == 1
+    results = record["results"]
+    assert len(lines) == 1 + len(results)
+    assert {(r["impl"], r["dtype"]) for r in results} >= {
+        (impl, dtype) for impl in ("ours", "twin", "plain") for dtype in ("float32", "bfloat16")
+    }
+    assert all(set(header) <= set(r) and r["ms"] > 0 for r in results)
+
+
+@pytest.mark.parametrize("defect", ["value", "gradient"])
+def test_main_prints_no_speed_of_a_wrong_result(benchmark, monkeypatch, capsys, defect):
+    def wrong(case):
+        logps = benchmark.ours(case)
+        return logps + 0.01 if defect == "value" else logps + 0.01 * (logps - logps.detach())
+
+    monkeypatch.setattr(benchmark, "implementations", lambda device: {"wrong": wrong})
+    benchmark.main(["--quick", "--device", "cpu", "--dtypes", "float32"])
+    _, row, refusal = capsys.readouterr().out.splitlines()
+    assert row.split()[4:6] == ["wrong", "-"]
+    assert refusal.startswith("  refused: log-probs off by")
+
+
+def test_main_refuses_a_shape_it_cannot_read(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--shapes", "512x512", "--device", "cpu"])
+    assert "a shape must be NxDxV, such as 512x512x128256, got 512x512" in capsys.readouterr().err
+
+
+def test_trl_scores_as_we_do(benchmark):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    case = benchmark.make_case("16x8x100", torch.float32, torch.device("cpu"))
+    for ours, theirs in zip(
+        benchmark.step(benchmark.ours, case), benchmark.step(benchmark.trl, case), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

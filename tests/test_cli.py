@@ -1,0 +1,218 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lowmem_dpo.cli import main
+from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.version import __version__
+
+
+@pytest.fixture
+def train(llama_dir, pairs_file, tmp_path):
+    """Run `train` on the tiny model; the words given override."""
+
+    def run(*words: str) -> int:
+        defaults = {"--model": llama_dir, "--data": pairs_file(), "--output_dir": tmp_path / "out"}
+        given = [str(x) for pair in defaults.items() if pair[0] not in words for x in pair]
+        return main(["train", *given, "--batch_size", "4", "--lora_r", "4", *words])
+
+    return run
+
+
+def one_line_error(capsys) -> str:
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("lowmem_dpo: error: ")]
+    assert len(lines) == 1 and "Traceback" not in error, error
+    return lines[0]
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lowmem_dpo {__version__}\n"
+
+
+def test_train_leaves_the_documented_folder(train, tmp_path):
+    assert train("--eval_fraction", "0.3") == 0
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        *("config.yaml", "run.json", "metrics.jsonl"),
+        *("checkpoints", "best", "adapter", "plots"),
+    }
+    for folder in ("best", "adapter"):
+        files = {path.name for path in (out / folder).iterdir()}
+        assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in (out / "plots").glob("*.png")} >= {"loss.png", "margins.png"}
+    record = json.loads((out / "run.json").read_text())
+    assert record["finished"] and record["step_zero"]["exact"]
+    assert record["step_zero"]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    training = [row for row in logged if "loss" in row]
+    assert [row["step"] for row in training] == list(range(1, len(training) + 1))
+    documented = (
+        "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen"
+    )
+    documented += " logps/rejected grad_norm learning_rate epoch step num_tokens pairs_per_second"
+    assert set(documented.split()) <= set(training[0])
+    assert "eval_rewards/accuracies" in logged[-1]
+
+
+def test_train_from_its_own_config_repeats_the_run(train, tmp_path):
+    assert train() == 0
+    first = tmp_path / "out"
+    assert (
+        main(["train", "--config", str(first / "config.yaml"), "--output_dir", str(tmp_path / "b")])
+        == 0
+    )
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (first, tmp_path / "b")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_train_prints_choice_of_template_pair_table_and_plan(train, capsys):
+    assert train() == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "prompt/chosen/rejected strings",
+        "chat template",
+        "[[",
+        "nf4",
+        "micro-batches of",
+    ):
+        assert text in printed
+    assert "only 3 steps" in printed and "step zero: every margin is exactly 0" in printed
+    assert re.search(r"step 3/3: loss 0\.\d+, margin [+-]", printed)
+
+
+def test_print_config_is_read_back(capsys, tmp_path):
+    assert main(["train", "--beta", "0.3", "--learning-rate", "1e-5", "--print_config"]) == 0
+    path = tmp_path / "run.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert TrainConfig.from_yaml(path) == TrainConfig(beta=0.3, learning_rate=1e-5)
+    assert yaml.safe_load(path.read_text())["batch_size"] == 16
+
+
+def test_precompute_fills_the_cache_for_train(train, llama_dir, pairs_file, capsys):
+    words = ["--model", str(llama_dir), "--data", str(pairs_file())]
+    assert main(["precompute", *words]) == 0
+    assert "12 to score" in capsys.readouterr().out
+    assert train() == 0
+    assert "12 in the cache, 0 to score" in capsys.readouterr().out
+
+
+BAD_DATA = {
+    "empty.jsonl": (b"", "empty"),
+    "broken.jsonl": (b'{"prompt": "a", "chosen"', "line 1"),
+    "binary.jsonl": (b"\xff\xfe\x00\x01", "UTF-8"),
+    "columns.jsonl": (b'{"question": "a", "answer": "b"}\n', "question"),
+    "same.jsonl": (b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "identical"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_train_refuses_bad_data_in_one_line(train, tmp_path, capsys, name):
+    content, named = BAD_DATA[name]
+    (tmp_path / name).write_bytes(content)
+    assert train("--data", str(tmp_path / name)) == 2
+    assert named in one_line_error(capsys)
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--betta", "1"], "did you mean beta?"),
+        (["--pack_tokens", "8"], "pack_tokens 8 is less than the longest pair"),
+        (["--device", "tpu"], "device must be"),
+        (["--layer_inputs", "host"], "has no effect on cpu"),
+        (["--memory_limit", "8GB"], "has no effect on cpu"),
+        (["--dtype", "float16"], "float16"),
+        (["--lora_target_modules", "query"], "query"),
+        (["--init_adapter", "nowhere"], "nowhere"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--eval_fraction", "0.001", "--max_length", "4"], "no pair is left"),
+        (["--system_prompt", "x", "--chat_template", "none"], "chat template"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_train_refuses_bad_settings_in_one_line(train, tmp_path, capsys, words, named):
+    assert train(*words) == 2
+    assert named in one_line_error(capsys)
+
+
+def test_train_refuses_an_output_dir_that_holds_a_run(train, tmp_path, capsys):
+    assert train() == 0
+    before = (tmp_path / "out" / "metrics.jsonl").read_text()
+    assert train() == 2
+    assert "--resume auto" in one_line_error(capsys)
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == before
+
+
+def test_train_says_when_the_output_dir_cannot_be_made(train, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train("--output_dir", str(tmp_path / "file" / "out")) == 2
+    assert "output_dir" in one_line_error(capsys)
+
+
+def test_train_without_model_or_data_says_which(capsys):
+    assert main(["train", "--data", "x.jsonl"]) == 2
+    assert "--model" in one_line_error(capsys)
+    assert main(["train", "--model", "x"]) == 2
+    assert "--data" in one_line_error(capsys)
+
+
+def test_unknown_verb(capsys):
+    assert main(["trian"]) == 2
+    assert "known: train" in one_line_error(capsys)
+
+
+def test_generate_shows_base_and_adapter_side_by_side(train, tmp_path, llama_dir, capsys):
+    assert train("--learning_rate", "1e-2", "--num_train_epochs", "3") == 0
+    adapter = str(tmp_path / "out" / "best")
+    capsys.readouterr()
+    words = ["generate", "--adapter", adapter, "--max_new_tokens", "8", "--prompt", "hello"]
+    assert main([*words, "--model", str(llama_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("prompt: hello") < printed.index("base:") < printed.index("adapter:")
+    assert main(words) == 0  # the adapter names its base
+    assert "adapter:" in capsys.readouterr().out
+
+
+def test_generate_reads_prompts_from_files(tmp_path, llama_dir, capsys):
+    files = {
+        "p.txt": "one\n\ntwo\n",
+        "p.jsonl": '{"prompt": "one"}\n{"prompt": "two"}\n',
+        "p.json": '[{"prompt": "one"}, {"prompt": "two"}]',
+    }
+    for name, text in files.items():
+        path: Path = tmp_path / name
+        path.write_text(text)
+        words = [
+            "generate",
+            "--model",
+            str(llama_dir),
+            "--prompts",
+            str(path),
+            "--max_new_tokens",
+            "2",
+        ]
+        assert main(words) == 0
+        printed = capsys.readouterr().out
+        assert "prompt: one" in printed and "prompt: two" in printed and "adapter:" not in printed
+
+
+def test_generate_refuses_a_bad_file_of_prompts(tmp_path, llama_dir, capsys):
+    (tmp_path / "p.jsonl").write_text('{"text": "one"}\n')
+    assert (
+        main(["generate", "--model", str(llama_dir), "--prompts", str(tmp_path / "p.jsonl")]) == 2
+    )
+    assert "prompt" in one_line_error(capsys)
+    assert main(["generate", "--model", str(llama_dir)]) == 2
+    assert "--prompt" in one_line_error(capsys)

@@ -1,0 +1,181 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.training.trainer import Trainer
+
+EXACT = ("loss", "grad_norm", "learning_rate", "rewards/margins", "logps/chosen", "num_tokens")
+
+
+@pytest.fixture
+def config(llama_dir, pairs_file, tmp_path) -> TrainConfig:
+    return TrainConfig(
+        model=str(llama_dir),
+        data=str(pairs_file(14)),
+        output_dir=str(tmp_path / "whole"),
+        batch_size=4,
+        num_train_epochs=2.5,
+        learning_rate=1e-3,
+        lora_r=4,
+        save_strategy="steps",
+        save_steps=2,
+        keep_checkpoints=9,
+    )
+
+
+def rows(directory: str | Path) -> list[tuple]:
+    lines = (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [tuple(json.loads(line)[name] for name in ("step", *EXACT)) for line in lines]
+
+
+def adapter(directory: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(directory) / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_run(a: str | Path, b: str | Path) -> None:
+    assert rows(a) == rows(b)
+    first, second = adapter(a), adapter(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optim": "adamw_8bit"}, {"lora_dropout": 0.2}, {"optim": "sgd", "learning_rate": 0.1}],
+    ids=["adamw", "adamw_8bit", "dropout", "sgd"],
+)
+def test_resume_equals_the_uninterrupted_run_exactly(config, tmp_path, changes):
+    config = replace(config, **changes)
+    whole = Trainer(config).fit()
+    assert whole.num_steps == 10
+    for step in (2, 6):  # within an epoch and across one
+        other = replace(config, output_dir=str(tmp_path / f"from-{step}"))
+        checkpoint = tmp_path / "whole" / "checkpoints" / f"step-{step:06d}"
+        result = Trainer(replace(other, resume=str(checkpoint))).fit()
+        assert result.final_loss == whole.final_loss
+        assert rows(other.output_dir) == rows(config.output_dir)[step:]
+        for name, value in adapter(other.output_dir).items():
+            assert torch.equal(value, adapter(config.output_dir)[name]), name
+
+
+def test_resume_auto_after_kill_9_continues_to_the_same_losses(config, tmp_path):
+    Trainer(config).fit()
+    killed = tmp_path / "killed"
+    words = [
+        sys.executable,
+        "-c",
+        SLOW_RUN,
+        "train",
+        "--config",
+        str(tmp_path / "whole" / "config.yaml"),
+    ]
+    process = subprocess.Popen(
+        [*words, "--output_dir", str(killed)], env=environment(), stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while len(list(killed.glob("checkpoints/step-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 4 <= len(rows(killed)) < 10
+    with pytest.raises(ValueError, match="holds a run already"):
+        Trainer(replace(config, output_dir=str(killed))).fit()
+    Trainer(replace(config, output_dir=str(killed), resume="auto")).fit()
+    assert_same_run(killed, config.output_dir)
+
+
+SLOW_RUN = """
+import sys, time
+from lowmem_dpo.training import trainer
+from lowmem_dpo.cli import main
+log = trainer.RunFolder.log
+def slow_log(self, metrics):
+    log(self, metrics)
+    time.sleep(0.3)
+trainer.RunFolder.log = slow_log
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def environment() -> dict[str, str]:
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "kernels")])
+    return {**os.environ, "PYTHONPATH": paths}
+
+
+def test_resume_auto_without_a_checkpoint_starts_afresh(config, tmp_path, capsys):
+    Trainer(config).fit()
+    fresh = replace(config, output_dir=str(tmp_path / "fresh"), resume="auto")
+    Trainer(fresh).fit()
+    assert "starting afresh" in capsys.readouterr().out
+    assert_same_run(fresh.output_dir, config.output_dir)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"beta": 0.2}, "beta 0.1 -> 0.2"),
+        ({"learning_rate": 1e-4}, "learning_rate 0.001 -> 0.0001"),
+        ({"max_length": 20}, "data_digest"),
+    ],
+)
+def test_resume_refuses_a_changed_setting_and_names_it(config, change, named):
+    Trainer(config).fit()
+    before = rows(config.output_dir)
+    with pytest.raises(ValueError, match="cannot resume") as error:
+        Trainer(replace(config, resume="auto", **change)).fit()
+    assert named in str(error.value)
+    assert rows(config.output_dir) == before
+
+
+def test_resume_refuses_changed_data(config, pairs_file):
+    Trainer(config).fit()
+    other = str(pairs_file(14, seed=5, name="other.jsonl"))
+    with pytest.raises(ValueError, match="data_digest"):
+        Trainer(replace(config, resume="auto", data=other)).fit()
+
+
+def test_sigterm_saves_after_the_step_and_exits_130(config, tmp_path):
+    words = [
+        sys.executable,
+        "-c",
+        SLOW_RUN,
+        "train",
+        "--model",
+        str(config.model),
+        "--data",
+        str(config.data),
+    ]
+    output = tmp_path / "stopped"
+    process = subprocess.Popen(
+        [*words, "--output_dir", str(output), "--batch_size", "1"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (output / "metrics.jsonl").exists() or not rows(output):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    (checkpoint,) = (output / "checkpoints").glob("step-*")
+    assert int(checkpoint.name[5:]) == len(rows(output)) < 14
+    assert "--resume auto" in printed
+
+
+def test_keep_checkpoints_keeps_the_newest(config, tmp_path):
+    Trainer(replace(config, keep_checkpoints=2)).fit()
+    names = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").iterdir())
+    assert names == ["step-000008", "step-000010"]
