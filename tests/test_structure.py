@@ -13,7 +13,7 @@ PACKAGES = {
     "lowmem_dpo_kernels": ROOT / "kernels" / "lowmem_dpo_kernels",
 }
 
-# A room may import those after it in this list, and itself; rooms on one line do not know each other.
+# A room may import those after it in this list, and itself; rooms on one line are strangers.
 ORDER = [
     {"cli"},
     {"pipeline"},

@@ -1,4 +1,4 @@
-"""Random-weight models of every supported family, small enough for a test, saved as real checkpoints."""
+"""Random-weight models of every supported family, small enough for a test, as checkpoints."""
 
 from pathlib import Path
 from typing import Any

@@ -119,8 +119,10 @@ def load_model(
     buffer = torch.empty(max(stored.nbytes for stored in tensors.values()), dtype=torch.uint8)
     for name, stored in tensors.items():
         quantised = quantization == "nf4" and _is_linear(model, name)
-        tensor = stored.read(buffer).to(device=device, dtype=dtype, copy=not quantised)
-        _put(model, name, tensor, quantised)
+        tensor = stored.read(buffer)
+        # Codes come from the stored numbers, so that they do not depend on the compute type.
+        kind = tensor.dtype if quantised else dtype
+        _put(model, name, tensor.to(device=device, dtype=kind, copy=not quantised), quantised)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     rotary = model.model.rotary_emb

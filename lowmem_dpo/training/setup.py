@@ -179,10 +179,10 @@ def _adapter_settings(config: TrainConfig, init_adapter: str | None) -> AdapterS
     given = dataclasses.replace(
         read_adapter_config(Path(init_adapter)), dropout=config.lora_dropout
     )
-    if given != wanted:
-        say(
-            f"adapter: rank {given.rank}, alpha {given.alpha:g} and target modules are those of "
-            f"{init_adapter}; the lora_* settings give way to them"
+    if given != wanted and any(getattr(config, n) != getattr(TrainConfig(), n) for n in LORA_SHAPE):
+        warn(
+            f"{', '.join(LORA_SHAPE)} have no effect: the run starts from {init_adapter}, which "
+            f"has rank {given.rank}, alpha {given.alpha:g} and its own target modules"
         )
     return given
 

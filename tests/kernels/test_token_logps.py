@@ -192,7 +192,7 @@ def test_token_logps_gradient_keeps_its_accuracy_for_confident_tokens(dtype):
     weight = (0.2 * torch.randn(4163, 64, generator=generator)).to(dtype)
     targets = torch.arange(0, 4163, 200)
     directions = weight[targets].double()
-    hidden = (directions * 27 / directions.square().sum(1, keepdim=True)).to(dtype)
+    hidden = (directions * 28 / directions.square().sum(1, keepdim=True)).to(dtype)
     inputs = (hidden, torch.arange(len(targets)), weight, targets)
     upstream = torch.full((len(targets),), 2.0**14)  # lifts the gradient into float16's range
     logps, grad = values_and_grad(token_logps, inputs, {}, upstream)
