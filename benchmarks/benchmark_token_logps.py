@@ -11,6 +11,7 @@ PyTorch's chunked head run on CUDA only.
 """
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import platform
@@ -215,6 +216,7 @@ def peak_mib(action: Callable[[], object], device: torch.device) -> float | None
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     if sys.platform != "linux":
         return None
+    ctypes.CDLL(None).malloc_trim(0)  # or memory that earlier runs freed would be used unseen
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again at VmRSS
     before_kib = _status_kib("VmRSS")
     action()

@@ -224,7 +224,7 @@ def _encode(
     say(f"{title}: {path}: {len(preferences)} pairs, {data_format}")
     for line in report.lines():
         say(f"{title}: {line}")
-    return pairs, {"path": path, "format": data_format, **dataclasses.asdict(report)}
+    return pairs, {"path": path, "format": data_format, **vars(report)}
 
 
 def self_check(policy: Policy, trees: Sequence[Tree]) -> float:

@@ -110,7 +110,9 @@ def test_token_logps_handles_odd_sizes(dim, vocabulary):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [37, 64])
 def test_token_logps_of_a_row_does_not_depend_on_its_neighbours(dtype, dim):
-    (hidden, _, weight, targets), settings, _ = make_case(dtype, dim=dim, num_rows=300, bias=True)
+    (hidden, _, weight, targets), settings, _ = make_case(
+        dtype, dim=dim, num_rows=300, bias=True, vocabulary=4103
+    )
     rows = torch.arange(300)
     logps, grad = values_and_grad(
         token_logps, (hidden, rows, weight, targets), settings, torch.ones(300)

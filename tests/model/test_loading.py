@@ -85,11 +85,11 @@ def test_load_model_in_nf4_computes_with_the_quantised_weights(tiny_checkpoint, 
     assert not torch.allclose(exact, logits(model), atol=1e-3)
 
 
-def test_load_model_casts_before_it_quantises(tiny_checkpoint):
+def test_load_model_quantises_the_stored_numbers_and_casts_the_rest(tiny_checkpoint):
     folder, model = tiny_checkpoint("qwen2")
     loaded = load(folder, "nf4", torch.bfloat16).model
     for name, layer in linear_layers(loaded).items():
-        weight = model.get_submodule(name).weight.bfloat16()
+        weight = model.get_submodule(name).weight
         assert torch.equal(layer.weight.packed, quantize_nf4(weight).packed)
     floats = {p.dtype for p in loaded.parameters()}
     assert floats == {torch.bfloat16}

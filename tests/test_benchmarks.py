@@ -1,0 +1,130 @@
+"""The benchmarks run, and refuse to print the speed of a wrong result."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+HAS_TRL = bool(importlib.util.find_spec("trl") and importlib.util.find_spec("peft"))
+
+
+def run_tiny(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+    output = tmp_path / "results" / "tiny.json"
+    command = [sys.executable, str(BENCHMARKS / "train_step.py"), "--shape", "tiny"]
+    command += ["--device", "cpu", "--steps", "2", "--output", str(output), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240), output
+
+
+@pytest.fixture
+def train_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the benchmark adds to it
+    import train_step
+
+    return train_step
+
+
+def test_train_step_agrees_with_trl_and_records_what_it_prints(tmp_path):
+    impls = ["ours", "trl"] if HAS_TRL else ["ours"]
+    run, output = run_tiny(tmp_path, "--pairs", "2x16", "--impl", ",".join(impls))
+    assert run.returncode == 0, run.stdout + run.stderr
+    header, *lines = run.stdout.splitlines()
+    columns = ["op", "impl", "shape", "dtype", "ms", "peak_mib", "device", "commit"]
+    assert header.split()[: len(columns)] == columns
+    assert [line.split()[:2] for line in lines] == [["train_step", impl] for impl in impls]
+    record = json.loads(output.read_text(encoding="utf-8"))
+    assert record["schema_version"] == 1
+    assert record["versions"]["torch"] == torch.__version__
+    ours = record["results"][0]
+    assert ours["margin_0"] == 0.0
+    assert ours["loss_0"] == pytest.approx(math.log(2), abs=1e-6)
+    assert ours["ratio"] == 1.0
+    for result in record["results"]:
+        assert len(result["steps_ms"]) == 2
+        assert result["ms"] > 0
+        assert result["logps_chosen_0"] == pytest.approx(ours["logps_chosen_0"], abs=1e-3)
+        assert result["grad_norm_0"] == pytest.approx(ours["grad_norm_0"], rel=1e-3)
+
+
+@pytest.mark.skipif(not HAS_TRL, reason="needs trl and peft")
+def test_train_step_gives_trl_the_same_nf4_weights_and_precomputes(tmp_path):
+    run, output = run_tiny(
+        tmp_path, "--pairs", "1x16", "--impl", "trl-precompute,ours", "--quantization", "nf4"
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    trl, ours = json.loads(output.read_text(encoding="utf-8"))["results"]
+    assert trl["logps_chosen_0"] == pytest.approx(ours["logps_chosen_0"], abs=1e-3)
+    assert trl["logps_rejected_0"] == pytest.approx(ours["logps_rejected_0"], abs=1e-3)
+    assert trl["ref_ms"] > 0
+
+
+def result(impl: str, **changes: float) -> dict[str, object]:
+    right = {"loss_0": math.log(2), "logps_chosen_0": -80.0, "logps_rejected_0": -90.0}
+    return {"impl": impl, "ms": 1.0, "steps_ms": [1.0], "grad_norm_0": 2.0, **right, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, []),
+        ({"loss_0": 0.72}, ["trl"]),
+        ({"loss_0": math.nan}, ["trl"]),
+        ({"logps_chosen_0": -80.1}, ["ours", "trl"]),
+        ({"logps_rejected_0": -90.1}, ["ours", "trl"]),
+        ({"grad_norm_0": 2.01}, ["ours", "trl"]),
+    ],
+)
+def test_judge_takes_the_speed_from_wrong_results(train_step, changes, refused):
+    options = Namespace(length=16, num_prompt_tokens=8, dtype=torch.float32, quantization="none")
+    results = [result("ours"), result("trl", **changes)]
+    train_step.judge(results, options)
+    assert [r["impl"] for r in results if "error" in r] == refused
+    assert [r["impl"] for r in results if "ms" not in r] == refused
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--pairs", "2"],
+        ["--pairs", "0x64"],
+        ["--prompt_share", "1.0"],
+        ["--steps", "0"],
+        ["--impl", "ours,unsloth"],
+        ["--trl_micro_batch", "3"],
+        ["--memory_limit", "8GB"],
+    ],
+)
+def test_parse_refuses_what_cannot_be_run(train_step, capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        train_step.parse(["--shape", "tiny", "--device", "cpu", *arguments])
+    assert stopped.value.code == 2
+    assert arguments[1] in capsys.readouterr().err or "memory_limit" in arguments[0]
+
+
+def test_random_model_draws_the_same_weights_for_both_wrappers(train_step):
+    import _random_models as models
+
+    from lowmem_dpo.model.lora import LoraLinear
+
+    settings = {"dtype": torch.float32, "device": torch.device("cpu")}
+    ours = models.random_model("tiny", LoraLinear, quantization="nf4", **settings)
+    weights = {}
+
+    def keep(path, weight, bias):
+        weights[path] = weight
+        return torch.nn.Identity()
+
+    models.random_model("tiny", keep, quantization="nf4", **settings)
+    assert len(weights) == 14
+    for path, weight in weights.items():
+        dense = ours.get_submodule(path).weight.dequantize(torch.float32)
+        assert torch.equal(dense, weight.dequantize(torch.float32))
+        assert dense.std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.2)
