@@ -91,12 +91,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"prompt_share must leave two tokens beside a prompt: {options.prompt_share}")
     if options.steps < 1:
         parser.error(f"steps must be at least 1, got {options.steps}")
-    options.trl_micro_batch = micro_batch = options.trl_micro_batch or options.num_pairs
-    if options.num_pairs % micro_batch:
+    if options.trl_micro_batch is None:
+        options.trl_micro_batch = options.num_pairs
+    micro_batch = options.trl_micro_batch
+    if micro_batch < 1 or options.num_pairs % micro_batch:
         parser.error(f"trl_micro_batch must divide {options.num_pairs}, got {micro_batch}")
-    options.impl = options.impl.split(",")
-    if unknown := set(options.impl) - set(IMPLEMENTATIONS):
-        parser.error(f"unknown impl {', '.join(unknown)}; use {', '.join(IMPLEMENTATIONS)}")
+    impls = options.impl.split(",")
+    if not set(impls) <= set(IMPLEMENTATIONS):
+        parser.error(f"impl must be some of {','.join(IMPLEMENTATIONS)}, got {options.impl}")
+    options.impl = impls
     try:
         options.device = resolve_device(options.device)
         options.dtype = resolve_dtype(options.dtype, options.device)

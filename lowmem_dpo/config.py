@@ -269,10 +269,11 @@ def _check_types(config: Any) -> None:
         if float in kinds and isinstance(value, int) and not isinstance(value, bool):
             object.__setattr__(config, f.name, float(value))
         elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise ValueError(f"{f.name} must be {_type_name(f.type)}, got {value!r}")
+            raise ValueError(f"{f.name} must be {type_name(f.type)}, got {value!r}")
 
 
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
+    """An annotation in words, for messages and tables."""
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(str, get_args(annotation)))
     if get_args(annotation):
@@ -418,4 +419,4 @@ def _one_line(cls: type, message: str) -> str:
     if not key or not given:
         return " ".join(message.split())
     annotation = next(f.type for f in dataclasses.fields(cls) if f.name == key[1])
-    return f"{key[1]} must be {_type_name(annotation)}, got {given[-1]}"
+    return f"{key[1]} must be {type_name(annotation)}, got {given[-1]}"

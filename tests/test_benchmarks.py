@@ -33,7 +33,7 @@ def train_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_train_step_agrees_with_trl_and_records_what_it_prints(tmp_path):
-    impls = ["ours", "trl"] if HAS_TRL else ["ours"]
+    impls = ["ours", "trl-precompute"] if HAS_TRL else ["ours"]
     run, output = run_tiny(tmp_path, "--pairs", "2x16", "--impl", ",".join(impls))
     assert run.returncode == 0, run.stdout + run.stderr
     header, *lines = run.stdout.splitlines()
@@ -51,19 +51,19 @@ def test_train_step_agrees_with_trl_and_records_what_it_prints(tmp_path):
         assert len(result["steps_ms"]) == 2
         assert result["ms"] > 0
         assert result["logps_chosen_0"] == pytest.approx(ours["logps_chosen_0"], abs=1e-3)
+        assert result["ref_ms"] > 0
         assert result["grad_norm_0"] == pytest.approx(ours["grad_norm_0"], rel=1e-3)
 
 
 @pytest.mark.skipif(not HAS_TRL, reason="needs trl and peft")
-def test_train_step_gives_trl_the_same_nf4_weights_and_precomputes(tmp_path):
-    run, output = run_tiny(
-        tmp_path, "--pairs", "1x16", "--impl", "trl-precompute,ours", "--quantization", "nf4"
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    trl, ours = json.loads(output.read_text(encoding="utf-8"))["results"]
+def test_train_step_gives_trl_the_same_nf4_weights(train_step):
+    arguments = ["--shape", "tiny", "--device", "cpu", "--pairs", "1x16", "--steps", "1"]
+    arguments += ["--quantization", "nf4"]
+    ours = train_step.work(train_step.parse([*arguments, "--worker", "ours"]))
+    trl = train_step.measure("trl", arguments)
     assert trl["logps_chosen_0"] == pytest.approx(ours["logps_chosen_0"], abs=1e-3)
     assert trl["logps_rejected_0"] == pytest.approx(ours["logps_rejected_0"], abs=1e-3)
-    assert trl["ref_ms"] > 0
+    assert trl["grad_norm_0"] == pytest.approx(ours["grad_norm_0"], rel=0.01)
 
 
 def result(impl: str, **changes: float) -> dict[str, object]:

@@ -15,7 +15,7 @@ PACKAGES = {
 
 # A room may import those after it in this list, and itself; rooms on one line are strangers.
 ORDER = [
-    {"cli"},
+    {"cli", "settings_table"},
     {"pipeline"},
     {"training"},
     {"model", "reference", "losses", "data"},

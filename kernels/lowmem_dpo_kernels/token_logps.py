@@ -56,7 +56,7 @@ class _State:
     labels: Tensor  # [T] int64
     top: Tensor  # [T] fp32, maximum so far
     rest: Tensor  # [T] fp32, sum of e^z
-    target_logit: Tensor  # [T] fp32, z_y
+    target_logit: Tensor  # [T] fp32, z_y; NaN, and so the log-prob, if no slice holds the target
     values: Tensor | None  # [T, D] fp32, sum of e^z W; None without gradient
 
 
@@ -84,6 +84,7 @@ def _pad(length: int, multiple: int = ALIGNMENT) -> int:
 
 
 def _start(hidden: Tensor, rows: Tensor, targets: Tensor, with_grads: bool) -> _State:
+    """Gather the scored rows; no slice has been seen."""
     num_tokens, dim = len(rows), hidden.shape[1]
     padded_tokens, padded_dim = _pad(num_tokens, _tile(hidden.device)[0]), _pad(dim)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -95,9 +96,7 @@ def _start(hidden: Tensor, rows: Tensor, targets: Tensor, with_grads: bool) -> _
         labels=F.pad(targets, (0, padded_tokens - num_tokens), value=IGNORED),
         top=top,
         rest=torch.zeros_like(top),
-        target_logit=torch.full_like(
-            top, torch.nan
-        ),  # stays so, and shows, if no slice holds the target
+        target_logit=torch.full_like(top, torch.nan),
         values=torch.zeros_like(queries, dtype=dtype) if with_grads else None,
     )
 
@@ -133,9 +132,9 @@ def _fold_vocabulary(
     (height, width), (vocabulary, dim) = _tile(weight.device), weight.shape
     width, operand_dtype = min(width, _pad(vocabulary)), state.queries.dtype
     logits = state.top.new_empty(height, width)
-    weights = (
-        logits if operand_dtype == logits.dtype else torch.empty_like(logits, dtype=operand_dtype)
-    )
+    weights = logits
+    if operand_dtype != logits.dtype:
+        weights = torch.empty_like(logits, dtype=operand_dtype)
     fits = weight.dtype == operand_dtype and _pad(dim) == dim and _pad(vocabulary) == vocabulary
     workspace = None if fits else state.queries.new_zeros(width, _pad(dim))
     # float16 needs its upper range too, or it loses the softmax's tail; its maximum is e^11.

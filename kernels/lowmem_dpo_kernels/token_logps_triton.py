@@ -7,6 +7,7 @@ second product: 6 bytes a logit for half operands. The PyTorch expressions that 
 Shapes: B rows of a block, S width of a slice.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -92,26 +93,27 @@ def fold_slice(
     num_rows, padded_width = logits.shape
     rescale = top.new_empty(num_rows)
     stored = logits if weights is None else weights
-    _fold_slice_kernel[(num_rows,)](
-        logits,
-        stored,
-        logits if bias is None else bias,
-        columns,
-        top,
-        rest,
-        target_logit,
-        rescale,
-        logits.stride(0),
-        stored.stride(0),
-        width,
-        padded_width,
-        logit_scale,
-        1.0 if logit_softcap is None else logit_softcap,
-        headroom,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=logit_softcap is not None,
-        WITH_WEIGHTS=weights is not None,
-        BLOCK=triton.next_power_of_2(padded_width),
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        _fold_slice_kernel[(num_rows,)](
+            logits,
+            stored,
+            logits if bias is None else bias,
+            columns,
+            top,
+            rest,
+            target_logit,
+            rescale,
+            logits.stride(0),
+            stored.stride(0),
+            width,
+            padded_width,
+            logit_scale,
+            1.0 if logit_softcap is None else logit_softcap,
+            headroom,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=logit_softcap is not None,
+            WITH_WEIGHTS=weights is not None,
+            BLOCK=triton.next_power_of_2(padded_width),
+            num_warps=NUM_WARPS,
+        )
     return rescale

@@ -1,0 +1,29 @@
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing plots takes longer than training a tiny model."""
+    monkeypatch.setattr("lowmem_dpo.training.trainer.draw_plots", lambda *paths: [])
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write JSON lines; returns the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_metrics(output: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl."""
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def read_record(output: Path) -> dict[str, Any]:
+    """A run's run.json."""
+    return json.loads((output / "run.json").read_text(encoding="utf-8"))

@@ -1,0 +1,54 @@
+import math
+
+import pytest
+import torch
+
+from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.training.health import (
+    RunStopped,
+    check_adapter_moves,
+    check_finite,
+    check_step_zero,
+    has_step_zero,
+)
+
+LN2 = math.log(2)
+
+
+def test_check_step_zero_is_silent_on_exact_agreement():
+    record, warning = check_step_zero(TrainConfig(), LN2, 0.0, 1e-4, True)
+    assert record["exact"] and warning is None
+
+
+def test_check_step_zero_warns_of_rounding_under_the_same_fingerprint_only():
+    assert check_step_zero(TrainConfig(), LN2, 1e-5, 1e-4, True)[1] is not None
+    assert check_step_zero(TrainConfig(), LN2, 1e-5, 1e-4, False)[1] is None
+
+
+@pytest.mark.parametrize(("loss", "rms"), [(LN2, 2e-4), (LN2 + 0.03, 0.0), (math.nan, 0.0)])
+def test_check_step_zero_stops_beyond_the_tolerances(loss, rms):
+    with pytest.raises(RunStopped, match="step zero failed"):
+        check_step_zero(TrainConfig(), loss, rms, 1e-4, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, True), ({"reference_free": True}, False), ({"lora_dropout": 0.1}, False)],
+)
+def test_has_step_zero(changes, expected):
+    assert has_step_zero(TrainConfig(**changes)) is expected
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf)])
+def test_check_finite_names_the_rows(loss, norm):
+    with pytest.raises(RunStopped, match="data rows 3, 17"):
+        check_finite(loss, norm, [17, 3], 5)
+
+
+def test_check_adapter_moves_stops_at_step_20_if_every_lora_b_is_zero():
+    parameters = {"x.lora_a": torch.ones(2), "x.lora_b": torch.zeros(2)}
+    check_adapter_moves(parameters, 19)
+    with pytest.raises(RunStopped, match="LoRA-B"):
+        check_adapter_moves(parameters, 20)
+    parameters["y.lora_b"] = torch.tensor([0.0, 1e-9])
+    check_adapter_moves(parameters, 20)

@@ -1,0 +1,167 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowmem_dpo import TrainConfig, Trainer
+from lowmem_dpo.model.lora import adapters_disabled
+from tests.training.conftest import read_metrics, read_record
+
+pytestmark = pytest.mark.usefixtures("without_plots")
+
+PROMPT = "0 abc"
+GREEDY = {"max_new_tokens": 12, "temperature": 0.0}
+
+
+@pytest.fixture
+def config(llama_dir: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    def make(**settings: Any) -> TrainConfig:
+        defaults = {
+            "model": str(llama_dir),
+            "output_dir": str(tmp_path / "out"),
+            "quantization": "none",
+            "device": "cpu",
+            "batch_size": 4,
+            "lora_r": 4,
+            "learning_rate": 1e-2,
+            "save_strategy": "no",
+        }
+        return TrainConfig(**(defaults | settings))
+
+    return make
+
+
+def test_fit_returns_the_last_metrics_and_leaves_a_complete_run(config, pairs_file, tmp_path):
+    result = Trainer(config(max_steps=8)).fit(str(pairs_file(12)))
+    last = read_metrics(result.output_dir)[-1]
+    assert result.num_steps == last["step"] == 8
+    assert result.final_loss == result.metrics["loss"] == last["loss"] < math.log(2)
+    assert result.output_dir == tmp_path / "out"
+    record = read_record(result.output_dir)
+    assert record["finished"] is True and record["step_zero"]["exact"] is True
+    for name in ("config.yaml", "adapter/adapter_config.json", "best/adapter_model.safetensors"):
+        assert (result.output_dir / name).is_file(), name
+
+
+def test_fit_takes_the_file_by_keyword_or_from_the_config(config, pairs_file, tmp_path):
+    path = pairs_file(8)
+    by_keyword = Trainer(config()).fit(prompts=path, data_format="preferences")
+    elsewhere = config(data=str(path), output_dir=str(tmp_path / "again"))
+    from_config = Trainer(elsewhere).fit()
+    assert by_keyword.num_steps == 2
+    assert by_keyword.final_loss == from_config.final_loss
+
+
+def test_fit_refuses_what_it_cannot_use_and_writes_nothing(config, pairs_file, tmp_path):
+    path = pairs_file(8)
+    for problem, call in (
+        ("no data given", lambda trainer: trainer.fit()),
+        ("data_format must be preferences", lambda trainer: trainer.fit(path, data_format="sft")),
+        ("no such file", lambda trainer: trainer.fit(tmp_path / "missing.jsonl")),
+    ):
+        with pytest.raises(ValueError, match=problem) as caught:
+            call(Trainer(config()))
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_fit_refuses_a_folder_that_holds_a_run(config, pairs_file, tmp_path):
+    path = pairs_file(4)
+    Trainer(config()).fit(path)
+    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="holds a run already"):
+        Trainer(config()).fit(path)
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+
+
+def test_fit_result_holds_the_last_evaluation(config, pairs_file):
+    result = Trainer(config(eval_fraction=0.25, num_train_epochs=2.0)).fit(pairs_file(16))
+    evaluations = [line for line in read_metrics(result.output_dir) if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [3, 6]
+    assert result.metrics["eval_loss"] == evaluations[-1]["eval_loss"]
+    assert result.metrics["eval_rewards/margins"] == evaluations[-1]["eval_rewards/margins"] != 0
+
+
+def test_add_step_callback_gives_the_function_back_and_calls_it_after_every_step(
+    config, pairs_file
+):
+    trainer = Trainer(config(max_steps=4))
+    seen = []
+
+    def function(result):
+        seen.append(result)
+
+    assert trainer.add_step_callback(function) is function
+
+    @trainer.add_step_callback
+    def count(result):
+        seen.append(result.step)
+
+    output = trainer.fit(pairs_file(12)).output_dir
+    assert [item for item in seen if isinstance(item, int)] == [1, 2, 3, 4]
+    results = seen[::2]
+    for result, line in zip(results, read_metrics(output), strict=True):
+        metrics = result.metrics
+        assert result.step == metrics["step"] == line["step"]
+        assert metrics["loss"] == line["loss"]
+        assert metrics["chosen_reward"] == metrics["rewards/chosen"] == line["rewards/chosen"]
+        assert metrics["rejected_reward"] == line["rewards/rejected"]
+        assert metrics["reward_margin"] == line["rewards/margins"]
+    assert results[0].metrics["reward_margin"] == 0.0 != results[-1].metrics["reward_margin"]
+
+
+def test_fit_scores_no_reference_that_precompute_has_scored(config, pairs_file):
+    path = pairs_file(10)
+    assert Trainer(config()).precompute(path) == 10
+    result = Trainer(config()).fit(path)
+    record = read_record(result.output_dir)
+    assert record["reference"]["num_scored"] == 0
+    assert record["reference"]["recheck_rms"] == 0.0
+
+
+def test_generate_before_fit_is_refused(config):
+    with pytest.raises(ValueError, match="call fit or load_checkpoint first") as caught:
+        Trainer(config()).generate(PROMPT)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_checkpoint_refuses_a_folder_without_an_adapter(config, tmp_path):
+    with pytest.raises(ValueError, match="no adapter folder"):
+        Trainer(config()).load_checkpoint(tmp_path)
+
+
+def test_load_checkpoint_in_a_fresh_process_generates_what_the_trained_policy_does(
+    config, pairs_file, tmp_path
+):
+    trainer = Trainer(config(max_steps=10))
+    best = trainer.fit(pairs_file(12)).output_dir / "best"
+    answer = trainer.generate(PROMPT, **GREEDY)
+    assert trainer.policy is not None
+    with adapters_disabled(trainer.policy.loaded.model):
+        assert trainer.generate(PROMPT, **GREEDY) != answer != ""
+
+    script = (
+        "import json, sys\n"
+        "from lowmem_dpo import TrainConfig, Trainer\n"
+        "config = TrainConfig(quantization='none', device='cpu')\n"
+        "trainer = Trainer(config).load_checkpoint(sys.argv[1])\n"
+        "answer = trainer.generate(sys.argv[2], **json.loads(sys.argv[3]))\n"
+        "print(json.dumps(answer))\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(best), PROMPT, json.dumps(GREEDY)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout.splitlines()[-1]) == answer
