@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> d
         callbacks=[steps],
     )
     assert trainer.model is not None
-    pass
+    start_like_ours(trainer.model, options)
     trainer.train()
     peak = peak_mib(options.device)
     reference_clock = StepClock(options.device)

@@ -1,4 +1,4 @@
-"""The README's tables of settings, made from the dataclasses: `python -m lowmem_dpo.settings_table`.
+"""The README's tables of settings, made by `python -m lowmem_dpo.settings_table`.
 
 The text between the markers `<!-- settings NAME -->` and `<!-- end -->` is replaced.
 """
@@ -21,7 +21,7 @@ def settings_table(cls: type) -> str:
     for field in dataclasses.fields(cls):
         default = field.default
         if default is dataclasses.MISSING:
-            default = field.default_factory()  # type: ignore[misc]
+            default = field.default_factory()  # type: ignore[misc, operator]
         kind = type_name(field.type).replace("|", "\\|")
         shown = "" if default is None else f"`{default}`"
         meaning = " ".join(docs[field.name].split()).replace("|", "\\|")

@@ -220,9 +220,9 @@ class _Fit:
                 metrics = with_friendly_names(result.metrics)
                 self.unlogged.append(result.metrics)
                 self.last_metrics = metrics
+                bar.advance(1, _summary(metrics))
                 if result.step % self.logging_steps == 0 or result.step == num_steps:
                     self._log(bar)
-                bar.advance(1, _summary(metrics))
                 if self.run.pairs.evaluation and result.step % self.eval_steps == 0:
                     self._evaluate()
                 if self._is_save_step(result.step) or interrupt.requested:
