@@ -1,4 +1,5 @@
 import re
+import shlex
 from pathlib import Path
 
 import yaml
@@ -16,11 +17,9 @@ def test_readme_tables_are_those_of_the_dataclasses():
 
 
 def test_readme_commands_are_understood():
-    commands = re.findall(r"-m lowmem_dpo (train|generate)((?:[^\n]|\\\n)*)", README)
+    commands = re.findall(r"-m lowmem_dpo (train|generate)((?:\\\n|[^\n])*)", README)
     assert {verb for verb, _ in commands} == {"train", "generate"}
     for verb, words in commands:
-        import shlex
-
         cls = CONFIGS["TrainConfig" if verb == "train" else "GenerateConfig"]
         parse_config(cls, shlex.split(words.replace("\\\n", " ")))
 

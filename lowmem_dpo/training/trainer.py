@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class TrainResult:
 
     Attributes:
         final_loss: Loss of the last step.
-        metrics: The last logged metrics, with the last evaluation's (eval_*).
+        metrics: The last step's metrics, with the last evaluation's (eval_*).
         num_steps: Optimizer steps of the whole run.
         output_dir: The run's folder.
     """
@@ -127,13 +127,16 @@ class Trainer:
 
         Args:
             prompt: Plain text; wrapped as a user turn where there is a chat template.
-            **sampling: Fields of `GenerateConfig` such as max_new_tokens, temperature, seed.
+            **sampling: Of max_new_tokens, temperature, top_p, top_k and seed.
 
         Raises:
-            ValueError: If neither `fit` nor `load_checkpoint` came before.
+            ValueError: If neither `fit` nor `load_checkpoint` came before, or a setting is wrong.
         """
         if self.policy is None:
             raise ValueError("nothing to generate with yet; call fit or load_checkpoint first")
+        known = [f.name for f in fields(Sampling)]
+        if unknown := sampling.keys() - known:
+            raise ValueError(f"generate has no setting {min(unknown)}; known: {', '.join(known)}")
         settings = GenerateConfig(**sampling)
         ids = render_prompt(self.policy.tokenizer, prompt, template_settings(self.config))
         return generate_text(

@@ -165,3 +165,12 @@ def test_load_checkpoint_in_a_fresh_process_generates_what_the_trained_policy_do
     )
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout.splitlines()[-1]) == answer
+
+
+def test_generate_refuses_settings_that_are_no_sampling_settings(config, pairs_file):
+    trainer = Trainer(config(max_steps=1))
+    trainer.fit(str(pairs_file(4)))
+    with pytest.raises(ValueError, match="generate has no setting system_prompt"):
+        trainer.generate("hello", system_prompt="x")
+    with pytest.raises(ValueError, match="top_p must be in"):
+        trainer.generate("hello", top_p=2.0)
