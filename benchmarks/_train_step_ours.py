@@ -13,19 +13,16 @@ from lowmem_dpo.data.packing import pack_trees
 from lowmem_dpo.data.templates import TokenPair
 from lowmem_dpo.data.trees import build_tree
 from lowmem_dpo.model.adapters import AdapterSettings
-from lowmem_dpo.model.attention import TREE_ATTENTION
-from lowmem_dpo.model.loading import LoadedModel, model_parts
-from lowmem_dpo.model.lora import LoraLinear, add_lora, lora_parameters
-from lowmem_dpo.model.runner import wrap_layers
+from lowmem_dpo.model.loading import LoadedModel
+from lowmem_dpo.model.lora import LoraLinear, lora_parameters
 from lowmem_dpo.model.scoring import score
-from lowmem_dpo.model.selfcheck import logp_tolerance
 from lowmem_dpo.pipeline.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.reference import ReferenceCache
 from lowmem_dpo.training.checkpoints import TrainingState
 from lowmem_dpo.training.loop import Schedule, train_steps
 from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
-from lowmem_dpo.training.reference_pass import prepare_reference
-from lowmem_dpo.training.setup import Pairs, Policy, Run, plan_pack_tokens
+from lowmem_dpo.training.policy import Policy, make_policy
+from lowmem_dpo.training.setup import Pairs, Run, plan_pack_tokens, score_reference
 
 
 def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> dict[str, Any]:
@@ -56,17 +53,7 @@ def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> d
     dpo_run = Run(config, policy, Pairs(trees, [], "", {}), pack_tokens=0, self_check_rms=0.0)
     cache = ReferenceCache(scratch, policy.identity)
     dpo_run.pack_tokens = plan_pack_tokens(config, policy, dpo_run.pairs, cache)
-    with torch.no_grad():
-        dpo_run.reference = prepare_reference(
-            trees,
-            lambda pack: score(policy.parts, pack),
-            cache,
-            policy.fingerprint(dpo_run.pack_tokens),
-            pack_tokens=dpo_run.pack_tokens,
-            tolerance=logp_tolerance(policy.dtype),
-            accept_other=False,
-            seed=config.seed,
-        )
+    dpo_run.reference = score_reference(dpo_run, cache)
     schedule = Schedule.of(dpo_run)
     optimizer = make_optimizer(config, lora_parameters(policy.loaded.model).values())
     scaler = torch.amp.GradScaler(options.device.type, enabled=policy.dtype == torch.float16)
@@ -105,18 +92,13 @@ def random_policy(options: argparse.Namespace, config: TrainConfig) -> Policy:
         device=options.device,
     )
     adapter = AdapterSettings(config.lora_r, config.lora_alpha, 0.0, "all", rank_stabilised=False)
-    add_lora(
-        model,
-        targets=adapter.targets,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        rank_stabilised=adapter.rank_stabilised,
-        seed=config.seed,
-    )
-    parts = model_parts(model)
-    wrap_layers(parts.layers, inputs_on_host=False, has_randomness=False)
-    parts.backbone.set_attn_implementation(TREE_ATTENTION)
     loaded = LoadedModel(model, storage=[], identity="random")
-    tokenizer = byte_tokenizer()
-    return Policy(loaded, parts, tokenizer, adapter, "", None, options.device, options.dtype)
+    return make_policy(
+        loaded,
+        byte_tokenizer(),
+        adapter,
+        options.device,
+        options.dtype,
+        seed=config.seed,
+        layer_inputs=config.layer_inputs,
+    )

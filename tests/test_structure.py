@@ -136,6 +136,29 @@ assert main(["train", "--help"]) == 0
     assert result.returncode == 0, result.stderr
 
 
+def test_trains_on_the_cpu_without_triton(llama_dir, pairs_file, tmp_path):
+    words = [
+        "train",
+        "--model",
+        llama_dir,
+        "--data",
+        pairs_file(),
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    code = f"""
+import sys
+sys.modules["triton"] = None
+from lowmem_dpo.cli import main
+code = main({[str(word) for word in words]})
+assert "lowmem_dpo_kernels.token_logps_triton" not in sys.modules
+sys.exit(code)
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert "step zero: every margin is exactly 0" in result.stdout
+
+
 def test_sources_do_not_speak_of_where_they_were_made():
     words = ["/wo" + "rk/", "DESIGN" + ".md", "STYLE" + ".md", "shared" + "/"]
     files = [*source_files(), *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "Makefile"]

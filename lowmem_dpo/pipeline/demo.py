@@ -18,7 +18,7 @@ from lowmem_dpo.model.generation import Sampling, generate_text
 from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.pipeline.demo_task import is_right, is_short, make_model, questions
 from lowmem_dpo.training.console import duration, say
-from lowmem_dpo.training.setup import Policy, load_policy
+from lowmem_dpo.training.policy import Policy, load_policy
 from lowmem_dpo.training.trainer import Trainer
 
 SAMPLES_PER_QUESTION = 8

@@ -9,7 +9,7 @@ from lowmem_dpo.data.templates import render_prompt
 from lowmem_dpo.model.generation import Sampling, generate_text
 from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.training.console import console, say
-from lowmem_dpo.training.setup import Policy, load_policy, template_settings
+from lowmem_dpo.training.policy import Policy, load_policy, template_settings
 
 
 def generate(config: GenerateConfig) -> None:

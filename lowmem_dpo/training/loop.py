@@ -5,6 +5,7 @@ Its loss is the mean over its pairs, whatever the micro-batches were; a short la
 by its own number of pairs.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowmem_dpo.data.packing import Pack, epoch_order, pack_trees, sequence_logps
+from lowmem_dpo.data.packing import Pack, epoch_order, fill, pack_trees, sequence_logps
 from lowmem_dpo.data.trees import Tree
 from lowmem_dpo.losses import LOSSES, PairLogps
 from lowmem_dpo.model.lora import dropout_live, lora_parameters
@@ -29,6 +30,8 @@ from lowmem_dpo.training.health import (
 )
 from lowmem_dpo.training.metrics import Metrics, PairStats, peak_memory_bytes
 from lowmem_dpo.training.setup import Run
+
+STEPS_TO_PREDICT_FILL = 16
 
 
 @dataclass
@@ -62,6 +65,14 @@ class Schedule:
             if self.shuffle and epoch != order_epoch:
                 order, order_epoch = epoch_order(self.num_pairs, self.seed, epoch), epoch
             yield order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+def predicted_fill(run: Run, schedule: Schedule) -> float:
+    """Share of the micro-batches' tokens that are no padding, over the first steps of the run."""
+    packs: list[Pack] = []
+    for batch in itertools.islice(schedule.batches(0), STEPS_TO_PREDICT_FILL):
+        packs += pack_trees([run.pairs.train[i] for i in batch], run.pack_tokens)
+    return fill(packs)
 
 
 @dataclass

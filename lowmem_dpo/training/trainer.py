@@ -24,12 +24,13 @@ from lowmem_dpo.training.checkpoints import (
 )
 from lowmem_dpo.training.console import ProgressBar, duration, say, size, warn
 from lowmem_dpo.training.interrupt import Interrupt
-from lowmem_dpo.training.loop import Schedule, StepResult, evaluate, train_steps
+from lowmem_dpo.training.loop import Schedule, StepResult, evaluate, predicted_fill, train_steps
 from lowmem_dpo.training.metrics import Metrics, mean_metrics, with_friendly_names
 from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
 from lowmem_dpo.training.output import RunFolder, check_resumable, resume_facts
 from lowmem_dpo.training.plots import draw_plots
-from lowmem_dpo.training.setup import Policy, Run, load_policy, prepare_run, template_settings
+from lowmem_dpo.training.policy import Policy, load_policy, template_settings
+from lowmem_dpo.training.setup import Run, prepare_run
 from lowmem_dpo.version import __version__
 
 FEW_STEPS = 20
@@ -283,6 +284,8 @@ class _Fit:
 
     def _note_start(self) -> None:
         run, policy = self.run, self.run.policy
+        fill = predicted_fill(run, self.schedule)
+        say(f"plan: {self.schedule.num_steps} steps, micro-batches {fill:.0%} filled")
         self.folder.note(
             version=__version__,
             python=platform.python_version(),
@@ -291,7 +294,11 @@ class _Fit:
             model=policy.identity,
             data=run.pairs.facts,
             data_digest=run.pairs.digest,
-            plan={"pack_tokens": run.pack_tokens, "num_steps": self.schedule.num_steps},
+            plan={
+                "pack_tokens": run.pack_tokens,
+                "fill": fill,
+                "num_steps": self.schedule.num_steps,
+            },
             self_check_rms=run.self_check_rms,
             reference=None
             if run.reference is None

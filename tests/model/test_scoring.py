@@ -11,7 +11,7 @@ from lowmem_dpo.losses import LOSSES, PairLogps
 from lowmem_dpo.model.attention import PLAIN_ATTENTION
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.model.scoring import attention, score
-from lowmem_dpo.training.setup import load_policy
+from lowmem_dpo.training.policy import load_policy
 from tests.tiny import FAMILIES, save_tiny_model
 
 REFERENCE = (-30.0, -31.5)  # any numbers do: they only shift the margins

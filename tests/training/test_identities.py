@@ -27,7 +27,8 @@ from lowmem_dpo.model.scoring import score
 from lowmem_dpo.training.checkpoints import TrainingState
 from lowmem_dpo.training.loop import Schedule, evaluate, train_steps
 from lowmem_dpo.training.metrics import PER_PAIR, Metrics
-from lowmem_dpo.training.setup import Run, load_policy, prepare_run
+from lowmem_dpo.training.policy import load_policy
+from lowmem_dpo.training.setup import Run, prepare_run
 from lowmem_dpo.training.trainer import Trainer
 from tests.conftest import random_pairs
 from tests.tiny import tiny_model

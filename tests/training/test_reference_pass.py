@@ -12,8 +12,11 @@ from lowmem_dpo.model.nf4 import Nf4Weight
 from lowmem_dpo.reference import ReferenceCache
 from lowmem_dpo.training import setup
 from lowmem_dpo.training.health import RunStopped
-from lowmem_dpo.training.setup import cache_directory, prepare_run
+from lowmem_dpo.training.policy import Policy, cache_directory
+from lowmem_dpo.training.setup import prepare_run
 from lowmem_dpo.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 @pytest.fixture
@@ -171,9 +174,9 @@ def test_numbers_within_rounding_are_used_with_a_warning(config, capsys):
 
 
 def other_numerics(monkeypatch) -> None:
-    fingerprint = setup.Policy.fingerprint
+    fingerprint = Policy.fingerprint
     monkeypatch.setattr(
-        setup.Policy, "fingerprint", lambda self, n: {**fingerprint(self, n), "torch": "9.9"}
+        Policy, "fingerprint", lambda self, n: {**fingerprint(self, n), "torch": "9.9"}
     )
 
 

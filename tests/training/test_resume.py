@@ -16,6 +16,8 @@ from lowmem_dpo.training.trainer import Trainer
 
 EXACT = ("loss", "grad_norm", "learning_rate", "rewards/margins", "logps/chosen", "num_tokens")
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 
 @pytest.fixture
 def config(llama_dir, pairs_file, tmp_path) -> TrainConfig:

@@ -19,7 +19,7 @@ from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.losses import LOSSES
 from lowmem_dpo.model.adapters import ADAPTER_WEIGHTS_FILE, save_adapter
 from lowmem_dpo.model.lora import lora_parameters
-from lowmem_dpo.training.setup import load_policy
+from lowmem_dpo.training.policy import load_policy
 from lowmem_dpo.training.trainer import Trainer
 from tests.conftest import random_pairs
 from tests.training.conftest import read_metrics, read_record, write_rows
