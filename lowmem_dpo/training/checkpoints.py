@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class TrainingState:
         step: Optimizer steps done.
         num_tokens: Tokens seen.
         best_eval_loss: Lowest evaluation loss so far.
+        unlogged: Metrics of the steps since the last logged line.
     """
 
     optimizer: torch.optim.Optimizer
@@ -40,6 +41,7 @@ class TrainingState:
     step: int = 0
     num_tokens: int = 0
     best_eval_loss: float | None = None
+    unlogged: list[dict[str, float]] = field(default_factory=list)
 
 
 def save_checkpoint(
@@ -74,6 +76,7 @@ def save_checkpoint(
         "step": state.step,
         "num_tokens": state.num_tokens,
         "best_eval_loss": state.best_eval_loss,
+        "unlogged": state.unlogged,
         "optimizer": optimizer,
         "schedule": _plain(state.schedule.state_dict()),
         "scaler": state.scaler.state_dict(),
@@ -97,7 +100,7 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
     state.schedule.load_state_dict(record["schedule"])
     state.scaler.load_state_dict(record["scaler"])
     state.step, state.num_tokens = record["step"], record["num_tokens"]
-    state.best_eval_loss = record["best_eval_loss"]
+    state.best_eval_loss, state.unlogged = record["best_eval_loss"], record["unlogged"]
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])

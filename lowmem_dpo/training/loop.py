@@ -8,7 +8,7 @@ by its own number of pairs.
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,20 +150,18 @@ def train_steps(run: Run, state: TrainingState, schedule: Schedule) -> Iterator[
 
 
 @torch.no_grad()
-def evaluate(run: Run, trees: Sequence[Tree], advance: Callable[[int], None]) -> Metrics:
+def evaluate(run: Run, trees: Sequence[Tree]) -> Metrics:
     """Loss, rewards and accuracy of the policy as it stands on held-out pairs, named eval_*.
 
     Args:
         run: Policy and reference.
         trees: The held-out pairs.
-        advance: Told how many pairs were just scored.
     """
     config, stats = run.config, PairStats()
     for pack in pack_trees(trees, run.pack_tokens):
         pairs = pair_logps(run, pack, score(run.policy.parts, pack))
         losses = LOSSES[config.loss_type](pairs, config.beta, config.label_smoothing)
         stats.add(pairs, losses, config.beta)
-        advance(len(pack.trees))
     return {f"eval_{name}": value for name, value in stats.means().items()}
 
 

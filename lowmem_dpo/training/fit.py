@@ -1,0 +1,228 @@
+"""What surrounds the training loop: logging, evaluation, checkpoints, the adapters it leaves."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_dpo.model.adapters import adapter_digest, load_adapter, save_adapter
+from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.training.checkpoints import (
+    TrainingState,
+    load_checkpoint,
+    prune_checkpoints,
+    read_record,
+    replace_folder,
+    save_checkpoint,
+)
+from lowmem_dpo.training.console import ProgressBar, duration, say, size, warn
+from lowmem_dpo.training.interrupt import Interrupt
+from lowmem_dpo.training.loop import Schedule, StepResult, evaluate, predicted_fill, train_steps
+from lowmem_dpo.training.metrics import Metrics, mean_metrics, with_friendly_names
+from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
+from lowmem_dpo.training.output import RunFolder, check_resumable, resume_facts
+from lowmem_dpo.training.plots import draw_plots, read_metrics
+from lowmem_dpo.training.setup import Run
+from lowmem_dpo.version import __version__
+
+FEW_STEPS = 20
+FEW_STEPS_TO_LOG_ALL = 100
+
+StepCallback = Callable[[StepResult], Any]
+
+
+@dataclass
+class TrainResult:
+    """What `fit` returns.
+
+    Attributes:
+        final_loss: Loss of the last step.
+        metrics: The last step's metrics, with the last evaluation's (eval_*).
+        num_steps: Optimizer steps of the whole run.
+        output_dir: The run's folder.
+    """
+
+    final_loss: float
+    metrics: dict[str, float]
+    num_steps: int
+    output_dir: Path
+
+
+class Fit:
+    """One call of `Trainer.fit`.
+
+    Args:
+        run: Policy, pairs and reference.
+        folder: Where the run goes.
+        callbacks: Called after every step.
+    """
+
+    def __init__(self, run: Run, folder: RunFolder, callbacks: Sequence[StepCallback]) -> None:
+        self.run, self.folder, self.callbacks = run, folder, callbacks
+        self.config = config = run.config
+        self.schedule = Schedule.of(run)
+        self.parameters = lora_parameters(run.policy.loaded.model)
+        optimizer = make_optimizer(config, self.parameters.values())
+        self.state = TrainingState(
+            optimizer=optimizer,
+            schedule=make_schedule(config, optimizer, self.schedule.num_steps),
+            scaler=torch.amp.GradScaler(
+                run.policy.device.type, enabled=run.policy.dtype == torch.float16
+            ),
+        )
+        few = self.schedule.num_steps < FEW_STEPS_TO_LOG_ALL
+        self.logging_steps = config.logging_steps or (1 if few else 10)
+        self.eval_steps = config.eval_steps or self.schedule.steps_per_epoch
+        self.facts = resume_facts(config, model_digest=_digest(run), data_digest=run.pairs.digest)
+        self.last_metrics: Metrics = {}
+        self.eval_metrics: Metrics = {}
+
+    def go(self, checkpoint: Path | None) -> TrainResult:
+        """Train from the start or from a checkpoint to the end."""
+        if checkpoint is not None:
+            check_resumable(self.facts, read_record(checkpoint)["facts"], checkpoint)
+            load_adapter(self.run.policy.loaded.model, checkpoint)
+            load_checkpoint(checkpoint, self.state)
+            say(f"resumed from {checkpoint}")
+        elif self.config.resume == "auto":
+            say(f"resume auto: no checkpoint in {self.folder.checkpoints}, starting afresh")
+        self.folder.start(self.config, self.state.step)
+        self._note_start()
+        begun, start = time.perf_counter(), self.state.step
+        self._train()
+        if self.run.pairs.evaluation and not self.eval_metrics:  # resumed at the end
+            self._evaluate()
+        if not self.last_metrics:
+            logged = [row for row in read_metrics(self.folder.metrics) if "loss" in row]
+            self.last_metrics = logged[-1]
+        self._save_adapters()
+        draw_plots(self.folder.metrics, self.folder.root / "plots")
+        seconds = time.perf_counter() - begun
+        self.folder.note(seconds=seconds, step_zero=self.run.step_zero, finished=True)
+        steps = self.state.step - start
+        adapter = self.folder.root / "adapter"
+        say(f"done: {steps} steps in {duration(seconds)}; the adapter is in {adapter}")
+        return TrainResult(
+            final_loss=self.last_metrics["loss"],
+            metrics=self.last_metrics | self.eval_metrics,
+            num_steps=self.state.step,
+            output_dir=self.folder.root,
+        )
+
+    def _train(self) -> None:
+        num_steps = self.schedule.num_steps
+        if num_steps < FEW_STEPS:
+            warn(
+                f"only {num_steps} steps: {self.schedule.num_pairs} pairs in batches of "
+                f"{self.config.batch_size}; for more, lower batch_size or raise num_train_epochs"
+            )
+        bar = ProgressBar("training", num_steps, "steps", done=self.state.step, lines=False)
+        with Interrupt() as interrupt, bar:
+            for result in train_steps(self.run, self.state, self.schedule):
+                metrics = with_friendly_names(result.metrics)
+                self.state.unlogged.append(result.metrics)
+                self.last_metrics = metrics
+                bar.advance(1, _summary(metrics))
+                if result.step % self.logging_steps == 0 or result.step == num_steps:
+                    self._log(bar)
+                is_last = result.step == num_steps
+                if self.run.pairs.evaluation and (result.step % self.eval_steps == 0 or is_last):
+                    self._evaluate()
+                if self._is_save_step(result.step) or interrupt.requested:
+                    self._save_checkpoint()
+                for callback in self.callbacks:
+                    callback(StepResult(result.step, metrics))
+                if interrupt.requested:
+                    say(f"interrupted after step {result.step}; go on with --resume auto")
+                    raise KeyboardInterrupt
+
+    def _log(self, bar: ProgressBar) -> None:
+        metrics = mean_metrics(self.state.unlogged)
+        self.state.unlogged.clear()
+        self.folder.log(metrics)
+        if bar.bar is None:
+            step, num_steps = int(metrics["step"]), self.schedule.num_steps
+            say(f"step {step}/{num_steps}: {_summary(metrics)}, {bar.time_left} left")
+
+    def _is_save_step(self, step: int) -> bool:
+        if self.config.save_strategy == "steps":
+            return step % (self.config.save_steps or 1) == 0
+        ends_epoch = step % self.schedule.steps_per_epoch == 0 or step == self.schedule.num_steps
+        return self.config.save_strategy == "epoch" and ends_epoch
+
+    def _evaluate(self) -> None:
+        self.eval_metrics = evaluate(self.run, self.run.pairs.evaluation)
+        loss = self.eval_metrics["eval_loss"]
+        self.folder.log({"step": self.state.step, **self.eval_metrics})
+        say(
+            f"evaluation at step {self.state.step}: loss {loss:.4f}, margin "
+            f"{self.eval_metrics['eval_rewards/margins']:+.3f}, accuracy "
+            f"{self.eval_metrics['eval_rewards/accuracies']:.2f}"
+        )
+        if self.state.best_eval_loss is None or loss < self.state.best_eval_loss:
+            self.state.best_eval_loss = loss
+            replace_folder(self.folder.root / "best", self._save_adapter)
+
+    def _save_checkpoint(self) -> None:
+        save_checkpoint(self.folder.checkpoints, self.state, self._save_adapter, self.facts)
+        prune_checkpoints(self.folder.checkpoints, self.config.keep_checkpoints)
+
+    def _save_adapters(self) -> None:
+        """adapter/ is the last state; best/ the best evaluated one, or the last."""
+        replace_folder(self.folder.root / "adapter", self._save_adapter)
+        if not self.run.pairs.evaluation:
+            replace_folder(self.folder.root / "best", self._save_adapter)
+
+    def _save_adapter(self, directory: Path) -> None:
+        policy = self.run.policy
+        save_adapter(
+            directory, policy.loaded.model, base_model=policy.source, settings=policy.adapter
+        )
+
+    def _note_start(self) -> None:
+        run, policy = self.run, self.run.policy
+        fill = predicted_fill(run, self.schedule)
+        say(f"plan: {self.schedule.num_steps} steps, micro-batches {fill:.0%} filled")
+        self.folder.note(
+            version=__version__,
+            python=platform.python_version(),
+            platform=platform.platform(),
+            numerics=policy.fingerprint(run.pack_tokens),
+            model=policy.identity,
+            data=run.pairs.facts,
+            data_digest=run.pairs.digest,
+            plan={
+                "pack_tokens": run.pack_tokens,
+                "fill": fill,
+                "num_steps": self.schedule.num_steps,
+            },
+            self_check_rms=run.self_check_rms,
+            reference=None
+            if run.reference is None
+            else {
+                "num_scored": run.reference.num_scored,
+                "recheck_rms": run.reference.recheck_rms,
+                "same_fingerprint": run.reference.same_fingerprint,
+            },
+            finished=False,
+        )
+
+
+def _digest(run: Run) -> str:
+    start = run.policy.init_adapter
+    return run.policy.loaded.identity + (adapter_digest(Path(start)) if start else "")
+
+
+def _summary(metrics: Metrics) -> str:
+    """Loss, margin, accuracy, speed and memory in one line."""
+    text = (
+        f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.3f}, "
+        f"accuracy {metrics['rewards/accuracies']:.2f}, {metrics['pairs_per_second']:.2g} pairs/s"
+    )
+    if "peak_memory_bytes" in metrics:
+        text += f", peak {size(metrics['peak_memory_bytes'])}"
+    return text
