@@ -204,7 +204,7 @@ def test_rewards_of_swapped_answers_change_sides(prepare, tmp_path):
         eval_data = write_rows(tmp_path / "eval.jsonl", held_out)
         run = prepare(rows, eval_data=str(eval_data))
         take_steps(run, learning_rate=0.05)
-        metrics.append(evaluate(run, run.pairs.evaluation, lambda num_pairs: None))
+        metrics.append(evaluate(run, run.pairs.evaluation))
     straight, swap = metrics
     assert straight["eval_rewards/margins"] > 0.1
     for name, twin, sign in (
