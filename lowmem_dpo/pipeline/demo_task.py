@@ -54,9 +54,9 @@ NUM_REMARKS = (
     2,
 )  # how many follow the fact, in one of ten examples each
 
-NUM_STEPS = 260
-BATCH_SIZE = 32
-LEARNING_RATE = 3e-3
+NUM_STEPS = 240
+BATCH_SIZE = 16
+LEARNING_RATE = 4e-3
 IGNORED = -100
 
 

