@@ -10,9 +10,9 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -51,15 +51,15 @@ class ProgressBar:
 
     def __enter__(self) -> "ProgressBar":
         if console.is_terminal:
+            one_line = Column(no_wrap=True, min_width=9)
             self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                TextColumn("{task.description}", table_column=one_line),
+                BarColumn(bar_width=10),
+                MofNCompleteColumn(table_column=one_line),
+                TextColumn("{task.fields[note]}", table_column=Column(ratio=1)),
+                TimeRemainingColumn(compact=True, table_column=one_line),
                 console=console,
+                expand=True,
             )
             self.bar.start()
             self.task = self.bar.add_task(
@@ -79,7 +79,7 @@ class ProgressBar:
     def advance(self, units: int, note: str = "") -> None:
         """Count finished units; `note` is shown beside the bar."""
         self.done += units
-        note = note or f"{self.rate:.1f} {self.unit}/s"
+        note = note or f"{speed(self.rate)} {self.unit}/s"
         if self.bar:
             self.bar.update(self.task, completed=self.done, note=note)
         elif self.lines and (
@@ -109,6 +109,11 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def speed(rate: float) -> str:
+    """A rate with two or three digits: 0.031, 4.2, 170."""
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.2g}"
 
 
 def size(num_bytes: float) -> str:

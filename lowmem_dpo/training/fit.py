@@ -19,7 +19,7 @@ from lowmem_dpo.training.checkpoints import (
     replace_folder,
     save_checkpoint,
 )
-from lowmem_dpo.training.console import ProgressBar, duration, say, size, warn
+from lowmem_dpo.training.console import ProgressBar, duration, say, size, speed, warn
 from lowmem_dpo.training.interrupt import Interrupt
 from lowmem_dpo.training.loop import Schedule, StepResult, evaluate, predicted_fill, train_steps
 from lowmem_dpo.training.metrics import Metrics, mean_metrics, with_friendly_names
@@ -221,7 +221,8 @@ def _summary(metrics: Metrics) -> str:
     """Loss, margin, accuracy, speed and memory in one line."""
     text = (
         f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.3f}, "
-        f"accuracy {metrics['rewards/accuracies']:.2f}, {metrics['pairs_per_second']:.2g} pairs/s"
+        f"accuracy {metrics['rewards/accuracies']:.2f}, "
+        f"{speed(metrics['pairs_per_second'])} pairs/s"
     )
     if "peak_memory_bytes" in metrics:
         text += f", peak {size(metrics['peak_memory_bytes'])}"
