@@ -13,27 +13,20 @@ PyTorch's chunked head run on CUDA only.
 import argparse
 import ctypes
 import importlib.util
-import json
-import platform
 import re
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _common import StepClock, commit, device_name, peak_mib, reset_peak, write_record
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "kernels"))
+from lowmem_dpo_kernels import reference, token_logps
 
-from lowmem_dpo_kernels import reference, token_logps  # noqa: E402
-
-SCHEMA_VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {
     "quick": ["64x32x1000"],
@@ -207,41 +200,25 @@ def is_right(logps_error: float, grad_error: float, dtype: torch.dtype) -> bool:
     return logps_error <= logps_limit and grad_error <= grad_limit
 
 
-def peak_mib(action: Callable[[], object], device: torch.device) -> float | None:
+def extra_mib(action: Callable[[], object], device: torch.device) -> float | None:
     """Most memory beyond what was held before, in MiB: the card's, or the process's (on Linux)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        action()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    if sys.platform != "linux":
-        return None
-    ctypes.CDLL(None).malloc_trim(0)  # or memory that earlier runs freed would be used unseen
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again at VmRSS
-    before_kib = _status_kib("VmRSS")
+    if device.type == "cpu" and sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # or memory that earlier runs freed would be used unseen
+    reset_peak(device)
+    before = peak_mib(device)
     action()
-    return max(0, _status_kib("VmHWM") - before_kib) / 1024
-
-
-def _status_kib(field: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    match = re.search(rf"{field}:\s+(\d+) kB", status)
-    assert match
-    return int(match[1])
+    after = peak_mib(device)
+    return None if before is None or after is None else after - before
 
 
 def median_ms(action: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median wall time; the card is idle before and after each run."""
-    times = []
+    clock = StepClock(device)
     for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
+        clock.start()
         action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+        clock.stop()
+    return statistics.median(clock.steps_ms)
 
 
 def measure(
@@ -251,27 +228,13 @@ def measure(
     device, dtype = case.hidden.device, case.hidden.dtype
     logps_error, grad_error = errors(case, *step(implementation, case))
     right = is_right(logps_error, grad_error, dtype)
-    peak = peak_mib(lambda: step(implementation, case), device) if right else None
+    peak = extra_mib(lambda: step(implementation, case), device) if right else None
     ms = median_ms(lambda: step(implementation, case), device, repeats) if right else None
     dtype_name = str(dtype).removeprefix("torch.")
     where = device_name(device)
     return Result(
         "token_logps", name, shape, dtype_name, ms, peak, where, commit(), logps_error, grad_error
     )
-
-
-def device_name(device: torch.device) -> str:
-    """The card's name, or the CPU's with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """The checkout's commit, with a + where files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
 
 
 def print_row(result: Result) -> None:
@@ -328,13 +291,9 @@ def main(arguments: list[str] | None = None) -> int:
                 results.append(result)
                 print_row(result)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "torch": torch.__version__,
-            "results": [asdict(result) for result in results],
-        }
-        options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        settings = {"shapes": shapes, "repeats": options.repeats}
+        rows = [asdict(result) for result in results]
+        write_record(options.output, "token_logps", device, settings, rows)
     return 0
 
 

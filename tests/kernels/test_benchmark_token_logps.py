@@ -14,6 +14,7 @@ def benchmark():
     spec = importlib.util.spec_from_file_location("benchmark_token_logps", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
         patch.setitem(sys.modules, spec.name, module)  # dataclasses look it up
         spec.loader.exec_module(module)
         yield module
