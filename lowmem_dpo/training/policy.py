@@ -3,13 +3,15 @@
 import dataclasses
 import os
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 import lowmem_dpo_kernels
 from lowmem_dpo.config import TrainConfig
@@ -89,53 +91,104 @@ class Policy:
             "dtype": str(self.dtype).removeprefix("torch."),
             "pack_tokens": pack_tokens,
             "head": lowmem_dpo_kernels.token_logps_path(self.device),
+            "kernels": lowmem_dpo_kernels.NUMERICS_VERSION,
             "attention": TREE_ATTENTION,
             "torch": torch.__version__,
+            "triton": _triton_version() if on_cuda else None,
             "transformers": transformers.__version__,
             "bitsandbytes": bitsandbytes.__version__,
         }
+
+
+def _triton_version() -> str | None:
+    return import_module("triton").__version__ if find_spec("triton") else None
 
 
 def _cpu_name() -> str:
     return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
-def load_policy(config: TrainConfig) -> Policy:
-    """Load tokenizer, base and adapter; every check that needs no weights comes first."""
+@dataclass(frozen=True)
+class Source:
+    """What a config names, read and checked as far as that needs no weights.
+
+    Attributes:
+        base: Folder or id of the base.
+        init_adapter: Adapter folder to start from, or None.
+        model_config: The base's config.json.
+        tokenizer: The base's, or the starting adapter's own.
+        adapter: What kind of adapter the run trains.
+        device: Where the run computes.
+        dtype: In what it computes.
+    """
+
+    base: str
+    init_adapter: str | None
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    adapter: AdapterSettings
+    device: torch.device
+    dtype: torch.dtype
+
+
+def read_source(config: TrainConfig) -> Source:
+    """Find base, tokenizer and starting adapter, and refuse what cannot work before any download.
+
+    Raises:
+        ValueError: If a setting does not fit the machine, or the model is not supported.
+    """
     if config.model is None:
         raise ValueError("no model given; set --model to a folder or a Hugging Face id")
-    source, init_adapter, note = resolve_source(config.model, config.init_adapter)
+    base, init_adapter, note = resolve_source(config.model, config.init_adapter)
     if note:
         say(note)
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
     if config.layer_inputs == "host" and device.type != "cuda":
         raise ValueError(f"layer_inputs host has no effect on {device.type}; leave it out")
     if config.memory_limit is not None:
         limit_memory(config.memory_limit, device)
-    model_config = load_config(source, max_length=config.max_length)
-    tokenizer = load_tokenizer(tokenizer_source(source, init_adapter))
-    adapter = _adapter_settings(config, init_adapter)
-    loaded = load_model(
-        source,
-        config=model_config,
-        quantization=config.quantization,
-        dtype=dtype,
+    return Source(
+        base=base,
+        init_adapter=init_adapter,
+        model_config=load_config(base, max_length=config.max_length),
+        tokenizer=load_tokenizer(tokenizer_source(base, init_adapter)),
+        adapter=_adapter_settings(config, init_adapter),
         device=device,
+        dtype=resolve_dtype(config.dtype, device),
+    )
+
+
+def load_policy(config: TrainConfig, source: Source | None = None) -> Policy:
+    """Load the base and give it its adapter.
+
+    Args:
+        config: The settings.
+        source: From `read_source`, if that was done already.
+
+    Raises:
+        ValueError: If the model cannot be read or trained.
+    """
+    source = source or read_source(config)
+    loaded = load_model(
+        source.base,
+        config=source.model_config,
+        quantization=config.quantization,
+        dtype=source.dtype,
+        device=source.device,
         cache_dir=cache_directory(config.cache_dir),
     )
     policy = make_policy(
         loaded,
-        tokenizer,
-        adapter,
-        device,
-        dtype,
+        source.tokenizer,
+        source.adapter,
+        source.device,
+        source.dtype,
         seed=config.seed,
         layer_inputs=config.layer_inputs,
     )
-    policy.source, policy.init_adapter = source, init_adapter
-    if init_adapter:
-        load_adapter(loaded.model, Path(init_adapter))
+    policy.source, policy.init_adapter = source.base, source.init_adapter
+    if source.init_adapter:
+        load_adapter(loaded.model, Path(source.init_adapter))
     return policy
 
 

@@ -22,7 +22,13 @@ from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.selfcheck import check_packing, logp_tolerance
 from lowmem_dpo.reference import ReferenceCache
 from lowmem_dpo.training.console import console, say, warn
-from lowmem_dpo.training.policy import Policy, cache_directory, load_policy, template_settings
+from lowmem_dpo.training.policy import (
+    Policy,
+    cache_directory,
+    load_policy,
+    read_source,
+    template_settings,
+)
 from lowmem_dpo.training.reference_pass import Reference, prepare_reference
 
 # Activations of one layer at this size fit small cards; larger micro-batches gain little.
@@ -131,13 +137,14 @@ class Run:
 def prepare_run(config: TrainConfig, data: str) -> Run:
     """Everything up to the first step: the policy, the pairs, the checks, the reference."""
     set_seeds(config.seed)
-    policy = load_policy(config)
+    source = read_source(config)
+    pairs = load_pairs(config, data, source.tokenizer)
     say(
-        f"model: {policy.source}, {policy.loaded.model.config.model_type}, computing in "
-        f"{str(policy.dtype).removeprefix('torch.')} on {policy.device}"
+        f"model: {source.base}, {source.model_config.model_type}, computing in "
+        f"{str(source.dtype).removeprefix('torch.')} on {source.device}"
     )
+    policy = load_policy(config, source)
     say(storage_table(policy.loaded.storage))
-    pairs = load_pairs(config, data, policy.tokenizer)
     run = Run(config, policy, pairs, 0, self_check(policy, pairs.train))
     cache = ReferenceCache(cache_directory(config.cache_dir), policy.identity)
     run.pack_tokens = plan_pack_tokens(config, policy, pairs, cache)

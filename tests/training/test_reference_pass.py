@@ -37,8 +37,8 @@ def forwards(monkeypatch) -> list[bool]:
     calls: list[bool] = []
     load_policy = setup.load_policy
 
-    def load(config):
-        policy = load_policy(config)
+    def load(*arguments):
+        policy = load_policy(*arguments)
         policy.parts.backbone.register_forward_hook(
             lambda *_: calls.append(torch.is_grad_enabled())
         )
