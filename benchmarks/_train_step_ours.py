@@ -19,9 +19,10 @@ from lowmem_dpo.model.scoring import score
 from lowmem_dpo.pipeline.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.reference import ReferenceCache
 from lowmem_dpo.training.checkpoints import TrainingState
-from lowmem_dpo.training.loop import Schedule, train_steps
+from lowmem_dpo.training.loop import train_steps
 from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
 from lowmem_dpo.training.policy import Policy, make_policy
+from lowmem_dpo.training.schedule import Schedule
 from lowmem_dpo.training.setup import Pairs, Run, plan_pack_tokens, score_reference
 
 
@@ -54,10 +55,11 @@ def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> d
     cache = ReferenceCache(scratch, policy.identity)
     dpo_run.pack_tokens = plan_pack_tokens(config, policy, dpo_run.pairs, cache)
     dpo_run.reference = score_reference(dpo_run, cache)
-    schedule = Schedule.of(dpo_run)
+    schedule = Schedule.of(config, len(pairs))
     optimizer = make_optimizer(config, lora_parameters(policy.loaded.model).values())
     scaler = torch.amp.GradScaler(options.device.type, enabled=policy.dtype == torch.float16)
-    state = TrainingState(optimizer, make_schedule(config, optimizer, schedule.num_steps), scaler)
+    rates = make_schedule(config, optimizer, schedule.num_steps)
+    state = TrainingState(optimizer, rates, scaler, options.device)
 
     clock, metrics = StepClock(options.device), []
     reset_peak(options.device)

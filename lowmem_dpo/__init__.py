@@ -3,6 +3,8 @@
 from lowmem_dpo import TrainConfig, Trainer
 """
 
+import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from lowmem_dpo.config import TrainConfig
@@ -10,6 +12,10 @@ from lowmem_dpo.version import __version__
 
 if TYPE_CHECKING:
     from lowmem_dpo.training.trainer import Trainer
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# On some CPUs it warns at import of kernels that are not used here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __all__ = ["TrainConfig", "Trainer", "__version__"]
 

@@ -21,7 +21,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,8 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
+
+from lowmem_dpo.files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class ReferenceCache:
         self.identity = dict(identity)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         self.directory = cache_dir / "reference" / self.digest[:32]
+        self._parsed: list[tuple[Fingerprint, dict[str, Tensor]]] | None = None
 
     def read(self, keys: Sequence[str], fingerprint: Fingerprint) -> CachedLogps:
         """Find the given pairs.
@@ -108,11 +110,12 @@ class ReferenceCache:
             logps: Pair key to its token log-probs, [T] fp32 on the CPU.
             fingerprint: Of this run.
         """
+        self._parsed = None
         self.directory.mkdir(parents=True, exist_ok=True)
         manifest = self.directory / "manifest.json"
         if not manifest.exists():
             record = {"schema_version": SCHEMA_VERSION, "identity": self.identity}
-            _write_atomically(manifest, json.dumps(record, indent=2).encode())
+            replace_file(manifest, json.dumps(record, indent=2).encode())
         keys = sorted(logps)
         tensors = {
             "keys": torch.frombuffer(bytearray.fromhex("".join(keys)), dtype=torch.uint8),
@@ -122,17 +125,23 @@ class ReferenceCache:
         metadata = {"fingerprint": json.dumps(fingerprint, sort_keys=True)}
         content = save(tensors, metadata)
         name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
-        _write_atomically(self.directory / name, content)
+        replace_file(self.directory / name, content)
 
     def _shards(self) -> list[tuple[Fingerprint, dict[str, Tensor]]]:
+        if self._parsed is not None:
+            return self._parsed
         shards = []
         for path in sorted(self.directory.glob("*.safetensors")):
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:  # another run has just set it aside
+                continue
             if hashlib.sha256(content).hexdigest() != path.stem:
                 logger.warning("%s is damaged and set aside; its pairs are scored again", path)
                 os.replace(path, path.with_suffix(".damaged"))
                 continue
             shards.append(_parse_shard(content))
+        self._parsed = shards
         return shards
 
 
@@ -144,19 +153,6 @@ def _parse_shard(content: bytes) -> tuple[Fingerprint, dict[str, Tensor]]:
     logps = tensors["logps"].split(tensors["lengths"].tolist())
     names = (keys[i : i + 64] for i in range(0, len(keys), 64))
     return json.loads(metadata["fingerprint"]), dict(zip(names, logps, strict=True))
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def fingerprint_difference(old: Fingerprint, new: Fingerprint) -> str:

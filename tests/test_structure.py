@@ -21,7 +21,7 @@ ORDER = [
     {"model", "reference", "losses", "data"},
     {"memory"},
     {"lowmem_dpo_kernels"},
-    {"config", "version"},
+    {"config", "files", "version"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ENTRANCES = {"__init__", "__main__"}

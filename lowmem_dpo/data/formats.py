@@ -6,13 +6,15 @@ A row is one of
     {"prompt": "...", "chosen": "...", "rejected": "..."}       strings, message lists, or mixed
     {"conversations": [...], "chosen": ..., "rejected": ...}    ShareGPT ranking (LLaMA-Factory)
 
-and a message is {"role", "content"} or {"from", "value"}. What is not known is refused by name,
-with the line it stands on: a file that is guessed at trains on the wrong text in silence.
+with, if need be, a column "system", and a message is {"role", "content"} or {"from", "value"}. What
+is not known is refused by name, with the line it stands on: a file that is guessed at trains on the
+wrong text in silence. Columns that are left unread are named.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ ROLES = {
 }
 # Columns that change what the model reads; to drop them in silence would train on another text.
 UNSUPPORTED_COLUMNS = ("tools", "chat_template_kwargs", "image", "images", "videos", "audios")
+PROMPT_COLUMNS = ("history", "input", "instruction")  # beside a prompt: part of it, or another one
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,14 @@ class Preference:
         chosen: The better answer; plain text where `prompt` is, else messages.
         rejected: The worse answer, likewise.
         row: Line in a file of JSON lines, place in a JSON list; counted from 1.
+        system: System message for a plain-text prompt; messages hold their own.
     """
 
     prompt: str | list[Message]
     chosen: str | list[Message]
     rejected: str | list[Message]
     row: int
+    system: str = ""
 
 
 def read_preferences(path: str | Path) -> tuple[list[Preference], str]:
@@ -60,7 +65,7 @@ def read_preferences(path: str | Path) -> tuple[list[Preference], str]:
         path: A .jsonl or .json file, UTF-8.
 
     Returns:
-        The rows in the file's order, and the name of their format.
+        The rows in the file's order, and the name of their format with the columns not used.
 
     Raises:
         ValueError: The file or a row cannot be read; says which, where and how to mend it.
@@ -69,6 +74,7 @@ def read_preferences(path: str | Path) -> tuple[list[Preference], str]:
     _check_path(path)
     preferences: list[Preference] = []
     detected = first = ""
+    unused: dict[str, None] = {}
     for row, where, value in _read_rows(path):
         preference, name = _parse_row(value, row, where)
         if not preferences:
@@ -79,9 +85,10 @@ def read_preferences(path: str | Path) -> tuple[list[Preference], str]:
                 "give all rows of a file the same format"
             )
         preferences.append(preference)
+        unused.update(dict.fromkeys(_unused_columns(value, name)))
     if not preferences:
         raise ValueError(f"{path}: the file holds no rows; {KNOWN}")
-    return preferences, detected
+    return preferences, detected + (f" (columns not used: {_names(unused)})" if unused else "")
 
 
 def _check_path(path: Path) -> None:
@@ -118,6 +125,8 @@ def _read_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
             f"{path}, line {error.lineno}: broken JSON ({error.msg}, column {error.colno}); "
             "a .json file holds one list of rows"
         ) from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(_unreadable(error, f"{path}, row {_failing_row(text)}")) from None
     rows = value if isinstance(value, list) else [value]
     for row, item in enumerate(rows, start=1):
         yield row, f"{path}, row {row}", item
@@ -137,7 +146,28 @@ def _read_lines(path: Path, lines: Any) -> Iterator[tuple[int, str, Any]]:
                 f"{where}: broken JSON ({error.msg}, column {error.colno}); "
                 "each line holds one row, a list of rows belongs in a .json file"
             ) from None
+        except (RecursionError, ValueError) as error:
+            raise ValueError(_unreadable(error, where)) from None
         yield row, where, value
+
+
+def _unreadable(error: Exception, where: str) -> str:
+    """What Python cannot read although it may be JSON."""
+    if isinstance(error, RecursionError):
+        return f"{where}: lists or objects nested too deeply; a row holds strings and messages"
+    return f"{where}: a number with too many digits; write it as a string or remove it"
+
+
+def _failing_row(text: str) -> int:
+    """The row of a JSON list, counted from 1, at which reading fails."""
+    text = text.lstrip()
+    decoder, opening = json.JSONDecoder(), re.compile(r"[^\s,]")
+    place, row = int(text.startswith("[")), 1
+    with suppress(RecursionError, ValueError):
+        while found := opening.search(text, place):
+            _, place = decoder.raw_decode(text, found.start())
+            row += 1
+    return row
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -161,19 +191,37 @@ def _parse_row(value: Any, row: int, where: str) -> tuple[Preference, str]:
     source = "conversations" if "conversations" in value else "prompt"
     if not {source, *sides} <= value.keys():
         raise ValueError(f"{where}: {_unknown(value)}")
+    for column in PROMPT_COLUMNS if source == "prompt" else ():
+        if value.get(column):
+            raise ValueError(
+                f"{where}: the column {column} beside prompt is not supported yet; "
+                "put it into the prompt"
+            )
+    system = _text(value.get("system") or "", "system", where)
+    system = system if system.strip() else ""
     if source == "prompt" and all(isinstance(value[key], str) for key in (source, *sides)):
         texts = [_text(value[key], key, where) for key in (source, *sides)]
-        return Preference(texts[0], texts[1], texts[2], row), STRINGS
+        return Preference(texts[0], texts[1], texts[2], row, system), STRINGS
     messages = _messages(value[source], source, "user", where)
     chosen, rejected = (_completion(value[side], side, where) for side in sides)
-    if source == "prompt":
-        return Preference(messages, chosen, rejected, row), MESSAGES
-    system = _text(value.get("system") or "", "system", where)
     if system and messages[0]["role"] == "system":
         raise ValueError(f"{where}: a system column and a system message; keep one of them")
     if system:
         messages = [{"role": "system", "content": system}, *messages]
-    return Preference(messages, chosen, rejected, row), SHAREGPT
+    return Preference(messages, chosen, rejected, row), MESSAGES if source == "prompt" else SHAREGPT
+
+
+def _unused_columns(value: dict[str, Any], name: str) -> list[str]:
+    """The columns of a row that hold something and are not read."""
+    used = ("conversations" if name == SHAREGPT else "prompt", "chosen", "rejected", "system")
+    empty: tuple[Any, ...] = (None, "", [], {})
+    return [key for key, item in value.items() if key not in used and item not in empty]
+
+
+def _names(keys: Iterable[str]) -> str:
+    """Keys in one line that can be printed."""
+    text = ", ".join(" ".join(key.split()) for key in keys)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8") or "no keys"
 
 
 def _unknown(value: dict[str, Any]) -> str:
@@ -187,7 +235,7 @@ def _unknown(value: dict[str, Any]) -> str:
     if {"completion", "label"} <= value.keys():
         return f"unpaired preferences (prompt, completion, label) {convert}"
     missing = ", ".join(key for key in ("prompt", "chosen", "rejected") if key not in value)
-    return f"missing {missing}; found {', '.join(map(str, value)) or 'no keys'}; {KNOWN}"
+    return f"missing {missing}; found {_names(value)}; {KNOWN}"
 
 
 def _completion(value: Any, name: str, where: str) -> list[Message]:
@@ -224,9 +272,8 @@ def _message(value: Any, name: str, where: str) -> Message:
     keys = ("from", "value") if "from" in value else ("role", "content")
     for key in keys:
         if key not in value:
-            found = ", ".join(map(str, value)) or "no keys"
             raise ValueError(
-                f"{where}: {name} has no {key} (found {found}); "
+                f"{where}: {name} has no {key} (found {_names(value)}); "
                 "a message is role and content, or from and value"
             )
     role = _text(value[keys[0]], f"{name}.{keys[0]}", where)

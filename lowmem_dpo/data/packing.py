@@ -18,6 +18,8 @@ from lowmem_dpo.data.trees import Tree, scored
 
 PAD_ID = 0
 TOKEN_MULTIPLE = 64  # keeps the matrix products on full tiles
+# What a pack costs whatever N is (launches, dequantising), in tokens.
+PACK_OVERHEAD_TOKENS = 128
 MAX_SIMULATED_STEPS = 64
 SPLITS = range(1, 17)  # packs per step that are tried
 
@@ -33,7 +35,6 @@ class Pack:
         rows: [T] int64. Indices in 0..N-1 of the tokens that predict a scored token.
         targets: [T] int64. The scored tokens.
         trees: The trees, in pack order.
-        tree_indices: Their places in the list given to `pack_trees`.
         counts: Per tree the lengths of its runs in `rows`: scored in both, in chosen, in rejected.
     """
 
@@ -43,7 +44,6 @@ class Pack:
     rows: Tensor
     targets: Tensor
     trees: tuple[Tree, ...]
-    tree_indices: tuple[int, ...]
     counts: tuple[tuple[int, int, int], ...]
 
 
@@ -91,24 +91,19 @@ def epoch_order(num_pairs: int, seed: int, epoch: int) -> list[int]:
 
 
 def choose_pack_tokens(
-    trees: Sequence[Tree],
-    batch_size: int,
-    *,
-    limit: int | None = None,
-    seed: int = 0,
-    overhead_tokens: int = 128,
+    trees: Sequence[Tree], batch_size: int, *, limit: int | None = None, seed: int = 0
 ) -> int:
     """Choose N, the tokens of a pack, for the least predicted time.
 
     The first steps of the first epoch are packed for every candidate. A pack costs its N tokens,
-    padding included, and `overhead_tokens`; the cheapest candidate wins, of equals the smallest.
+    padding included, and `PACK_OVERHEAD_TOKENS`; the cheapest candidate wins, of equals the
+    smallest.
 
     Args:
         trees: All trees of the run.
         batch_size: Pairs per optimizer step.
         limit: The most tokens that fit in memory.
         seed: The run's seed.
-        overhead_tokens: What a pack costs whatever N is (launches, dequantising), in tokens.
 
     Returns:
         A multiple of 64, at least the longest tree and at most `limit`.
@@ -119,7 +114,7 @@ def choose_pack_tokens(
     if not trees:
         raise ValueError("no pairs to choose the micro-batch for, got an empty list")
     sizes = [tree.num_tokens for tree in trees]
-    smallest = _round_up(max(sizes))
+    smallest = round_up_tokens(max(sizes))
     if limit is not None and smallest > limit:
         longest = max(trees, key=lambda tree: tree.num_tokens)
         raise ValueError(
@@ -131,9 +126,14 @@ def choose_pack_tokens(
     steps = [[sizes[i] for i in order[start : start + batch_size]] for start in starts]
     totals = [sum(step) for step in steps]
     fractions = [total // n for total in (max(totals), sum(totals) // len(totals)) for n in SPLITS]
-    candidates = {smallest, *map(_round_up, fractions), *(smallest * n for n in SPLITS)}
+    candidates = {smallest, *map(round_up_tokens, fractions), *(smallest * n for n in SPLITS)}
     allowed = sorted(n for n in candidates if n >= smallest and (limit is None or n <= limit))
-    return min(allowed, key=lambda n: _predicted_cost(steps, n, overhead_tokens))
+    return min(allowed, key=lambda n: _predicted_cost(steps, n))
+
+
+def round_up_tokens(num_tokens: int) -> int:
+    """The next multiple of 64, as the tokens of a pack should be."""
+    return -(-num_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
 
 
 def fill(packs: Sequence[Pack]) -> float:
@@ -142,15 +142,10 @@ def fill(packs: Sequence[Pack]) -> float:
     return used / sum(len(pack.input_ids) for pack in packs)
 
 
-def _predicted_cost(steps: list[list[int]], num_tokens: int, overhead_tokens: int) -> int:
+def _predicted_cost(steps: list[list[int]], num_tokens: int) -> int:
     """Cost in tokens of packing each step's tree sizes into packs of `num_tokens`."""
     num_packs = sum(len(_first_fit_decreasing(sizes, num_tokens)) for sizes in steps)
-    return num_packs * (num_tokens + overhead_tokens)
-
-
-def _round_up(num_tokens: int) -> int:
-    """The next multiple of `TOKEN_MULTIPLE`."""
-    return -(-num_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    return num_packs * (num_tokens + PACK_OVERHEAD_TOKENS)
 
 
 def _first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -207,6 +202,5 @@ def _build_pack(trees: Sequence[Tree], indices: list[int], num_tokens: int) -> P
         rows=torch.tensor(rows, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
         trees=tuple(trees[i] for i in indices),
-        tree_indices=tuple(indices),
         counts=tuple(counts),
     )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # ASCII, so that the marks show where there is neither colour nor Unicode.
+MAX_SHOWN_TOKENS = 96  # longer prompts and completions lose their middle
 SCORED_OPEN, SCORED_CLOSE, ELLIPSIS = "[[", "]]", " [...] "
 STYLES = {"chosen": "green", "rejected": "red"}
 # Control characters of the data, which could steer the terminal; tab and newline stay.
@@ -20,11 +21,7 @@ CONTROL_CODES = {
 
 
 def preview_pair(
-    pair: TokenPair,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_tokens: int = 96,
-    encoding: str = "utf-8",
+    pair: TokenPair, tokenizer: "PreTrainedTokenizerBase", *, encoding: str = "utf-8"
 ) -> Text:
     """Decode a pair for the eye.
 
@@ -34,7 +31,6 @@ def preview_pair(
     Args:
         pair: The pair.
         tokenizer: The tokenizer that made it.
-        max_tokens: Longer prompts and completions lose their middle.
         encoding: What the terminal can show; other characters are written as escapes.
 
     Returns:
@@ -47,7 +43,7 @@ def preview_pair(
     )
     for name, ids, start in sides:
         prompt, completion = (
-            _decode(part, tokenizer, max_tokens, encoding) for part in (ids[:start], ids[start:])
+            _decode(part, tokenizer, encoding) for part in (ids[:start], ids[start:])
         )
         text.append(f"{name} (row {pair.row}, {len(ids) - start} of {len(ids)} tokens scored)\n")
         text.append(prompt, style="dim")
@@ -55,12 +51,10 @@ def preview_pair(
     return text
 
 
-def _decode(
-    ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", max_tokens: int, encoding: str
-) -> str:
+def _decode(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", encoding: str) -> str:
     """Token ids as printable text, the middle of a long sequence left out."""
-    head, tail = max_tokens - max_tokens // 2, max_tokens // 2
-    parts = [ids] if len(ids) <= max_tokens else [ids[:head], ids[len(ids) - tail :]]
+    half = MAX_SHOWN_TOKENS // 2
+    parts = [ids] if len(ids) <= MAX_SHOWN_TOKENS else [ids[:half], ids[len(ids) - half :]]
     decoded = (
         tokenizer.decode(list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for part in parts

@@ -55,7 +55,7 @@ class TemplateSettings:
     max_length: int = 1024
     """Longest sequence in tokens."""
     truncate_prompt: bool = False
-    """Cut prompts from the left first where a pair is too long."""
+    """Cut prompts from the left first, down to half of max_length, where a pair is too long."""
 
 
 @dataclass(frozen=True)
@@ -128,21 +128,26 @@ class Renderer:
             The text, or None if an answer is empty.
         """
         prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+        where = f"row {preference.row}: "
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
             was_rendered = repeats_prompt or self.is_rendered(prompt)
+            if was_rendered and preference.system:
+                raise ValueError(
+                    f"{where}a system column beside a prompt that is already rendered; "
+                    "put its text into the prompt and remove the column"
+                )
             if repeats_prompt:
                 chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
             answers = self._without_end(chosen), self._without_end(rejected)
             if not all(answer.strip() for answer in answers):
                 return None
-            if was_rendered or self.template is None:
+            if was_rendered or (self.template is None and not preference.system):
                 return PairText(prompt, prompt + chosen, prompt + rejected, False, was_rendered)
             chosen, rejected = answers  # the template writes the terminator
         chosen, rejected = _as_messages(chosen, "assistant"), _as_messages(rejected, "assistant")
         if not all(any(m["content"].strip() for m in answer) for answer in (chosen, rejected)):
             return None
-        where = f"row {preference.row}: "
-        messages = self._with_system(prompt)
+        messages = self._with_system(prompt, preference.system)
         return PairText(
             self._render(messages, generate=True, where=where),
             self._render(messages + chosen, where=where),
@@ -156,12 +161,12 @@ class Renderer:
         end = next((end for end in self.ends if stripped.endswith(end)), None)
         return stripped.removesuffix(end) if end else text
 
-    def _with_system(self, prompt: str | list[Message]) -> list[Message]:
-        """A prompt as messages, with the system prompt in front where it has none."""
+    def _with_system(self, prompt: str | list[Message], own: str = "") -> list[Message]:
+        """A prompt as messages; in front its own system text, else the system prompt if any."""
         if isinstance(prompt, str):  # the template writes BOS
             prompt = prompt.removeprefix(self.tokenizer.bos_token or "")
         messages = _as_messages(prompt, "user")
-        system = self.settings.system_prompt
+        system = own or self.settings.system_prompt
         if system is None or any(m["role"] in ("system", "developer") for m in messages):
             return messages
         return [{"role": "system", "content": system}, *messages]
@@ -170,7 +175,7 @@ class Renderer:
         """Messages as text; `generate` opens the answer."""
         if self.template is None:
             raise ValueError(
-                f"{where}message lists need a chat template, and none is in use ({self.choice}); "
+                f"{where}messages need a chat template, and none is in use ({self.choice}); "
                 "name a Jinja file with --chat_template FILE"
             )
         return _apply(self.tokenizer, self.template, self.settings, messages, generate, where)

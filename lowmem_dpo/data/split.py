@@ -24,9 +24,9 @@ def split_by_prompt(
     """
     if fraction == 0:
         return list(pairs), []
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for i, pair in enumerate(pairs):
-        groups.setdefault(prompt_ids(pair), []).append(i)
+        groups.setdefault(prompt_key(pair), []).append(i)
     prompts = list(groups)
     random.Random(seed).shuffle(prompts)
     held_out: set[int] = set()
@@ -43,6 +43,6 @@ def split_by_prompt(
     return train, [pairs[i] for i in sorted(held_out)]
 
 
-def prompt_ids(pair: TokenPair) -> tuple[int, ...]:
-    """The token ids in front of the chosen completion."""
-    return pair.chosen_ids[: pair.chosen_start]
+def prompt_key(pair: TokenPair) -> str:
+    """What tells prompts apart: the pair's key, or the ids in front of chosen if it has none."""
+    return pair.prompt_key or str(pair.chosen_ids[: pair.chosen_start])

@@ -5,6 +5,7 @@ EOS are added to the ids where they are missing: so each stands there once, what
 the template and the file do of their own. Which text that is, `rendering` decides.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 CHUNK_PAIRS = 1000  # pairs per call of the tokenizer: bounds memory
+MANY_DROPPED = 0.1  # share of the pairs lost to cutting above which a report says what to do
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class TokenPair:
         rejected_ids: Prompt and rejected completion.
         chosen_start: Position of the first scored token of `chosen_ids`, at least 1.
         rejected_start: The same for `rejected_ids`.
+        prompt_key: Digest of the prompt's whole text: ids change where tokens merge or are cut.
     """
 
     row: int
@@ -52,6 +55,7 @@ class TokenPair:
     rejected_ids: tuple[int, ...]
     chosen_start: int
     rejected_start: int
+    prompt_key: str = ""
 
 
 @dataclass
@@ -64,8 +68,10 @@ class EncodeReport:
         num_kept: Pairs that are trained on.
         num_dropped: Dropped pairs by reason (empty, identical, ... after cutting).
         num_truncated: Sequences of kept pairs that were cut.
+        num_prompts_cut: Kept pairs whose prompt lost its beginning.
         num_mismatches: Pairs whose last prompt tokens change where a completion follows.
         num_rendered: Pairs that were already rendered.
+        max_length: The limit, in tokens.
     """
 
     template_choice: str = ""
@@ -73,16 +79,20 @@ class EncodeReport:
     num_kept: int = 0
     num_dropped: Counter[str] = field(default_factory=Counter)
     num_truncated: int = 0
+    num_prompts_cut: int = 0
     num_mismatches: int = 0
     num_rendered: int = 0
+    max_length: int = 0
 
     def lines(self) -> list[str]:
         """The report in words, a line each; only what happened."""
         lines = [self.template_choice, f"{self.num_pairs} pairs read, {self.num_kept} kept"]
         if self.num_dropped:
-            lines.append(f"{self.num_dropped.total()} pairs dropped: {self.reasons()}")
+            lines.append(f"{self.num_dropped.total()} pairs dropped: {self.reasons()}{self.hint()}")
         if self.num_truncated:
             lines.append(f"{self.num_truncated} of {2 * self.num_kept} sequences cut to max_length")
+        if self.num_prompts_cut:
+            lines.append(f"{self.num_prompts_cut} prompts cut from the left")
         if self.num_mismatches:
             lines.append(
                 f"{self.num_mismatches} pairs whose last prompt tokens change where an answer "
@@ -93,6 +103,13 @@ class EncodeReport:
     def reasons(self) -> str:
         """Reasons and counts of the dropped pairs, most frequent first."""
         return ", ".join(f"{count} {reason}" for reason, count in self.num_dropped.most_common())
+
+    def hint(self) -> str:
+        """What helps where cutting cost many pairs; empty elsewhere."""
+        num_cut = sum(n for reason, n in self.num_dropped.items() if "after cutting" in reason)
+        if num_cut <= MANY_DROPPED * self.num_pairs:
+            return ""
+        return f"; raise max_length (now {self.max_length})"
 
 
 def encode_pairs(
@@ -120,7 +137,7 @@ def encode_pairs(
     """
     renderer = build_renderer(tokenizer, settings)
     lead = _lead_ids(tokenizer)
-    report = EncodeReport(num_pairs=len(preferences))
+    report = EncodeReport(num_pairs=len(preferences), max_length=settings.max_length)
     texts = _pair_texts(preferences, renderer, report)
     pairs: list[TokenPair] = []
     for start in range(0, len(texts), CHUNK_PAIRS):
@@ -133,12 +150,13 @@ def encode_pairs(
             pairs.append(pair)
             report.num_truncated += len(pair.chosen_ids) < len(uncut.chosen_ids)
             report.num_truncated += len(pair.rejected_ids) < len(uncut.rejected_ids)
+            report.num_prompts_cut += pair.chosen_start < uncut.chosen_start
     report.num_kept = len(pairs)
     report.template_choice = _template_choice(preferences, renderer, report)
     if not pairs:
         raise ValueError(
-            f"no pair is left of {report.num_pairs} (dropped: {report.reasons() or 'none'}); "
-            f"check the data, or raise max_length, now {settings.max_length}"
+            f"no pair is left of {report.num_pairs} (dropped: {report.reasons() or 'none'})"
+            f"{report.hint() or '; check the data'}"
         )
     return pairs, report
 
@@ -215,7 +233,13 @@ def _tokenize(
             rejected_ids=_with_eos(rejected, text.rejected, renderer),
             chosen_start=max(starts[0], 1),
             rejected_start=max(starts[1], 1),
+            prompt_key=_prompt_key(text.prompt, tokenizer.bos_token),
         )
+
+
+def _prompt_key(prompt: str, bos_token: str | None) -> str:
+    """Digest of a prompt's text, the same with and without BOS."""
+    return hashlib.sha256(prompt.removeprefix(bos_token or "").encode()).hexdigest()[:32]
 
 
 def _lead_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -240,13 +264,16 @@ def _with_eos(ids: list[int], text: str, renderer: Renderer) -> tuple[int, ...]:
 
 
 def _cut(pair: TokenPair, settings: TemplateSettings, bos_id: int | None) -> TokenPair:
-    """Cut both sequences to max_length: with truncate_prompt the prompt's left, then the right."""
+    """Cut both sequences to max_length: with truncate_prompt the prompt's left, then the right.
+
+    Half of max_length is left to the prompt: an answer that is long alone must not erase it.
+    """
     limit = settings.max_length
     keep = int(pair.chosen_ids[0] == bos_id)
     cut = 0
     if settings.truncate_prompt:
         excess = max(len(pair.chosen_ids), len(pair.rejected_ids)) - limit
-        spare = min(pair.chosen_start, pair.rejected_start) - keep - 1
+        spare = min(pair.chosen_start, pair.rejected_start) - max(limit // 2, keep + 1)
         cut = max(min(excess, spare), 0)
     return replace(
         pair,

@@ -14,6 +14,7 @@ token of both branches. For the idea see https://github.com/frankxwang/dpo-prefi
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 from lowmem_dpo.data.templates import TokenPair, common_prefix_length
 
@@ -55,6 +56,11 @@ class Tree:
 
     def digest(self) -> str:
         """SHA-256 (hex) of the token ids and the scored positions; the row does not matter."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        """The digest, computed once: every step asks for it."""
         content = [self.trunk, self.chosen, self.rejected, self.chosen_start, self.rejected_start]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

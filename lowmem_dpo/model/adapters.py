@@ -19,7 +19,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lowmem_dpo.model.checkpoint import StoredTensor, file_digest, read_header, replace_file
+from lowmem_dpo.files import replace_file
+from lowmem_dpo.model.checkpoint import StoredTensor, file_digest, read_header
 from lowmem_dpo.model.lora import lora_layers, lora_parameters
 from lowmem_dpo.model.source import ADAPTER_CONFIG_FILE, read_json
 

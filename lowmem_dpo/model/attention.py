@@ -13,14 +13,20 @@ function is registered with transformers under `TREE_ATTENTION`; layers pass `tr
 Shapes: N packed tokens, H query heads, K key heads, E head size.
 """
 
+import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
+
+# One family of kernels for both segments of a tree; cuDNN would plan anew for every length.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 TREE_ATTENTION = "lowmem_dpo_tree"
 PLAIN_ATTENTION = "sdpa"
@@ -93,16 +99,26 @@ def _causal(
     q = torch.cat([queries[i] for i in query_parts], dim=2)
     k = torch.cat([keys[i] for i in key_parts], dim=2)
     v = torch.cat([values[i] for i in key_parts], dim=2)
+    if q.is_cuda and not _has_flash(q.device, q.dtype):
+        # Of torch's kernels without a [q, k] matrix only flash takes grouped heads.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     square = q.shape[2] == k.shape[2]
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=None if square else causal_lower_right(q.shape[2], k.shape[2]),
-        is_causal=square,
-        scale=scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    with sdpa_kernel(BACKENDS) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if square else causal_lower_right(q.shape[2], k.shape[2]),
+            is_causal=square,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+
+@functools.cache
+def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    return is_half and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

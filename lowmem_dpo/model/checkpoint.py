@@ -12,12 +12,13 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from lowmem_dpo.files import replace_file
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -185,13 +186,3 @@ def _read_digests(path: Path | None) -> dict[str, list]:
         if isinstance(entries, dict):
             return {key: v for key, v in entries.items() if isinstance(v, list) and len(v) == 3}
     return {}
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that it holds the old bytes or the new ones, never half of them."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

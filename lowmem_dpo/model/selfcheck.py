@@ -5,6 +5,7 @@ pairs are scored once as one packed micro-batch and once as four plain sequences
 own attention; every decoder layer must have come to our attention function exactly once.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,6 +63,11 @@ def check_packing(
             differences.append((packed[inside] - plain[positions])[right])
     difference = torch.cat(differences).double().pow(2).mean().sqrt().item()
     tolerance = logp_tolerance(dtype)
+    if math.isnan(difference):
+        raise ValueError(
+            "self-check failed: the model's log-probs are not numbers; its weights or the adapter "
+            f"hold NaN, or overflow in {str(dtype).removeprefix('torch.')}"
+        )
     if not difference <= tolerance:
         raise ValueError(
             f"self-check failed: packed and plain sequences differ by {difference:.2e} nat rms per "

@@ -7,7 +7,6 @@ always a checkpoint. Nothing is pickled.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
+
+from lowmem_dpo.files import replace_file, replace_folder
 
 STATE_FILE = "trainer_state.json"
 TENSOR_FILE = "trainer_state.safetensors"
@@ -29,19 +31,31 @@ class TrainingState:
     """The moving parts of a run beside the adapter.
 
     Attributes:
+        optimizer: Over the adapter's parameters.
+        schedule: Of its learning rate.
+        scaler: Loss scaling, live in float16 only.
+        device: Whose random state counts.
         step: Optimizer steps done.
         num_tokens: Tokens seen.
         best_eval_loss: Lowest evaluation loss so far.
         unlogged: Metrics of the steps since the last logged line.
+        last_metrics: Of the last step.
+        eval_metrics: Of the last evaluation, with its step.
     """
 
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     scaler: torch.amp.GradScaler
+    device: torch.device
     step: int = 0
     num_tokens: int = 0
     best_eval_loss: float | None = None
     unlogged: list[dict[str, float]] = field(default_factory=list)
+    last_metrics: dict[str, float] = field(default_factory=dict)
+    eval_metrics: dict[str, float] = field(default_factory=dict)
+
+
+PLAIN = ("step", "num_tokens", "best_eval_loss", "unlogged", "last_metrics", "eval_metrics")
 
 
 def save_checkpoint(
@@ -49,7 +63,7 @@ def save_checkpoint(
     state: TrainingState,
     save_adapter: Callable[[Path], None],
     facts: dict[str, Any],
-) -> Path:
+) -> None:
     """Write `directory/step-NNNNNN`.
 
     Args:
@@ -57,53 +71,46 @@ def save_checkpoint(
         state: What to save.
         save_adapter: Writes the adapter into a folder.
         facts: What a resumed run must agree with (settings, digests); JSON values.
-
-    Returns:
-        The checkpoint's folder.
     """
-    target = directory / f"step-{state.step:06d}"
-    temporary = directory / f".{target.name}.part"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_adapter(temporary)
-    tensors = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    optimizer = _take_tensors(state.optimizer.state_dict(), "optimizer", tensors)
-    save_file(tensors, temporary / TENSOR_FILE)
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "step": state.step,
-        "num_tokens": state.num_tokens,
-        "best_eval_loss": state.best_eval_loss,
-        "unlogged": state.unlogged,
-        "optimizer": optimizer,
-        "schedule": _plain(state.schedule.state_dict()),
-        "scaler": state.scaler.state_dict(),
-        "facts": facts,
-    }
-    (temporary / STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
-    return target
+
+    def write(folder: Path) -> None:
+        save_adapter(folder)
+        tensors = {"random.cpu": torch.get_rng_state()}
+        if state.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(state.device)
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            **{name: getattr(state, name) for name in PLAIN},
+            "optimizer": _take_tensors(state.optimizer.state_dict(), "optimizer", tensors),
+            "schedule": _plain(state.schedule.state_dict()),
+            "scaler": state.scaler.state_dict(),
+            "facts": facts,
+        }
+        replace_file(folder / TENSOR_FILE, save(tensors))
+        replace_file(folder / STATE_FILE, json.dumps(record, indent=1).encode())
+
+    replace_folder(directory / f"step-{state.step:06d}", write)
 
 
 def load_checkpoint(directory: Path, state: TrainingState) -> None:
     """Restore `state` and the random generators from a checkpoint; the adapter is loaded apart.
 
     Raises:
-        ValueError: If the folder holds no checkpoint of ours.
+        ValueError: If the folder holds no whole checkpoint of ours.
     """
     record = read_record(directory)
-    tensors = load_file(directory / TENSOR_FILE)
-    state.optimizer.load_state_dict(_put_tensors(record["optimizer"], tensors))
-    state.schedule.load_state_dict(record["schedule"])
-    state.scaler.load_state_dict(record["scaler"])
-    state.step, state.num_tokens = record["step"], record["num_tokens"]
-    state.best_eval_loss, state.unlogged = record["best_eval_loss"], record["unlogged"]
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    try:
+        tensors = load((directory / TENSOR_FILE).read_bytes())
+        state.optimizer.load_state_dict(_put_tensors(record["optimizer"], tensors))
+        state.schedule.load_state_dict(record["schedule"])
+        state.scaler.load_state_dict(record["scaler"])
+        for name in PLAIN:
+            setattr(state, name, record[name])
+        torch.set_rng_state(tensors["random.cpu"])
+        if state.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], state.device)
+    except (OSError, KeyError, SafetensorError) as error:
+        raise _damaged(directory, error) from None
 
 
 def read_record(directory: Path) -> dict[str, Any]:
@@ -113,9 +120,20 @@ def read_record(directory: Path) -> dict[str, Any]:
         ValueError: If the folder holds no checkpoint of ours.
     """
     try:
-        return json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{directory} is not a checkpoint that can be resumed: {error}") from None
+        record = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
+        if record["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"{directory} was written by another version; start afresh")
+        record["facts"], record["step"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise _damaged(directory, error) from None
+    return record
+
+
+def _damaged(directory: Path, error: Exception) -> ValueError:
+    older = [path.name for path in list_checkpoints(directory.parent) if path < directory]
+    hint = f"resume from {directory.parent / older[-1]}" if older else "start afresh"
+    why = f"{type(error).__name__}: {error}"
+    return ValueError(f"{directory} is no checkpoint that can be resumed ({why}); {hint}")
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -129,14 +147,11 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder under a temporary name, then put it in `target`'s place."""
-    temporary = target.with_name(f".{target.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+def drop_checkpoints_after(directory: Path, step: int) -> None:
+    """Delete the checkpoints ahead of where a run goes on from: they are another future's."""
+    for path in list_checkpoints(directory):
+        if path.name > f"step-{step:06d}":
+            shutil.rmtree(path)
 
 
 def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -9,27 +9,29 @@ from typing import Any
 
 import torch
 
-from lowmem_dpo.model.adapters import adapter_digest, load_adapter, save_adapter
+from lowmem_dpo.files import replace_folder
+from lowmem_dpo.model.adapters import load_adapter
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.training.checkpoints import (
     TrainingState,
+    drop_checkpoints_after,
     load_checkpoint,
     prune_checkpoints,
     read_record,
-    replace_folder,
     save_checkpoint,
 )
-from lowmem_dpo.training.console import ProgressBar, duration, say, size, speed, warn
+from lowmem_dpo.training.console import ProgressBar, duration, say, size, speed
+from lowmem_dpo.training.health import check_adapter_moves, check_finite, check_weights_finite
 from lowmem_dpo.training.interrupt import Interrupt
-from lowmem_dpo.training.loop import Schedule, StepResult, evaluate, predicted_fill, train_steps
+from lowmem_dpo.training.loop import StepResult, evaluate, predicted_fill, train_steps
 from lowmem_dpo.training.metrics import Metrics, mean_metrics, with_friendly_names
 from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
 from lowmem_dpo.training.output import RunFolder, check_resumable, resume_facts
-from lowmem_dpo.training.plots import draw_plots, read_metrics
+from lowmem_dpo.training.plots import draw_plots
+from lowmem_dpo.training.schedule import Schedule
 from lowmem_dpo.training.setup import Run
 from lowmem_dpo.version import __version__
 
-FEW_STEPS = 20
 FEW_STEPS_TO_LOG_ALL = 100
 
 StepCallback = Callable[[StepResult], Any]
@@ -64,7 +66,7 @@ class Fit:
     def __init__(self, run: Run, folder: RunFolder, callbacks: Sequence[StepCallback]) -> None:
         self.run, self.folder, self.callbacks = run, folder, callbacks
         self.config = config = run.config
-        self.schedule = Schedule.of(run)
+        self.schedule = Schedule.of(config, len(run.pairs.train))
         self.parameters = lora_parameters(run.policy.loaded.model)
         optimizer = make_optimizer(config, self.parameters.values())
         self.state = TrainingState(
@@ -73,13 +75,17 @@ class Fit:
             scaler=torch.amp.GradScaler(
                 run.policy.device.type, enabled=run.policy.dtype == torch.float16
             ),
+            device=run.policy.device,
         )
         few = self.schedule.num_steps < FEW_STEPS_TO_LOG_ALL
         self.logging_steps = config.logging_steps or (1 if few else 10)
         self.eval_steps = config.eval_steps or self.schedule.steps_per_epoch
-        self.facts = resume_facts(config, model_digest=_digest(run), data_digest=run.pairs.digest)
-        self.last_metrics: Metrics = {}
-        self.eval_metrics: Metrics = {}
+        self.facts = resume_facts(
+            config,
+            model_digest=run.policy.digest,
+            data_digest=run.pairs.digest,
+            planned_pack_tokens=run.pack_tokens,
+        )
 
     def go(self, checkpoint: Path | None) -> TrainResult:
         """Train from the start or from a checkpoint to the end."""
@@ -87,6 +93,7 @@ class Fit:
             check_resumable(self.facts, read_record(checkpoint)["facts"], checkpoint)
             load_adapter(self.run.policy.loaded.model, checkpoint)
             load_checkpoint(checkpoint, self.state)
+            drop_checkpoints_after(self.folder.checkpoints, self.state.step)
             say(f"resumed from {checkpoint}")
         elif self.config.resume == "auto":
             say(f"resume auto: no checkpoint in {self.folder.checkpoints}, starting afresh")
@@ -94,38 +101,32 @@ class Fit:
         self._note_start()
         begun, start = time.perf_counter(), self.state.step
         self._train()
-        if self.run.pairs.evaluation and not self.eval_metrics:  # resumed at the end
-            self._evaluate()
-        if not self.last_metrics:
-            logged = [row for row in read_metrics(self.folder.metrics) if "loss" in row]
-            self.last_metrics = logged[-1]
+        check_adapter_moves(self.parameters, self.state.step)
         self._save_adapters()
         draw_plots(self.folder.metrics, self.folder.root / "plots")
         seconds = time.perf_counter() - begun
-        self.folder.note(seconds=seconds, step_zero=self.run.step_zero, finished=True)
         steps = self.state.step - start
+        if start == 0:
+            self.folder.note(step_zero=self.run.step_zero)
+        session = {"from_step": start, "to_step": self.state.step, "seconds": seconds}
+        self.folder.note(sessions=[*self.folder.record["sessions"], session], finished=True)
         adapter = self.folder.root / "adapter"
         say(f"done: {steps} steps in {duration(seconds)}; the adapter is in {adapter}")
         return TrainResult(
-            final_loss=self.last_metrics["loss"],
-            metrics=self.last_metrics | self.eval_metrics,
+            final_loss=self.state.last_metrics["loss"],
+            metrics=self.state.eval_metrics | self.state.last_metrics,
             num_steps=self.state.step,
             output_dir=self.folder.root,
         )
 
     def _train(self) -> None:
         num_steps = self.schedule.num_steps
-        if num_steps < FEW_STEPS:
-            warn(
-                f"only {num_steps} steps: {self.schedule.num_pairs} pairs in batches of "
-                f"{self.config.batch_size}; for more, lower batch_size or raise num_train_epochs"
-            )
         bar = ProgressBar("training", num_steps, "steps", done=self.state.step, lines=False)
         with Interrupt() as interrupt, bar:
             for result in train_steps(self.run, self.state, self.schedule):
                 metrics = with_friendly_names(result.metrics)
                 self.state.unlogged.append(result.metrics)
-                self.last_metrics = metrics
+                self.state.last_metrics = metrics
                 bar.advance(1, _summary(metrics))
                 if result.step % self.logging_steps == 0 or result.step == num_steps:
                     self._log(bar)
@@ -155,33 +156,35 @@ class Fit:
         return self.config.save_strategy == "epoch" and ends_epoch
 
     def _evaluate(self) -> None:
-        self.eval_metrics = evaluate(self.run, self.run.pairs.evaluation)
-        loss = self.eval_metrics["eval_loss"]
-        self.folder.log({"step": self.state.step, **self.eval_metrics})
+        metrics = evaluate(self.run, self.run.pairs.evaluation)
+        loss = metrics["eval_loss"]
+        check_weights_finite(self.parameters, self.state.step)
+        check_finite(loss, 0.0, [tree.row for tree in self.run.pairs.evaluation], self.state.step)
+        self.state.eval_metrics = {"step": self.state.step, **metrics}
+        self.folder.log(self.state.eval_metrics)
         say(
             f"evaluation at step {self.state.step}: loss {loss:.4f}, margin "
-            f"{self.eval_metrics['eval_rewards/margins']:+.3f}, accuracy "
-            f"{self.eval_metrics['eval_rewards/accuracies']:.2f}"
+            f"{metrics['eval_rewards/margins']:+.3f}, accuracy "
+            f"{metrics['eval_rewards/accuracies']:.2f}"
         )
-        if self.state.best_eval_loss is None or loss < self.state.best_eval_loss:
+        best = self.folder.root / "best"
+        lowest = self.state.best_eval_loss
+        if lowest is None or loss < lowest or not best.exists():
             self.state.best_eval_loss = loss
-            replace_folder(self.folder.root / "best", self._save_adapter)
+            replace_folder(best, self.run.policy.save)
 
     def _save_checkpoint(self) -> None:
-        save_checkpoint(self.folder.checkpoints, self.state, self._save_adapter, self.facts)
+        check_weights_finite(self.parameters, self.state.step)
+        save_checkpoint(self.folder.checkpoints, self.state, self.run.policy.save, self.facts)
         prune_checkpoints(self.folder.checkpoints, self.config.keep_checkpoints)
 
     def _save_adapters(self) -> None:
         """adapter/ is the last state; best/ the best evaluated one, or the last."""
-        replace_folder(self.folder.root / "adapter", self._save_adapter)
-        if not self.run.pairs.evaluation:
-            replace_folder(self.folder.root / "best", self._save_adapter)
-
-    def _save_adapter(self, directory: Path) -> None:
-        policy = self.run.policy
-        save_adapter(
-            directory, policy.loaded.model, base_model=policy.source, settings=policy.adapter
-        )
+        check_weights_finite(self.parameters, self.state.step)
+        best = self.folder.root / "best"
+        replace_folder(self.folder.root / "adapter", self.run.policy.save)
+        if not self.run.pairs.evaluation or not best.exists():
+            replace_folder(best, self.run.policy.save)
 
     def _note_start(self) -> None:
         run, policy = self.run, self.run.policy
@@ -210,11 +213,6 @@ class Fit:
             },
             finished=False,
         )
-
-
-def _digest(run: Run) -> str:
-    start = run.policy.init_adapter
-    return run.policy.loaded.identity + (adapter_digest(Path(start)) if start else "")
 
 
 def _summary(metrics: Metrics) -> str:

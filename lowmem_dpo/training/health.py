@@ -90,15 +90,40 @@ def check_finite(loss: float, grad_norm: float, rows: list[int], step: int) -> N
 
 
 def check_adapter_moves(parameters: Mapping[str, Tensor], step: int) -> None:
-    """Stop a run whose LoRA-B matrices are still zero after 20 steps: it learns nothing.
+    """Stop a run whose LoRA-B matrices are all still zero: it learns nothing.
 
     Raises:
         RunStopped: If every one of them is zero.
     """
-    if step != STEPS_UNTIL_LORA_B_MOVES:
-        return
     if not any(torch.any(p != 0) for name, p in parameters.items() if name.endswith("lora_b")):
         raise RunStopped(
             f"after {step} steps every LoRA-B matrix is still 0: no gradient reaches the adapter; "
             "check that chosen and rejected differ and that the learning rate is not 0"
+        )
+
+
+def check_weights_finite(parameters: Mapping[str, Tensor], step: int) -> None:
+    """Stop before an adapter that holds NaN or infinity is written anywhere.
+
+    Raises:
+        RunStopped: Naming the first such matrix.
+    """
+    for name, parameter in parameters.items():
+        if not torch.isfinite(parameter).all():
+            raise RunStopped(
+                f"after step {step} the adapter holds NaN or infinite numbers ({name}); nothing of "
+                "it was saved, earlier checkpoints are intact: lower the learning rate"
+            )
+
+
+def check_loss_scale(scale: float, step: int) -> None:
+    """Stop a float16 run whose gradients overflow whatever they are scaled by.
+
+    Raises:
+        RunStopped: If the scale has fallen below 1.
+    """
+    if scale < 1:
+        raise RunStopped(
+            f"step {step}: float16 gradients overflow even at loss scale {scale:g}; "
+            "lower the learning rate, or use a card with bfloat16"
         )

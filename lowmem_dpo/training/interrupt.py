@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM end a run after the step they fall into, so that it can save first."""
 
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -36,3 +37,4 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        print("\nfinishing this step, then saving; Ctrl-C again stops now", file=sys.stderr)

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from lowmem_dpo.data.packing import Pack, epoch_order, fill, pack_trees, sequence_logps
+from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.data.packing import Pack, fill, pack_trees, sequence_logps
 from lowmem_dpo.data.trees import Tree
 from lowmem_dpo.losses import LOSSES, PairLogps
 from lowmem_dpo.model.lora import dropout_live, lora_parameters
@@ -22,49 +24,19 @@ from lowmem_dpo.model.selfcheck import logp_tolerance
 from lowmem_dpo.training.checkpoints import TrainingState
 from lowmem_dpo.training.console import say, warn
 from lowmem_dpo.training.health import (
+    STEPS_UNTIL_LORA_B_MOVES,
     check_adapter_moves,
     check_finite,
+    check_loss_scale,
     check_step_zero,
     has_step_zero,
     rms_difference,
 )
 from lowmem_dpo.training.metrics import Metrics, PairStats, peak_memory_bytes
+from lowmem_dpo.training.schedule import Schedule
 from lowmem_dpo.training.setup import Run
 
 STEPS_TO_PREDICT_FILL = 16
-
-
-@dataclass
-class Schedule:
-    """How many steps a run has, and which pairs each takes."""
-
-    num_pairs: int
-    batch_size: int
-    num_steps: int
-    seed: int
-    shuffle: bool
-
-    @classmethod
-    def of(cls, run: Run) -> "Schedule":
-        """The schedule of a run: whole epochs in batches, the last one possibly short."""
-        config, num_pairs = run.config, len(run.pairs.train)
-        per_epoch = math.ceil(num_pairs / config.batch_size)
-        num_steps = config.max_steps or max(1, math.ceil(per_epoch * config.num_train_epochs))
-        return cls(num_pairs, config.batch_size, num_steps, config.seed, config.shuffle)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the data."""
-        return math.ceil(self.num_pairs / self.batch_size)
-
-    def batches(self, first_step: int) -> Iterator[list[int]]:
-        """Indices of the pairs of each step, from `first_step` to the end."""
-        order, order_epoch = list(range(self.num_pairs)), -1
-        for step in range(first_step, self.num_steps):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if self.shuffle and epoch != order_epoch:
-                order, order_epoch = epoch_order(self.num_pairs, self.seed, epoch), epoch
-            yield order[place * self.batch_size : (place + 1) * self.batch_size]
 
 
 def predicted_fill(run: Run, schedule: Schedule) -> float:
@@ -108,28 +80,21 @@ def train_steps(run: Run, state: TrainingState, schedule: Schedule) -> Iterator[
                 state.scaler.scale(losses.sum() / len(batch)).backward()
             stats.add(pairs, losses, config.beta)
             if state.step == 0 and run.reference:
-                worst_rms = max(
-                    worst_rms, rms_difference(logps.detach().cpu(), run.reference.of(pack))
-                )
+                rms = rms_difference(logps.detach().cpu(), run.reference.of(pack))
+                worst_rms = max(worst_rms, rms)
             tokens += sum(num_sequence_tokens(tree) for tree in pack.trees)
+            del logps, pairs, losses  # or their graph would live into the next micro-batch
 
         metrics = stats.means()
         if state.step == 0:
             _judge_first_step(run, metrics["loss"], worst_rms)
-        state.scaler.unscale_(state.optimizer)
-        limit = config.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), limit).item()
+        metrics["learning_rate"] = float(state.schedule.get_last_lr()[0])
         rows = [tree.row for tree in trees]
-        overflow = state.scaler.is_enabled() and not math.isfinite(grad_norm)
-        check_finite(metrics["loss"], 0.0 if overflow else grad_norm, rows, state.step + 1)
-        learning_rate = float(state.schedule.get_last_lr()[0])
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.schedule.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        metrics |= _update(config, state, parameters, metrics["loss"], rows)
         state.step += 1
         state.num_tokens += tokens
-        check_adapter_moves(parameters, state.step)
+        if state.step == STEPS_UNTIL_LORA_B_MOVES:
+            check_adapter_moves(parameters, state.step)
 
         seconds = time.perf_counter() - begun
         peak = peak_memory_bytes(run.policy.device)
@@ -137,8 +102,6 @@ def train_steps(run: Run, state: TrainingState, schedule: Schedule) -> Iterator[
             state.step,
             {
                 **metrics,
-                "grad_norm": grad_norm,
-                "learning_rate": learning_rate,
                 "epoch": state.step / schedule.steps_per_epoch,
                 "step": state.step,
                 "num_tokens": state.num_tokens,
@@ -147,6 +110,31 @@ def train_steps(run: Run, state: TrainingState, schedule: Schedule) -> Iterator[
                 **({} if peak is None else {"peak_memory_bytes": peak}),
             },
         )
+
+
+def _update(
+    config: TrainConfig,
+    state: TrainingState,
+    parameters: dict[str, nn.Parameter],
+    loss: float,
+    rows: list[int],
+) -> Metrics:
+    """Clip the gradients, step the optimizer and the schedule.
+
+    A float16 gradient that overflowed has no norm: the scaler skips the step, lowers its scale.
+    """
+    state.scaler.unscale_(state.optimizer)
+    limit = config.max_grad_norm or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), limit).item()
+    overflowed = state.scaler.is_enabled() and not math.isfinite(grad_norm)
+    check_finite(loss, 0.0 if overflowed else grad_norm, rows, state.step + 1)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    if state.scaler.is_enabled():
+        check_loss_scale(state.scaler.get_scale(), state.step + 1)
+    state.schedule.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return {} if overflowed else {"grad_norm": grad_norm}
 
 
 @torch.no_grad()

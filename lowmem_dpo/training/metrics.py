@@ -63,7 +63,9 @@ def mean_metrics(steps: Iterable[Mapping[str, float]]) -> Metrics:
     steps = list(steps)
     result = dict(steps[-1])
     for name in (*PER_PAIR, "grad_norm"):
-        result[name] = sum(step[name] for step in steps) / len(steps)
+        values = [step[name] for step in steps if name in step]
+        if values:  # a step whose float16 gradient overflowed has no norm
+            result[name] = sum(values) / len(values)
     return result
 
 

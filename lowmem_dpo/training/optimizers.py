@@ -48,6 +48,7 @@ def make_schedule(
     return get_scheduler(
         config.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=math.ceil(config.warmup_ratio * num_steps),
+        # At least the last step trains: a run of one step would spend it at rate 0.
+        num_warmup_steps=min(math.ceil(config.warmup_ratio * num_steps), num_steps - 1),
         num_training_steps=num_steps,
     )

@@ -1,12 +1,14 @@
 """The folder a run leaves, and its records: config.yaml, run.json, metrics.jsonl."""
 
+import contextlib
 import json
-import os
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lowmem_dpo.config import TrainConfig, to_yaml
+from lowmem_dpo.files import lock_file, replace_file
 from lowmem_dpo.training.checkpoints import list_checkpoints, read_record
 
 SCHEMA_VERSION = 1
@@ -33,6 +35,9 @@ FREE_TO_CHANGE = {
 }
 
 
+RUN_FILES = ("config.yaml", "adapter", "best", "checkpoints")
+
+
 class RunFolder:
     """Paths and records of one run.
 
@@ -44,19 +49,20 @@ class RunFolder:
         self.root = Path(config.output_dir)
         self.checkpoints = self.root / "checkpoints"
         self.metrics = self.root / "metrics.jsonl"
-        self.record: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
+        self.record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "sessions": []}
+        self._lock: IO[bytes] | None = None
 
     def open(self, config: TrainConfig) -> Path | None:
-        """Make the folder, or find where to resume.
+        """Make the folder and hold it against other runs, or find where to resume.
 
         Returns:
             The checkpoint to resume from, or None to start afresh.
 
         Raises:
-            ValueError: If the folder holds a run and resume is not set, or the checkpoint is not
-                there.
+            ValueError: If the folder holds a run and resume is not set, the checkpoint is not
+                there or is another setting's, or the folder cannot be written.
         """
-        holds_run = (self.root / "config.yaml").exists()
+        holds_run = any((self.root / name).exists() for name in RUN_FILES)
         if config.resume is None and holds_run:
             raise ValueError(
                 f"{self.root} holds a run already; go on with --resume auto, "
@@ -67,16 +73,33 @@ class RunFolder:
             checkpoint = next(reversed(list_checkpoints(self.checkpoints)), None)
         elif config.resume is not None:
             checkpoint = Path(config.resume)
-            read_record(checkpoint)
+            if holds_run and checkpoint.resolve().parent != self.checkpoints.resolve():
+                raise ValueError(
+                    f"{self.root} holds a run and {checkpoint} is not its checkpoint; "
+                    "choose another --output_dir"
+                )
+        if checkpoint is not None:
+            recorded = read_record(checkpoint)["facts"]
+            check_resumable(resume_facts(config), recorded, checkpoint)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_file(self.root / ".lock")
         except OSError as error:
-            raise ValueError(f"cannot make output_dir {self.root}: {error.strerror}") from None
+            raise ValueError(f"cannot write output_dir {self.root}: {error.strerror}") from None
+        if self._lock is None:
+            raise ValueError(f"another run is writing to {self.root}; choose another --output_dir")
         return checkpoint
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            (self.root / ".lock").unlink(missing_ok=True)
+            self._lock = None
 
     def start(self, config: TrainConfig, resumed_step: int) -> None:
         """Write config.yaml; cut metrics.jsonl back to the step that the run goes on from."""
-        write_text(self.root / "config.yaml", to_yaml(config))
+        replace_file(self.root / "config.yaml", to_yaml(replace(config, resume=None)).encode())
         kept = []
         if self.metrics.exists():
             for line in self.metrics.read_text(encoding="utf-8").splitlines():
@@ -85,24 +108,21 @@ class RunFolder:
                         kept.append(line + "\n")
                 except (json.JSONDecodeError, KeyError):
                     continue
-        write_text(self.metrics, "".join(kept))
+        replace_file(self.metrics, "".join(kept).encode())
+        if resumed_step:
+            with contextlib.suppress(OSError, json.JSONDecodeError):
+                self.record = json.loads((self.root / "run.json").read_text(encoding="utf-8"))
 
     def note(self, **facts: Any) -> None:
         """Add facts to run.json."""
         self.record.update(facts)
-        write_text(self.root / "run.json", json.dumps(self.record, indent=2, default=str) + "\n")
+        text = json.dumps(self.record, indent=2, default=str) + "\n"
+        replace_file(self.root / "run.json", text.encode())
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(metrics)) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def check_resumable(
@@ -112,15 +132,15 @@ def check_resumable(
 
     Args:
         facts: `resume_facts` of this run.
-        recorded: Those in the checkpoint.
+        recorded: Those in the checkpoint; more than `facts` may be there.
         checkpoint: For the message.
 
     Raises:
         ValueError: Naming what changed.
     """
     changed = [
-        f"{name} {recorded.get(name)} -> {facts.get(name)}"
-        for name in sorted(facts.keys() | recorded.keys())
+        f"{name} changed" if "digest" in name else f"{name} {recorded.get(name)} -> {facts[name]}"
+        for name in sorted(facts)
         if facts.get(name) != recorded.get(name)
     ]
     if changed:
@@ -130,9 +150,7 @@ def check_resumable(
         )
 
 
-def resume_facts(config: TrainConfig, **digests: str) -> dict[str, Any]:
+def resume_facts(config: TrainConfig, **digests: Any) -> dict[str, Any]:
     """What a resumed run must share with the run it goes on with."""
-    import dataclasses
-
-    settings = dataclasses.asdict(config).items()
+    settings = asdict(config).items()
     return {name: value for name, value in settings if name not in FREE_TO_CHANGE} | digests

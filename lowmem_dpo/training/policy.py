@@ -1,7 +1,11 @@
 """The policy: the base in memory, its adapter, its layers wrapped, ready to be trained."""
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import os
+import platform
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,13 +19,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 import lowmem_dpo_kernels
 from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.templates import TemplateSettings
+from lowmem_dpo.data.rendering import TemplateSettings, build_renderer
 from lowmem_dpo.memory.limits import limit_memory
 from lowmem_dpo.model.adapters import (
     AdapterSettings,
     adapter_digest,
     load_adapter,
     read_adapter_config,
+    save_adapter,
 )
 from lowmem_dpo.model.attention import TREE_ATTENTION
 from lowmem_dpo.model.device import resolve_device, resolve_dtype
@@ -61,6 +66,7 @@ class Policy:
         dtype: In what it computes.
         source: The base's folder or id.
         init_adapter: The adapter folder it starts from.
+        chat_template: Jinja text in use, or None for plain text.
     """
 
     loaded: LoadedModel
@@ -71,6 +77,7 @@ class Policy:
     dtype: torch.dtype
     source: str = ""
     init_adapter: str | None = None
+    chat_template: str | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -81,6 +88,19 @@ class Policy:
             "logit_scale": self.parts.logit_scale,
             "logit_softcap": self.parts.logit_softcap,
         }
+
+    @property
+    def digest(self) -> str:
+        """Digest of the base and of the adapter it starts from."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def save(self, directory: Path) -> None:
+        """Write the adapter in PEFT's format, with the tokenizer and template it trained under."""
+        save_adapter(directory, self.loaded.model, base_model=self.source, settings=self.adapter)
+        own = self.tokenizer.chat_template
+        self.tokenizer.chat_template = self.chat_template
+        self.tokenizer.save_pretrained(directory)
+        self.tokenizer.chat_template = own
 
     def fingerprint(self, pack_tokens: int) -> Fingerprint:
         """Everything else that can move the last bits of a log-prob."""
@@ -93,6 +113,7 @@ class Policy:
             "head": lowmem_dpo_kernels.token_logps_path(self.device),
             "kernels": lowmem_dpo_kernels.NUMERICS_VERSION,
             "attention": TREE_ATTENTION,
+            "matmul_precision": torch.get_float32_matmul_precision(),
             "torch": torch.__version__,
             "triton": _triton_version() if on_cuda else None,
             "transformers": transformers.__version__,
@@ -105,7 +126,11 @@ def _triton_version() -> str | None:
 
 
 def _cpu_name() -> str:
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":")[1] for line in lines if line.startswith("model name")), name)
+    return f"{name.strip()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 @dataclass(frozen=True)
@@ -187,6 +212,7 @@ def load_policy(config: TrainConfig, source: Source | None = None) -> Policy:
         layer_inputs=config.layer_inputs,
     )
     policy.source, policy.init_adapter = source.base, source.init_adapter
+    policy.chat_template = build_renderer(source.tokenizer, template_settings(config)).template
     if source.init_adapter:
         load_adapter(loaded.model, Path(source.init_adapter))
     return policy
@@ -244,9 +270,15 @@ def _adapter_settings(config: TrainConfig, init_adapter: str | None) -> AdapterS
     given = dataclasses.replace(
         read_adapter_config(Path(init_adapter)), dropout=config.lora_dropout
     )
-    if given != wanted and any(getattr(config, n) != getattr(TrainConfig(), n) for n in LORA_SHAPE):
+    usual = TrainConfig()
+    asked = [name for name in LORA_SHAPE if getattr(config, name) != getattr(usual, name)]
+    if asked and (given.rank, given.alpha, given.rank_stabilised) != (
+        wanted.rank,
+        wanted.alpha,
+        wanted.rank_stabilised,
+    ):
         warn(
-            f"{', '.join(LORA_SHAPE)} have no effect: the run starts from {init_adapter}, which "
-            f"has rank {given.rank}, alpha {given.alpha:g} and its own target modules"
+            f"{', '.join(asked)}: no effect, the run starts from {init_adapter}, which has rank "
+            f"{given.rank}, alpha {given.alpha:g} and target modules of its own"
         )
     return given

@@ -78,14 +78,18 @@ def prepare_reference(
     if found.other and accept_other:
         known.update(found.other)
     recheck = _recheck(by_key, known, score, pack_tokens, tolerance, seed) if known else None
+    if recheck and not (accept_other and found.other):
+        warn(f"cached reference numbers are reproduced to {recheck:.2e} nat per token, not exactly")
     missing = [tree for key, tree in by_key.items() if key not in known]
     say(f"reference: {len(by_key)} pairs, {len(known)} in the cache, {len(missing)} to score")
     if found.other and found.other_fingerprint is not None:
-        verb = "kept" if accept_other else "scored again"
         changed = fingerprint_difference(found.other_fingerprint, fingerprint)
-        seconds = _seconds_per_pair(by_key, score, pack_tokens) * len(found.other)
-        time_needed = "" if accept_other else f", about {duration(seconds)}"
-        say(f"reference: {len(found.other)} pairs are {verb}{time_needed} ({changed})")
+        if accept_other:
+            say(f"reference: {len(found.other)} pairs are kept ({changed})")
+        else:
+            seconds = _seconds_per_pair(by_key, score, pack_tokens) * len(found.other)
+            needed = duration(seconds)
+            say(f"reference: {len(found.other)} pairs are scored again, about {needed} ({changed})")
     known.update(_score_missing(missing, score, cache, fingerprint, pack_tokens))
     return Reference(
         logps=known,
@@ -106,18 +110,20 @@ def _score_missing(
     scored: dict[str, Tensor] = {}
     unwritten: dict[str, Tensor] = {}
     written_at = time.perf_counter()
-    with ProgressBar("reference", len(missing), "pairs") as bar:
-        for start in range(0, len(missing), WINDOW):
-            for pack in pack_trees(missing[start : start + WINDOW], pack_tokens):
-                unwritten.update(_by_tree(pack, score(pack).cpu()))
-                bar.advance(len(pack.trees))
-                if time.perf_counter() - written_at > SECONDS_PER_SHARD:
-                    cache.write(unwritten, fingerprint)
-                    scored.update(unwritten)
-                    unwritten, written_at = {}, time.perf_counter()
+    try:
+        with ProgressBar("reference", len(missing), "pairs") as bar:
+            for start in range(0, len(missing), WINDOW):
+                for pack in pack_trees(missing[start : start + WINDOW], pack_tokens):
+                    logps = _by_tree(pack, score(pack).cpu())
+                    scored.update(logps)
+                    unwritten.update(logps)
+                    bar.advance(len(pack.trees))
+                    if time.perf_counter() - written_at > SECONDS_PER_SHARD:
+                        cache.write(unwritten, fingerprint)
+                        unwritten, written_at = {}, time.perf_counter()
+    finally:  # an interrupt costs nothing that was scored
         if unwritten:
             cache.write(unwritten, fingerprint)
-            scored.update(unwritten)
     return scored
 
 
@@ -144,8 +150,6 @@ def _recheck(
             f"token (at most {tolerance:g}): the cached numbers do not belong to this model; "
             "delete the cache folder, or set another cache_dir"
         )
-    if rms:
-        warn(f"cached reference numbers are reproduced to {rms:.2e} nat rms per token, not exactly")
     return rms
 
 

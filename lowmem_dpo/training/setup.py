@@ -2,18 +2,18 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.data.formats import read_preferences
-from lowmem_dpo.data.packing import choose_pack_tokens, pack_trees
+from lowmem_dpo.data.packing import choose_pack_tokens, pack_trees, round_up_tokens
 from lowmem_dpo.data.preview import preview_pair
-from lowmem_dpo.data.split import prompt_ids, split_by_prompt
+from lowmem_dpo.data.split import prompt_key, split_by_prompt
 from lowmem_dpo.data.templates import TokenPair, encode_pairs
 from lowmem_dpo.data.trees import Tree, build_tree
 from lowmem_dpo.model.loading import storage_table
@@ -22,6 +22,7 @@ from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.selfcheck import check_packing, logp_tolerance
 from lowmem_dpo.reference import ReferenceCache
 from lowmem_dpo.training.console import console, say, warn
+from lowmem_dpo.training.health import RunStopped
 from lowmem_dpo.training.policy import (
     Policy,
     cache_directory,
@@ -51,7 +52,7 @@ def load_pairs(config: TrainConfig, data: str, tokenizer: PreTrainedTokenizerBas
     evaluation: list[TokenPair] = []
     if config.eval_data:
         evaluation, facts["eval"] = _encode(config, config.eval_data, tokenizer, "eval data")
-        shared = {prompt_ids(p) for p in pairs} & {prompt_ids(p) for p in evaluation}
+        shared = {prompt_key(p) for p in pairs} & {prompt_key(p) for p in evaluation}
         if shared:
             warn(f"{len(shared)} prompts of eval_data are in the training data too")
     elif config.eval_fraction:
@@ -78,11 +79,14 @@ def _encode(
 def self_check(policy: Policy, trees: Sequence[Tree]) -> float:
     """Compare two packed real trees with four plain sequences; see `model.selfcheck`."""
     branching = [t for t in trees if t.trunk and t.chosen and t.rejected] or list(trees)
-    two = sorted(branching, key=lambda tree: tree.num_tokens)[:2]
-    num_tokens = -(-sum(tree.num_tokens for tree in two) // 64) * 64
-    pack = pack_trees(two, num_tokens)[0]
+    by_length = sorted(branching, key=lambda tree: tree.num_tokens)
+    two = [by_length[0], by_length[-1]]  # faults that grow with position show in the longest
+    pack = pack_trees(two, round_up_tokens(sum(tree.num_tokens for tree in two)))[0]
     sequences = [ids for t in pack.trees for ids in (t.trunk + t.chosen, t.trunk + t.rejected)]
-    difference = check_packing(policy.parts, pack, sequences, policy.dtype)
+    try:
+        difference = check_packing(policy.parts, pack, sequences, policy.dtype)
+    except ValueError as error:
+        raise RunStopped(str(error)) from None
     say(f"self-check: packed trees equal plain sequences within {difference:.1e} nat per token")
     return difference
 
@@ -107,7 +111,7 @@ def plan_pack_tokens(
     cached = cache.pack_tokens([tree.digest() for tree in trees], policy.fingerprint(0))
     if cached is not None and cached >= longest:
         return cached
-    limit = max(PACK_TOKENS_LIMIT, -(-longest // 64) * 64)
+    limit = max(PACK_TOKENS_LIMIT, round_up_tokens(longest))
     return choose_pack_tokens(trees, config.batch_size, limit=limit, seed=config.seed)
 
 
@@ -134,11 +138,26 @@ class Run:
     step_zero: dict[str, Any] | None = None
 
 
-def prepare_run(config: TrainConfig, data: str) -> Run:
-    """Everything up to the first step: the policy, the pairs, the checks, the reference."""
+def prepare_run(
+    config: TrainConfig,
+    data: str,
+    *,
+    resumed: Mapping[str, Any] | None = None,
+    before_weights: Callable[[Pairs], None] = lambda pairs: None,
+) -> Run:
+    """Everything up to the first step: the pairs, the policy, the checks, the reference.
+
+    Args:
+        config: The settings.
+        data: The file of pairs.
+        resumed: The `resume_facts` of the checkpoint that the run goes on from.
+        before_weights: Called when the pairs are known and nothing large was read yet.
+    """
     set_seeds(config.seed)
     source = read_source(config)
     pairs = load_pairs(config, data, source.tokenizer)
+    check_token_ids(pairs, source.model_config)
+    before_weights(pairs)
     say(
         f"model: {source.base}, {source.model_config.model_type}, computing in "
         f"{str(source.dtype).removeprefix('torch.')} on {source.device}"
@@ -148,16 +167,42 @@ def prepare_run(config: TrainConfig, data: str) -> Run:
     run = Run(config, policy, pairs, 0, self_check(policy, pairs.train))
     cache = ReferenceCache(cache_directory(config.cache_dir), policy.identity)
     run.pack_tokens = plan_pack_tokens(config, policy, pairs, cache)
+    if resumed is not None:  # sums of another micro-batch size would differ in the last bits
+        run.pack_tokens = resumed["planned_pack_tokens"]
     num_trainable = sum(p.numel() for p in lora_parameters(policy.loaded.model).values())
     say(f"adapter: rank {policy.adapter.rank}, {num_trainable / 1e6:.2f}M trainable parameters")
     say(f"plan: micro-batches of {run.pack_tokens} tokens, {config.batch_size} pairs a step")
     if config.reference_free:
         warn(
-            "reference_free: no reference holds the policy near its start; training is less stable"
+            "reference_free: no reference holds the policy near its start; training is less "
+            "stable, and there is no check at step zero"
         )
         return run
     run.reference = score_reference(run, cache)
     return run
+
+
+def check_token_ids(pairs: Pairs, model_config: PretrainedConfig) -> None:
+    """Hold every token id against the embedding, and every length against the positions.
+
+    Raises:
+        ValueError: Naming the row whose token the model does not have.
+    """
+    vocabulary, positions = model_config.vocab_size, model_config.max_position_embeddings
+    longest = 0
+    for tree in (*pairs.train, *pairs.evaluation):
+        ids = (*tree.trunk, *tree.chosen, *tree.rejected)
+        if max(ids) >= vocabulary:
+            raise ValueError(
+                f"row {tree.row} holds token {max(ids)}, but the model's embedding has "
+                f"{vocabulary} rows: the tokenizer does not belong to this model"
+            )
+        longest = max(longest, len(tree.trunk) + max(len(tree.chosen), len(tree.rejected)))
+    if longest > positions:
+        warn(
+            f"the longest sequence has {longest} tokens, the model was made for {positions}; "
+            f"set max_length {positions}"
+        )
 
 
 @torch.no_grad()

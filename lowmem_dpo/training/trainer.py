@@ -7,10 +7,13 @@ from typing import Any
 from lowmem_dpo.config import GenerateConfig, TrainConfig
 from lowmem_dpo.data.templates import render_prompt
 from lowmem_dpo.model.generation import Sampling, generate_text
+from lowmem_dpo.model.source import ADAPTER_CONFIG_FILE
+from lowmem_dpo.training.checkpoints import read_record
 from lowmem_dpo.training.fit import Fit, StepCallback, TrainResult
-from lowmem_dpo.training.output import RunFolder
+from lowmem_dpo.training.output import RunFolder, check_resumable
 from lowmem_dpo.training.policy import Policy, load_policy, template_settings
-from lowmem_dpo.training.setup import prepare_run
+from lowmem_dpo.training.schedule import Schedule, warn_of_few_steps
+from lowmem_dpo.training.setup import Pairs, prepare_run
 
 
 class Trainer:
@@ -60,12 +63,24 @@ class Trainer:
         """
         if data_format != "preferences":
             raise ValueError(f"data_format must be preferences, got {data_format!r}")
-        data = self._data(prompts)
-        folder = RunFolder(self.config)
-        checkpoint = folder.open(self.config)
-        run = prepare_run(self.config, data)
-        self.policy = run.policy
-        return Fit(run, folder, self.callbacks).go(checkpoint)
+        config = replace(self.config, data=self._data(prompts))
+        folder = RunFolder(config)
+        checkpoint = folder.open(config)
+        resumed = None if checkpoint is None else read_record(checkpoint)["facts"]
+
+        def before_weights(pairs: Pairs) -> None:
+            if resumed is not None and checkpoint is not None:
+                check_resumable({"data_digest": pairs.digest}, resumed, checkpoint)
+            warn_of_few_steps(Schedule.of(config, len(pairs.train)))
+
+        try:
+            run = prepare_run(
+                config, str(config.data), resumed=resumed, before_weights=before_weights
+            )
+            self.policy = run.policy
+            return Fit(run, folder, self.callbacks).go(checkpoint)
+        finally:
+            folder.close()
 
     def load_checkpoint(self, directory: str | Path) -> "Trainer":
         """Load the base and an adapter (best/, adapter/ or a checkpoint), for `generate`.
@@ -76,7 +91,10 @@ class Trainer:
         Returns:
             The trainer itself.
         """
-        model = self.config.model if self.config.model else str(directory)
+        # An adapter names its base; so does the adapter that the config's model may be.
+        model = self.config.model or str(directory)
+        if (Path(model) / ADAPTER_CONFIG_FILE).is_file():
+            model = str(directory)
         self.policy = load_policy(replace(self.config, model=model, init_adapter=str(directory)))
         return self
 

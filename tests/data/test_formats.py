@@ -20,7 +20,7 @@ def turn(role, content):
 
 
 def test_read_preferences_reads_strings(tmp_path):
-    path = write(tmp_path, [STRING_ROW, {**STRING_ROW, "prompt": "q", "score": 3}])
+    path = write(tmp_path, [STRING_ROW, {**STRING_ROW, "prompt": "q"}])
     preferences, name = read_preferences(path)
     assert preferences == [Preference("p", "c", "r", 1), Preference("q", "c", "r", 2)]
     assert name == "prompt/chosen/rejected strings"
@@ -84,6 +84,36 @@ def test_read_preferences_reads_sharegpt_ranking(tmp_path):
     ]
 
 
+def test_read_preferences_keeps_the_system_column_of_strings(tmp_path):
+    rows = [STRING_ROW | {"system": "s"}, STRING_ROW | {"system": " "}, STRING_ROW]
+    preferences, name = read_preferences(write(tmp_path, rows))
+    assert [p.system for p in preferences] == ["s", "", ""]
+    assert [(p.prompt, p.chosen, p.rejected) for p in preferences] == [("p", "c", "r")] * 3
+    assert name == "prompt/chosen/rejected strings"
+
+
+def test_read_preferences_puts_the_system_column_before_messages(tmp_path):
+    row = {"system": "s", "prompt": [turn("user", "u")], "chosen": "c", "rejected": "r"}
+    preferences, name = read_preferences(write(tmp_path, [row]))
+    assert preferences[0].prompt == [turn("system", "s"), turn("user", "u")]
+    assert (preferences[0].system, name) == ("", "message lists")
+
+
+def test_read_preferences_names_the_columns_it_does_not_use(tmp_path):
+    rows = [
+        STRING_ROW | {"score": 0, "history": [], "note": None},
+        STRING_ROW | {"source\n\ud800": "a", "score": 2, "system": "s", "tools": ""},
+        STRING_ROW,
+    ]
+    preferences, name = read_preferences(write(tmp_path, rows))
+    assert len(preferences) == 3
+    expected = "prompt/chosen/rejected strings (columns not used: score, source \\ud800)"
+    assert name == expected
+    row = {"conversations": [turn("user", "u")], "chosen": "c", "rejected": "r", "prompt": "q"}
+    _, name = read_preferences(write(tmp_path, [row]))
+    assert name == "ShareGPT ranking (columns not used: prompt)"
+
+
 def test_read_preferences_keeps_further_text_of_messages(tmp_path):
     answer = [turn("assistant", "c") | {"reasoning_content": "why", "tool_calls": None}]
     path = write(tmp_path, [{"prompt": "p", "chosen": answer, "rejected": "r"}])
@@ -109,6 +139,10 @@ SHAREGPT_ROW = {"conversations": [{"from": "human", "value": "u"}], "chosen": "c
         (STRING_ROW | {"chosen": None}, "chosen must be a string or a list of messages, got null"),
         (STRING_ROW | {"chosen": "\ud800"}, "chosen holds half a character"),
         (STRING_ROW | {"tools": [1]}, "the column tools is not supported yet; remove it"),
+        (STRING_ROW | {"history": [["a", "b"]]}, "the column history beside prompt is not supp"),
+        (STRING_ROW | {"input": "i"}, "the column input beside prompt is not supported yet; put"),
+        (MESSAGES_ROW | {"instruction": "i"}, "the column instruction beside prompt is not"),
+        (STRING_ROW | {"system": ["s"]}, "system must be a string, got a list"),
         (MESSAGES_ROW | {"prompt": []}, "prompt is an empty list"),
         (MESSAGES_ROW | {"prompt": ["u"]}, "prompt[0] must be a message, got a string"),
         (MESSAGES_ROW | {"prompt": [{"role": "user"}]}, "prompt[0] has no content (found role)"),
@@ -152,6 +186,30 @@ def test_read_preferences_names_the_line_of_broken_json(tmp_path):
     listed.write_text(json.dumps(STRING_ROW) + "\n{oops}")
     with pytest.raises(ValueError, match=r"a\.json, line 2: broken JSON"):
         read_preferences(listed)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "lists or objects nested too deeply"),
+        ("1" * 5000, "a number with too many digits"),
+    ],
+)
+def test_read_preferences_names_the_row_that_python_cannot_read(tmp_path, value, message):
+    good = json.dumps(STRING_ROW)
+    bad = f'{good[:-1]}, "score": {value}}}'
+    lines, listed = tmp_path / "a.jsonl", tmp_path / "a.json"
+    for text, path, place in (
+        (f"{good}\n\n{bad}\n", lines, "line 3"),
+        (f" [\n{good},\n{good}, {bad}\n]", listed, "row 3"),
+        (f"{good}\n{bad}", listed, "line 2"),
+        (bad, listed, "row 1"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message) as error:
+            read_preferences(path)
+        assert str(error.value).startswith(f"{path}, {place}: ")
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])

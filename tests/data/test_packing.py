@@ -5,11 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowmem_dpo.data import packing
 from lowmem_dpo.data.packing import (
     choose_pack_tokens,
     epoch_order,
     fill,
     pack_trees,
+    round_up_tokens,
     sequence_logps,
 )
 from lowmem_dpo.data.trees import Tree
@@ -37,10 +39,10 @@ lengths = st.tuples(st.integers(2, 9), st.integers(0, 9), st.integers(0, 9))
 def test_pack_trees_holds_every_tree_once_within_n(shapes, num_tokens):
     trees = [make_tree(row, *shape) for row, shape in enumerate(shapes, start=1)]
     packs = pack_trees(trees, num_tokens)
-    assert sorted(i for pack in packs for i in pack.tree_indices) == list(range(len(trees)))
+    assert sorted(t.row for pack in packs for t in pack.trees) == [t.row for t in trees]
     for pack in packs:
         assert pack.input_ids.shape == pack.position_ids.shape == (num_tokens,)
-        assert pack.trees == tuple(trees[i] for i in pack.tree_indices)
+        assert all(tree is trees[tree.row - 1] for tree in pack.trees)
         assert sum(tree.num_tokens for tree in pack.trees) <= num_tokens
 
 
@@ -88,7 +90,8 @@ def first_fit_decreasing(sizes, capacity):
 def test_pack_trees_is_first_fit_decreasing(sizes):
     trees = [make_tree(row, size, 0, 0) for row, size in enumerate(sizes, start=1)]
     packs = pack_trees(trees, 20)
-    assert [list(pack.tree_indices) for pack in packs] == first_fit_decreasing(sizes, 20)
+    indices = [[tree.row - 1 for tree in pack.trees] for pack in packs]
+    assert indices == first_fit_decreasing(sizes, 20)
 
 
 def test_pack_trees_refuses_a_tree_that_does_not_fit():
@@ -106,7 +109,7 @@ def test_sequence_logps_sums_each_sequence_with_the_shared_tokens_in_both():
     token_logps = torch.randn(len(pack.rows), generator=torch.Generator().manual_seed(0))
     token_logps.requires_grad_()
     chosen, rejected = sequence_logps(token_logps, pack)
-    assert pack.tree_indices == (2, 0, 1)
+    assert [tree.row for tree in pack.trees] == [3, 1, 2]
     first = 0
     for i, (shared, own, other) in enumerate(pack.counts):
         parts = token_logps[first : first + shared + own + other].split([shared, own, other])
@@ -150,20 +153,25 @@ def simulated_cost(trees, batch_size, num_tokens, overhead, seed):
 
 
 @pytest.mark.parametrize("overhead", [0, 128, 2000])
-def test_choose_pack_tokens_is_no_dearer_than_any_round_number(overhead):
+def test_choose_pack_tokens_is_no_dearer_than_any_round_number(overhead, monkeypatch):
+    monkeypatch.setattr(packing, "PACK_OVERHEAD_TOKENS", overhead)
     trees = random_trees(96, longest=100)
-    chosen = choose_pack_tokens(trees, 16, seed=3, overhead_tokens=overhead)
+    chosen = choose_pack_tokens(trees, 16, seed=3)
     assert chosen % 64 == 0
     cost = simulated_cost(trees, 16, chosen, overhead, seed=3)
     for other in (320, 512, 1024, 2048, 4096):
         assert cost <= simulated_cost(trees, 16, other, overhead, seed=3)
 
 
-def test_choose_pack_tokens_takes_the_smallest_of_equals_and_few_packs_where_they_cost():
+def test_choose_pack_tokens_takes_the_smallest_of_equals_and_few_packs_where_they_cost(
+    monkeypatch,
+):
     trees = [make_tree(row, 32, 16, 16) for row in range(1, 65)]
-    assert choose_pack_tokens(trees, 16, overhead_tokens=0) == 64
-    assert choose_pack_tokens(trees, 16, overhead_tokens=1) == 16 * 64
-    assert choose_pack_tokens(trees, 16, overhead_tokens=1, limit=600) == 8 * 64
+    monkeypatch.setattr(packing, "PACK_OVERHEAD_TOKENS", 0)
+    assert choose_pack_tokens(trees, 16) == 64
+    monkeypatch.setattr(packing, "PACK_OVERHEAD_TOKENS", 1)
+    assert choose_pack_tokens(trees, 16) == 16 * 64
+    assert choose_pack_tokens(trees, 16, limit=600) == 8 * 64
 
 
 def test_choose_pack_tokens_keeps_to_the_longest_tree_and_the_limit():
@@ -178,6 +186,10 @@ def test_choose_pack_tokens_keeps_to_the_longest_tree_and_the_limit():
         choose_pack_tokens(trees, 8, limit=191)
     with pytest.raises(ValueError, match="no pairs"):
         choose_pack_tokens([], 8)
+
+
+def test_round_up_tokens_gives_the_next_multiple_of_64():
+    assert [round_up_tokens(n) for n in (0, 1, 63, 64, 65, 1000)] == [0, 64, 64, 64, 128, 1024]
 
 
 def test_fill_is_the_share_of_tokens_that_belong_to_trees():

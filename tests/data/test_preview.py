@@ -39,9 +39,11 @@ def test_preview_pair_dims_the_prompt_and_colours_the_answers(pair_of):
 
 
 def test_preview_pair_leaves_out_the_middle_of_long_parts(pair_of):
-    text = preview_pair(*pair_of("0123456789", "klmnopq", "short"), max_tokens=5)
-    assert "012 [...] 89[[klm [...] pq]]" in text.plain
-    assert "[[short]]" in text.plain
+    pair, tokenizer = pair_of("0" * 48 + "1" * 49, "k" * 48 + "-" * 9 + "l" * 48, "s" * 96)
+    prompt, chosen = "0" * 48 + " [...] " + "1" * 48, "k" * 48 + " [...] " + "l" * 48
+    text = preview_pair(pair, tokenizer).plain
+    assert f"\n{prompt}[[{chosen}]]\n" in text
+    assert f"\n{prompt}[[{'s' * 96}]]\n" in text
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

@@ -99,6 +99,26 @@ def test_encode_pairs_puts_the_system_prompt_where_there_is_none(build_tokenizer
         assert prompt.count("system\n") == 1
 
 
+def test_encode_pairs_renders_a_system_column_like_a_system_message(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    settings = TemplateSettings(system_prompt="be kind")
+    column = Preference("hi", "yes<|im_end|>", "no", 1, system="own")
+    messages = Preference([turn("system", "own"), turn("user", "hi")], "yes", "no", 1)
+    pair, _ = encode_one(column, tokenizer, settings)
+    assert pair == encode_one(messages, tokenizer, settings)[0]
+
+
+@pytest.mark.parametrize("answers", [("yes", "no"), ("{}yes", "{}no")])
+def test_encode_pairs_refuses_a_system_column_it_would_ignore(build_tokenizer, answers):
+    chosen, rejected = (answer.format(CHATML_PROMPT) for answer in answers)
+    rendered = Preference(CHATML_PROMPT, chosen, rejected, 3, system="own")
+    with pytest.raises(ValueError, match=r"row 3: a system column beside a prompt .* rendered;"):
+        encode_one(rendered, build_tokenizer("chatml"))
+    plain = Preference("hi", "yes", "no", 3, system="own")
+    with pytest.raises(ValueError, match="row 3: messages need a chat template"):
+        encode_one(plain, build_tokenizer())
+
+
 def test_encode_pairs_passes_template_kwargs_on(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     settings = TemplateSettings(chat_template_kwargs={"enable_thinking": False})
@@ -130,8 +150,8 @@ def test_encode_pairs_refuses_a_bad_template_in_one_line(build_tokenizer, tmp_pa
     for preference, name, settings, message in (
         (chat(), None, TemplateSettings(chat_template="gone.jinja"), "which is no file"),
         (chat(), None, TemplateSettings(chat_template=str(path)), "cannot render"),
-        (chat(), None, AUTO, "row 1: message lists need a chat template.*--chat_template FILE"),
-        (chat(), "chatml", none, "row 1: message lists need a chat template.*FILE"),
+        (chat(), None, AUTO, "row 1: messages need a chat template.*--chat_template FILE"),
+        (chat(), "chatml", none, "row 1: messages need a chat template.*FILE"),
         (system, "mistral", AUTO, "row 7: .*system/user.*Only user and assistant roles"),
         (Preference("hi", "y", "n", 1), None, TemplateSettings(system_prompt="s"), "system_prompt"),
         (
@@ -285,23 +305,32 @@ def test_encode_pairs_cuts_completions_from_the_right(build_tokenizer):
 @pytest.mark.parametrize(
     ("max_length", "prompt", "chosen"),
     [
-        (12, "<s>defgh", "0123</s>"),
+        (20, "<s>zzzdefgh", "0123</s>"),
+        (12, "<s>zdefgh", "0123</s>"),
+        (10, "<s>efgh", "0123</s>"),
         (9, "<s>fgh", "0123</s>"),
-        (7, "<s>h", "0123</s>"),
-        (6, "<s>h", "0123"),
+        (8, "<s>fgh", "0123"),
+        (7, "<s>gh", "0123"),
         (4, "<s>h", "01"),
     ],
 )
-def test_encode_pairs_cuts_shared_prompts_from_the_left(
+def test_encode_pairs_cuts_shared_prompts_from_the_left_down_to_half_of_max_length(
     build_tokenizer, max_length, prompt, chosen
 ):
     tokenizer = build_tokenizer(bos=True)
     settings = TemplateSettings(max_length=max_length, truncate_prompt=True)
-    pair, _ = encode_one(Preference("zzzdefgh", "0123", "9", 1), tokenizer, settings)
-    (chosen_prompt, chosen_text), (rejected_prompt, rejected_text) = sides(pair, tokenizer)
-    expected = prompt if max_length < 12 else "<s>zdefgh"
-    assert (chosen_prompt, chosen_text) == (expected, chosen)
-    assert (rejected_prompt, rejected_text) == (expected, "9</s>"[: max_length + 3])
+    pair, report = encode_one(Preference("zzzdefgh", "0123", "9", 1), tokenizer, settings)
+    assert list(sides(pair, tokenizer)) == [(prompt, chosen), (prompt, "9</s>")]
+    assert report.num_prompts_cut == (max_length < 14)
+    assert ("1 prompts cut from the left" in report.lines()) == (max_length < 14)
+
+
+def test_encode_pairs_leaves_short_prompts_whole_beside_long_answers(build_tokenizer):
+    tokenizer = build_tokenizer()
+    settings = TemplateSettings(max_length=8, truncate_prompt=True)
+    pair, report = encode_one(Preference("abd", "0123456789", "9", 1), tokenizer, settings)
+    assert [text for text, _ in sides(pair, tokenizer)] == ["abd", "abd"]
+    assert (report.num_prompts_cut, report.num_truncated) == (0, 1)
 
 
 def test_encode_pairs_keeps_a_prompt_token_without_bos(build_tokenizer):
@@ -330,7 +359,8 @@ def test_encode_pairs_drops_and_counts_pairs_that_teach_nothing(build_tokenizer)
         "prompt only after cutting": 1,
         "identical after cutting": 1,
     }
-    assert any(line.startswith("5 pairs dropped: 2 empty, ") for line in report.lines())
+    (line,) = (line for line in report.lines() if line.startswith("5 pairs dropped: 2 empty, "))
+    assert line.endswith("; raise max_length (now 10)")
 
 
 def test_encode_pairs_drops_empty_and_identical_messages(build_tokenizer):
@@ -340,10 +370,44 @@ def test_encode_pairs_drops_empty_and_identical_messages(build_tokenizer):
     assert report.num_dropped == {"empty": 1, "identical": 1}
 
 
+def test_encode_pairs_speaks_of_max_length_where_cutting_drops_more_than_a_tenth(build_tokenizer):
+    good, cut = Preference("hi", "yes", "no", 1), Preference("0123456789", "yes", "no", 2)
+    settings = TemplateSettings(max_length=10)
+    for num_good, expected in ((8, True), (9, False)):
+        _, report = encode_pairs([good] * num_good + [cut], build_tokenizer(), settings)
+        assert report.lines()[-1].endswith("; raise max_length (now 10)") == expected
+
+
 def test_encode_pairs_refuses_to_keep_nothing(build_tokenizer):
-    same = Preference("hi", "same", "same", 1)
-    with pytest.raises(ValueError, match=r"no pair is left of 2 \(dropped: 2 identical\)"):
-        encode_pairs([same, same], build_tokenizer(), AUTO)
+    same, long = Preference("hi", "same", "same", 1), Preference("0123456789", "yes", "no", 2)
+    settings = TemplateSettings(max_length=10)
+    for pair, reasons in (
+        (same, r"\(dropped: 2 identical\); check the data$"),
+        (long, r"\(dropped: 2 prompt only after cutting\); raise max_length \(now 10\)$"),
+    ):
+        with pytest.raises(ValueError, match="no pair is left of 2 " + reasons):
+            encode_pairs([pair, pair], build_tokenizer(), settings)
+
+
+# What tells prompts apart
+
+
+def test_encode_pairs_keys_prompts_by_their_whole_text(build_tokenizer):
+    tokenizer = build_tokenizer(bos=True)
+    settings = TemplateSettings(max_length=10, truncate_prompt=True)
+    preferences = [
+        Preference("question a", "x", "y", 1),
+        Preference("question a", "bc", "bd", 2),  # merges with the end of the prompt
+        Preference("question a", "long answer", "y", 3),  # has the prompt cut further
+        Preference("<s>question a", "x", "y", 4),
+        Preference("Question a", "x", "y", 5),  # differs in what is cut
+    ]
+    pairs, report = encode_pairs(preferences, tokenizer, settings)
+    assert report.num_mismatches == 1
+    assert len({pair.chosen_ids[: pair.chosen_start] for pair in pairs[:4]}) > 1
+    assert len({pair.prompt_key for pair in pairs[:4]}) == 1
+    assert pairs[0].chosen_ids == pairs[4].chosen_ids
+    assert pairs[0].prompt_key != pairs[4].prompt_key
 
 
 # Prompts for generation, and TRL

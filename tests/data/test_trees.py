@@ -102,6 +102,15 @@ def test_digest_covers_tokens_and_scored_positions_but_not_the_row():
     assert len({tree.digest(), *(other.digest() for other in others)}) == 6
 
 
+def test_digest_is_computed_once_and_leaves_equality_alone(monkeypatch):
+    tree, same = (Tree(1, (5, 6), (7,), (8,), 1, 1) for _ in range(2))
+    digest = tree.digest()
+    assert tree == same
+    assert hash(tree) == hash(same)
+    monkeypatch.setattr(hashlib, "sha256", None)
+    assert tree.digest() == digest
+
+
 def test_build_tree_refuses_a_scored_first_token():
     with pytest.raises(AssertionError):
         build_tree(TokenPair(1, (1,), (2,), 0, 1))

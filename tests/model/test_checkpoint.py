@@ -10,7 +10,6 @@ from lowmem_dpo.model.checkpoint import (
     file_digest,
     read_header,
     read_headers,
-    replace_file,
     weight_files,
 )
 
@@ -147,16 +146,3 @@ def test_file_digest_reads_a_file_once_until_it_changes(tmp_path, monkeypatch):
     assert file_digest(path, cache) != first and len(read) == 2
     (cache / "digests.json").write_text("{damaged", encoding="utf-8")
     assert file_digest(path, cache) == file_digest(path) and len(read) == 4
-
-
-def test_replace_file_leaves_no_half_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    replace_file(path, b"old")
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint.os, "fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        replace_file(path, b"new")
-    assert path.read_bytes() == b"old"

@@ -8,7 +8,9 @@ from lowmem_dpo.training.health import (
     RunStopped,
     check_adapter_moves,
     check_finite,
+    check_loss_scale,
     check_step_zero,
+    check_weights_finite,
     has_step_zero,
 )
 
@@ -45,10 +47,22 @@ def test_check_finite_names_the_rows(loss, norm):
         check_finite(loss, norm, [17, 3], 5)
 
 
-def test_check_adapter_moves_stops_at_step_20_if_every_lora_b_is_zero():
+def test_check_adapter_moves_stops_if_every_lora_b_is_zero():
     parameters = {"x.lora_a": torch.ones(2), "x.lora_b": torch.zeros(2)}
-    check_adapter_moves(parameters, 19)
     with pytest.raises(RunStopped, match="LoRA-B"):
         check_adapter_moves(parameters, 20)
     parameters["y.lora_b"] = torch.tensor([0.0, 1e-9])
     check_adapter_moves(parameters, 20)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_check_weights_finite_names_the_matrix(bad):
+    check_weights_finite({"x.lora_a": torch.ones(2)}, 3)
+    with pytest.raises(RunStopped, match=r"x\.lora_b"):
+        check_weights_finite({"x.lora_a": torch.ones(2), "x.lora_b": torch.tensor([1, bad])}, 3)
+
+
+def test_check_loss_scale_stops_below_one():
+    check_loss_scale(1.0, 7)
+    with pytest.raises(RunStopped, match="float16 gradients overflow"):
+        check_loss_scale(0.5, 7)

@@ -25,9 +25,10 @@ from lowmem_dpo.model.adapters import save_adapter
 from lowmem_dpo.model.lora import LoraLinear, lora_layers, lora_parameters
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.training.checkpoints import TrainingState
-from lowmem_dpo.training.loop import Schedule, evaluate, train_steps
+from lowmem_dpo.training.loop import evaluate, train_steps
 from lowmem_dpo.training.metrics import PER_PAIR, Metrics
 from lowmem_dpo.training.policy import load_policy
+from lowmem_dpo.training.schedule import Schedule
 from lowmem_dpo.training.setup import Run, prepare_run
 from lowmem_dpo.training.trainer import Trainer
 from tests.conftest import random_pairs
@@ -92,9 +93,11 @@ def take_steps(run: Run, *, first_step: int = 0, learning_rate: float = 1.0) -> 
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
+        device=torch.device("cpu"),
         step=first_step,
     )
-    return [result.metrics for result in train_steps(run, state, Schedule.of(run))]
+    schedule = Schedule.of(run.config, len(run.pairs.train))
+    return [result.metrics for result in train_steps(run, state, schedule)]
 
 
 def step_gradients(run: Run, **options: Any) -> Gradients:

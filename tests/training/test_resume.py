@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.training.output import RunFolder
 from lowmem_dpo.training.trainer import Trainer
 
 EXACT = ("loss", "grad_norm", "learning_rate", "rewards/margins", "logps/chosen", "num_tokens")
@@ -135,7 +136,7 @@ def test_resume_auto_without_a_checkpoint_starts_afresh(config, tmp_path, capsys
     [
         ({"beta": 0.2}, "beta 0.1 -> 0.2"),
         ({"learning_rate": 1e-4}, "learning_rate 0.001 -> 0.0001"),
-        ({"max_length": 20}, "data_digest"),
+        ({"max_length": 20}, "max_length 1024 -> 20"),
     ],
 )
 def test_resume_refuses_a_changed_setting_and_names_it(config, change, named):
@@ -150,7 +151,7 @@ def test_resume_refuses_a_changed_setting_and_names_it(config, change, named):
 def test_resume_refuses_changed_data(config, pairs_file):
     Trainer(config).fit()
     other = str(pairs_file(14, seed=5, name="other.jsonl"))
-    with pytest.raises(ValueError, match="data_digest"):
+    with pytest.raises(ValueError, match="data_digest changed"):
         Trainer(replace(config, resume="auto", data=other)).fit()
 
 
@@ -188,3 +189,78 @@ def test_keep_checkpoints_keeps_the_newest(config, tmp_path):
     Trainer(replace(config, keep_checkpoints=2)).fit()
     names = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").iterdir())
     assert names == ["step-000008", "step-000010"]
+
+
+def test_resume_of_a_finished_run_into_another_folder_is_whole(config, tmp_path):
+    whole = Trainer(replace(config, eval_fraction=0.3, save_steps=1)).fit()
+    last = max((tmp_path / "whole" / "checkpoints").iterdir())
+    other = replace(config, eval_fraction=0.3, save_steps=1, output_dir=str(tmp_path / "other"))
+    result = Trainer(replace(other, resume=str(last))).fit()
+    assert result.num_steps == whole.num_steps and result.final_loss == whole.final_loss
+    assert result.metrics == whole.metrics and "eval_loss" in result.metrics
+    assert (tmp_path / "other" / "best" / "adapter_model.safetensors").exists()
+
+
+def test_resume_from_an_older_checkpoint_forgets_the_newer_ones(config, tmp_path):
+    Trainer(replace(config, keep_checkpoints=3)).fit()
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    assert sorted(p.name for p in checkpoints.iterdir())[0] == "step-000006"
+    before = rows(config.output_dir)
+    again = replace(config, keep_checkpoints=3, resume=str(checkpoints / "step-000006"))
+    Trainer(again).fit()
+    assert rows(config.output_dir) == before
+    names = sorted(p.name for p in checkpoints.iterdir())
+    assert names == ["step-000006", "step-000008", "step-000010"]
+    record = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert record["step_zero"]["exact"]
+    spans = [(session["from_step"], session["to_step"]) for session in record["sessions"]]
+    assert spans == [(0, 10), (6, 10)]
+
+
+def test_resume_keeps_the_micro_batch_size_whatever_the_cache_holds_now(config, tmp_path):
+    config = replace(config, pack_tokens=None)
+    whole = Trainer(config).fit()
+    Trainer(replace(config, pack_tokens=448)).precompute()
+    Trainer(replace(config, pack_tokens=448, seed=1)).precompute()
+    middle = tmp_path / "whole" / "checkpoints" / "step-000004"
+    other = replace(config, output_dir=str(tmp_path / "other"), resume=str(middle))
+    assert Trainer(other).fit().final_loss == whole.final_loss
+
+
+@pytest.mark.parametrize("damage", ["tensors", "record"])
+def test_resume_from_a_damaged_checkpoint_names_an_older_one(config, tmp_path, damage):
+    Trainer(config).fit()
+    folder = tmp_path / "whole" / "checkpoints" / "step-000010"
+    name = {"tensors": "trainer_state.safetensors", "record": "trainer_state.json"}[damage]
+    (folder / name).write_bytes(b"{}")
+    with pytest.raises(ValueError, match="step-000008"):
+        Trainer(replace(config, resume="auto")).fit()
+
+
+def test_a_folder_with_somebodys_adapter_is_not_written_to(config, tmp_path):
+    first = Trainer(config).fit()
+    start = tmp_path / "sft" / "adapter"
+    start.parent.mkdir()
+    (first.output_dir / "adapter").rename(start)
+    clash = replace(config, init_adapter=str(start), output_dir=str(start.parent))
+    with pytest.raises(ValueError, match="holds a run already"):
+        Trainer(clash).fit()
+    assert (start / "adapter_model.safetensors").exists()
+
+
+def test_another_runs_checkpoint_is_not_mixed_into_a_run(config, tmp_path):
+    Trainer(config).fit()
+    other = replace(config, output_dir=str(tmp_path / "other"))
+    Trainer(other).fit()
+    foreign = str(tmp_path / "whole" / "checkpoints" / "step-000002")
+    with pytest.raises(ValueError, match="is not its checkpoint"):
+        Trainer(replace(other, resume=foreign)).fit()
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(config):
+    folder = RunFolder(config)
+    folder.open(config)
+    with pytest.raises(ValueError, match="another run is writing"):
+        Trainer(config).fit()
+    folder.close()
+    Trainer(config).fit()

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from lowmem_dpo import TrainConfig, Trainer
+from lowmem_dpo.cli import main
+from lowmem_dpo.data.templates import TemplateSettings, render_prompt
 from lowmem_dpo.model.lora import adapters_disabled
+from lowmem_dpo.training.health import RunStopped
 from tests.training.conftest import read_metrics, read_record
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -132,7 +137,7 @@ def test_generate_before_fit_is_refused(config):
 
 
 def test_load_checkpoint_refuses_a_folder_without_an_adapter(config, tmp_path):
-    with pytest.raises(ValueError, match="no adapter folder"):
+    with pytest.raises(ValueError, match=r"no adapter_config\.json in it"):
         Trainer(config()).load_checkpoint(tmp_path)
 
 
@@ -174,3 +179,62 @@ def test_generate_refuses_settings_that_are_no_sampling_settings(config, pairs_f
         trainer.generate("hello", system_prompt="x")
     with pytest.raises(ValueError, match="top_p must be in"):
         trainer.generate("hello", top_p=2.0)
+
+
+def test_a_run_of_one_step_trains(config, pairs_file):
+    result = Trainer(config(batch_size=64)).fit(str(pairs_file(6)))
+    assert result.num_steps == 1 and result.metrics["learning_rate"] == 1e-2
+    weights = load_file(result.output_dir / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+
+
+def test_numbers_that_are_none_are_never_saved(config, pairs_file, tmp_path):
+    wild = {"optim": "sgd", "learning_rate": 3e38, "lr_scheduler_type": "constant"}
+    wild |= {"beta": 1000.0, "max_grad_norm": 0.0, "max_steps": 1}
+    with pytest.raises(RunStopped, match="NaN or infinite"):
+        Trainer(config(**wild)).fit(str(pairs_file(8)))
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert not (tmp_path / "out" / "best").exists()
+
+
+def test_config_yaml_of_a_run_from_python_repeats_it(config, pairs_file, tmp_path):
+    first = Trainer(config(max_steps=2)).fit(str(pairs_file(8)))
+    words = ["train", "--config", str(first.output_dir / "config.yaml")]
+    assert main([*words, "--output_dir", str(tmp_path / "again")]) == 0
+    assert read_metrics(tmp_path / "again")[-1]["loss"] == first.final_loss
+
+
+def test_token_ids_beyond_the_embedding_are_named_before_weights_are_read(
+    config, pairs_file, llama_dir, tmp_path, monkeypatch
+):
+    broken = tmp_path / "model"
+    shutil.copytree(llama_dir, broken)
+    described = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(described | {"vocab_size": 100}))
+    with pytest.raises(ValueError, match="the model's embedding has 100 rows"):
+        Trainer(config(model=str(broken))).fit(str(pairs_file(4)))
+
+
+def test_the_template_of_a_run_goes_with_its_adapter(config, pairs_file, tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    settings = config(chat_template=str(template), max_steps=1)
+    trainer = Trainer(settings)
+    result = trainer.fit(str(pairs_file(4)))
+    later = Trainer(TrainConfig(device="cpu")).load_checkpoint(result.output_dir / "best")
+    rendered = render_prompt(later.policy.tokenizer, "hi", TemplateSettings())
+    assert later.policy.tokenizer.decode(rendered) == "[user]hi<|end|>[assistant]"
+    assert trainer.policy.tokenizer.chat_template != template.read_text()  # its own is untouched
+
+
+def test_load_checkpoint_of_a_run_that_began_from_an_adapter_folder(config, pairs_file, tmp_path):
+    first = Trainer(config(max_steps=2)).fit(str(pairs_file(8)))
+    start = str(first.output_dir / "adapter")
+    settings = config(model=start, output_dir=str(tmp_path / "second"), max_steps=2)
+    second = Trainer(settings)
+    result = second.fit(str(pairs_file(8)))
+    later = Trainer(settings).load_checkpoint(result.output_dir / "best")
+    assert later.generate(PROMPT, **GREEDY) == second.generate(PROMPT, **GREEDY)

@@ -1,0 +1,53 @@
+"""How many optimizer steps a run has, and which pairs each of them takes."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.data.packing import epoch_order
+from lowmem_dpo.training.console import warn
+
+FEW_STEPS = 20
+
+
+@dataclass
+class Schedule:
+    """How many steps a run has, and which pairs each takes."""
+
+    num_pairs: int
+    batch_size: int
+    num_steps: int
+    seed: int
+    shuffle: bool
+
+    @classmethod
+    def of(cls, config: TrainConfig, num_pairs: int) -> "Schedule":
+        """The schedule of a run: whole epochs in batches, the last one possibly short."""
+        per_epoch = math.ceil(num_pairs / config.batch_size)
+        num_steps = config.max_steps or max(1, math.ceil(per_epoch * config.num_train_epochs))
+        return cls(num_pairs, config.batch_size, num_steps, config.seed, config.shuffle)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data."""
+        return math.ceil(self.num_pairs / self.batch_size)
+
+    def batches(self, first_step: int) -> Iterator[list[int]]:
+        """Indices of the pairs of each step, from `first_step` to the end."""
+        order, order_epoch = list(range(self.num_pairs)), -1
+        for step in range(first_step, self.num_steps):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if self.shuffle and epoch != order_epoch:
+                order, order_epoch = epoch_order(self.num_pairs, self.seed, epoch), epoch
+            yield order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+def warn_of_few_steps(schedule: Schedule) -> None:
+    """Say before a short run starts that it will hardly move the model, and what to change."""
+    if schedule.num_steps < FEW_STEPS:
+        steps = "1 step" if schedule.num_steps == 1 else f"{schedule.num_steps} steps"
+        warn(
+            f"only {steps}: {schedule.num_pairs} pairs in batches of {schedule.batch_size}; "
+            "for more, lower batch_size or raise num_train_epochs"
+        )
