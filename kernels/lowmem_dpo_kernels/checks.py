@@ -59,13 +59,14 @@ def check_head_inputs(
             )
     # Looking at values would wait for a CUDA card. There PyTorch's own assertion catches a
     # wrong row, and a wrong target gets a log-prob of NaN.
-    if num_tokens and hidden.device.type == "cpu":
-        for name, index, end in (
-            ("rows", rows, num_rows),
-            ("targets", targets[targets != IGNORED], vocabulary),
-        ):
-            if ((index < 0) | (index >= end)).any():
-                raise ValueError(
-                    f"{name} must be in [0, {end}), got {index.min()} to {index.max()}; "
-                    f"mark a target that is not scored with {IGNORED}"
-                )
+    if hidden.device.type == "cpu":
+        _check_range("rows", rows, num_rows)
+        _check_range("targets", targets[targets != IGNORED], vocabulary)
+
+
+def _check_range(name: str, index: Tensor, end: int) -> None:
+    if ((index < 0) | (index >= end)).any():
+        raise ValueError(
+            f"{name} must be in [0, {end}), got {index.min()} to {index.max()}; "
+            f"mark a target that is not scored with {IGNORED}"
+        )

@@ -13,8 +13,9 @@ def fold_slice(
     top: Tensor,
     rest: Tensor,
     target_logit: Tensor,
-    weights: Tensor | None,
+    weights: Tensor,
     *,
+    with_weights: bool,
     bias: Tensor | None,
     width: int,
     logit_scale: float,
@@ -29,8 +30,8 @@ def fold_slice(
         top: [B] fp32, running maximum of z_v over v != y, less `headroom`.
         rest: [B] fp32, running sum of e^(z_v - top) over v != y.
         target_logit: [B] fp32, z_y once its slice has come by.
-        weights: [B, S], receives e^(z_v - top) times the soft-cap's slope, and 0 at the target;
-            may be `logits`; None where no gradient is wanted.
+        weights: [B, S], may be `logits`; receives e^(z_v - top) times the cap's slope, 0 at y.
+        with_weights: Whether the weights are wanted; only the gradient needs them.
         bias: [width] fp32, added to the logits.
         width: Columns that are vocabulary.
         logit_scale: Factor of the logits, after the bias.
@@ -47,10 +48,9 @@ def fold_slice(
         logits.mul_(logit_scale)
     if logit_softcap is not None:
         logits.div_(logit_softcap).tanh_()
-        slope = None if weights is None else logits.square().neg_().add_(1.0)
+        slope = logits.square().neg_().add_(1.0) if with_weights else None
         logits.mul_(logit_softcap)
     logits[:, width:] = -torch.inf
-
     inside = (columns >= 0) & (columns < width)
     index = torch.where(inside, columns, 0)[:, None]
     picked = logits.gather(1, index)
@@ -64,6 +64,6 @@ def fold_slice(
     rest.mul_(rescale).add_(logits.sum(1))
     if slope is not None:
         logits.mul_(slope)
-    if weights is not None and weights.dtype != logits.dtype:
+    if with_weights and weights.dtype != logits.dtype:
         weights.copy_(logits)
     return rescale

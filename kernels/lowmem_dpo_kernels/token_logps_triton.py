@@ -4,6 +4,10 @@ One program reads one row of logits once and writes its softmax weights once, in
 second product: 6 bytes a logit for half operands. The PyTorch expressions that it replaces, in
 `token_logps_torch.fold_slice`, go over the tile ten times. A row has its own program: no atomics.
 
+The order in which a row is summed belongs to the compiled code: Triton lays a row out over threads
+to suit the type of the weights it writes. So one kernel serves with and without gradient, and what
+is compiled does not depend on which is wanted.
+
 Shapes: B rows of a block, S width of a slice.
 """
 
@@ -15,10 +19,10 @@ from torch import Tensor
 NUM_WARPS = 8
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["width", "with_weights"])
 def _fold_slice_kernel(
     logits_ptr,  # [B, S] fp32
-    weights_ptr,  # [B, S] operand type
+    weights_ptr,  # [B, S] operand type, written if with_weights
     bias_ptr,  # [width] fp32
     columns_ptr,  # [B] int64
     top_ptr,  # [B] fp32, updated
@@ -29,12 +33,12 @@ def _fold_slice_kernel(
     weights_stride,
     width,
     padded_width,
+    with_weights,  # 0 or 1
     logit_scale,
     logit_softcap,
     headroom,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    WITH_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -66,9 +70,10 @@ def _fold_slice_kernel(
     tl.store(top_ptr + row, new_top)
     tl.store(rest_ptr + row, rest)
     tl.store(rescale_ptr + row, rescale)
-    if WITH_WEIGHTS:
-        weights = (weights * slope).to(weights_ptr.dtype.element_ty)
-        tl.store(weights_ptr + row * weights_stride + offsets, weights, mask=offsets < padded_width)
+    # A product, not a second condition: it stays a multiple of 16, so 16 bytes go out at a time.
+    written_width = padded_width * with_weights
+    weights = (weights * slope).to(weights_ptr.dtype.element_ty)
+    tl.store(weights_ptr + row * weights_stride + offsets, weights, mask=offsets < written_width)
 
 
 def fold_slice(
@@ -77,8 +82,9 @@ def fold_slice(
     top: Tensor,
     rest: Tensor,
     target_logit: Tensor,
-    weights: Tensor | None,
+    weights: Tensor,
     *,
+    with_weights: bool,
     bias: Tensor | None,
     width: int,
     logit_scale: float,
@@ -88,15 +94,14 @@ def fold_slice(
     """Fold one slice of logits into the running statistics of its rows, all in place.
 
     Arguments and result are those of `token_logps_torch.fold_slice`, in fp32; `logits` stays as it
-    is unless it is also `weights`.
+    is unless it is also `weights` and they are wanted.
     """
     num_rows, padded_width = logits.shape
     rescale = top.new_empty(num_rows)
-    stored = logits if weights is None else weights
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         _fold_slice_kernel[(num_rows,)](
             logits,
-            stored,
+            weights,
             logits if bias is None else bias,
             columns,
             top,
@@ -104,16 +109,17 @@ def fold_slice(
             target_logit,
             rescale,
             logits.stride(0),
-            stored.stride(0),
+            weights.stride(0),
             width,
             padded_width,
+            int(with_weights),
             logit_scale,
             1.0 if logit_softcap is None else logit_softcap,
             headroom,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=logit_softcap is not None,
-            WITH_WEIGHTS=weights is not None,
             BLOCK=triton.next_power_of_2(padded_width),
             num_warps=NUM_WARPS,
+            enable_fp_fusion=True,  # Triton's default varies with its version and environment
         )
     return rescale

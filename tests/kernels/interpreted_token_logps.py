@@ -61,8 +61,9 @@ def test_triton_path_matches_float64(dtype, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
-def test_triton_path_has_the_same_bits_without_gradient(variant):
-    inputs, settings = make_case(torch.float32, **variant)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_path_has_the_same_bits_without_gradient(dtype, variant):
+    inputs, settings = make_case(dtype, **variant)
     settings["implementation"] = "triton"
     logps, _ = values_and_grad(token_logps, inputs, settings)
     assert torch.equal(token_logps(*inputs, **settings), logps)
@@ -81,26 +82,49 @@ def test_triton_path_keeps_nan_in_its_row():
     assert torch.equal(grad[others], clean_grad[others])
 
 
-def test_fold_slice_keeps_the_tail_of_float16_weights():
-    """With headroom, a token 19 nats below the maximum still weighs something in float16."""
+def fold_one_slice(logits, weights, *, with_weights=True, headroom=0.0, logit_softcap=None):
+    """Statistics of rows that hold no target, all of whose logits are in this slice."""
     from lowmem_dpo_kernels.token_logps_triton import fold_slice
 
+    rows, width = logits.shape
+    top, rest, target_logit = torch.full((rows,), -1e30), torch.zeros(rows), torch.zeros(rows)
+    rescale = fold_slice(
+        logits,
+        torch.full((rows,), -1),
+        top,
+        rest,
+        target_logit,
+        weights,
+        with_weights=with_weights,
+        bias=None,
+        width=width,
+        logit_scale=1.0,
+        logit_softcap=logit_softcap,
+        headroom=headroom,
+    )
+    return top, rest, target_logit, rescale
+
+
+@pytest.mark.parametrize("logit_softcap", [None, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fold_slice_has_the_same_bits_without_weights_and_writes_none(dtype, logit_softcap):
+    logits = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    before, weights = logits.clone(), torch.full((3, 64), 7.0, dtype=dtype)
+    # fp32 weights take the logits' place, as in `token_logps`.
+    unwanted = logits if dtype == torch.float32 else weights.clone()
+    without = fold_one_slice(logits, unwanted, with_weights=False, logit_softcap=logit_softcap)
+    expected = fold_one_slice(logits, weights, logit_softcap=logit_softcap)
+    assert all(torch.equal(a, b) for a, b in zip(without, expected, strict=True))
+    assert torch.equal(unwanted, before if dtype == torch.float32 else torch.full_like(weights, 7))
+    assert not (weights == 7).any()
+
+
+def test_fold_slice_keeps_the_tail_of_float16_weights():
+    """With headroom, a token 19 nats below the maximum still weighs something in float16."""
     logits = torch.full((1, 64), -19.0)
     logits[0, 0] = 0.0
-    statistics = [torch.full((1,), -1e30), torch.zeros(1), torch.zeros(1)]
     weights = torch.empty(1, 64, dtype=torch.float16)
-    fold_slice(
-        logits,
-        torch.tensor([-1]),
-        *statistics,
-        weights,
-        bias=None,
-        width=64,
-        logit_scale=1.0,
-        logit_softcap=None,
-        headroom=10.0,
-    )
-    top, rest, _ = statistics
+    top, rest, _, _ = fold_one_slice(logits, weights, headroom=10.0)
     assert top.item() == -10.0
     torch.testing.assert_close(weights.double().sum(1), rest.double(), rtol=1e-3, atol=0)
     torch.testing.assert_close(weights[0, 1].double().item(), 2.718281828**-9, rtol=1e-3, atol=0)
