@@ -4,20 +4,16 @@ Exit codes: 0 done; 2 the user's input or setting is wrong (one line: what, wher
 interrupted, after saving; 1 our own fault, or a check that stopped the run.
 """
 
+import errno
+import io
 import logging
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from lowmem_dpo.config import (
-    DemoConfig,
-    GenerateConfig,
-    TrainConfig,
-    parse_config,
-    settings_parser,
-    to_yaml,
-)
+from lowmem_dpo.config import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.settings import parse_config, settings_parser, to_yaml
 from lowmem_dpo.version import __version__
 
 USAGE = """\
@@ -32,6 +28,7 @@ verbs:
 python -m lowmem_dpo VERB --help            every setting of a verb
 python -m lowmem_dpo VERB ... --print_config   the resolved settings as YAML
 python -m lowmem_dpo --version
+LOWMEM_DPO_DEBUG=1 in the environment       an error shows where it came from
 """
 
 
@@ -80,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # cp1252 and the like lack most letters
+            stream.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if words else 2
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("LOWMEM_DPO_DEBUG"):
             raise
-        return _fail(str(error))
+        return _fail(_os_error(error) if isinstance(error, OSError) else str(error))
 
 
 def _run(run: Callable[[Any], int], config: Any) -> int:
@@ -129,6 +129,17 @@ def _run(run: Callable[[Any], int], config: Any) -> int:
     except RunStopped as error:
         print(f"lowmem_dpo: stopped: {error}", file=sys.stderr)
         return 1
+
+
+def _os_error(error: OSError) -> str:
+    """What the system refused, and to which file, where it says so."""
+    if error.strerror is None:  # a library's own message
+        return str(error)
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    action = "cannot write" if is_full or error.errno == errno.EROFS else "cannot read or write"
+    path = "" if error.filename is None else f" {error.filename}"
+    mend = "; free some space and run again with --resume auto" if is_full else ""
+    return f"{action}{path}: {error.strerror}{mend}"
 
 
 def _fail(message: str) -> int:

@@ -5,22 +5,20 @@ config that exists is valid: `__post_init__` checks bounds and combinations and 
 what is wrong. Whether a file exists or a card is there is not a matter of settings and is checked
 where it is used.
 
-Nothing of this package is imported here.
+Nothing of this package is imported here, but in `from_yaml`, which asks `settings` to read.
 """
 
-import argparse
 import dataclasses
-import difflib
+import os
 import re
-from collections.abc import Iterable
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-if TYPE_CHECKING:
-    import jsonargparse
-
-Config = TypeVar("Config")
+# Settings that name a file or folder (or a model): never empty; os.PathLike is taken too.
+_PATHS = {"model", "data", "eval_data", "output_dir", "init_adapter", "resume", "cache_dir"}
+_PATHS |= {"adapter", "prompts"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class TrainConfig:
     max_length: int = 1024
     """Longest sequence (prompt and completion) in tokens; completions are cut from the right."""
     truncate_prompt: bool = False
-    """Cut prompts from the left instead where a pair is too long."""
+    """Cut prompts from the left first, down to half of max_length, where a pair is too long."""
     chat_template: str = "auto"
     """auto (the tokenizer's own), none, or the path of a Jinja file."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -100,7 +98,7 @@ class TrainConfig:
     system_prompt: str | None = None
     """System message for conversations that have none."""
     eval_fraction: float = 0.0
-    """Share of the prompts held out for evaluation when there is no eval_data."""
+    """Share of the pairs, by whole prompts, held out for evaluation when there is no eval_data."""
 
     quantization: Literal["nf4", "none"] = "nf4"
     """Storage of the base's linear layers: nf4 (4 bits, double quantisation) or none (in dtype)."""
@@ -144,8 +142,11 @@ class TrainConfig:
             _check(self, name, value is None or value >= 1, "must be at least 1, or left out")
         for name in ("warmup_ratio", "lora_dropout", "eval_fraction", "adam_beta1", "adam_beta2"):
             _check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
-        for name in ("weight_decay", "max_grad_norm", "seed"):
+        for name in ("weight_decay", "max_grad_norm"):
             _check(self, name, getattr(self, name) >= 0, "must be >= 0")
+        _check_seed(self)
+        for name, most in (("lora_r", 8192), ("pack_tokens", 2**24)):
+            _check(self, name, (getattr(self, name) or 0) <= most, f"must be at most {most}")
         _check(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "must be in [0, 0.5)")
         self._check_combinations()
         if self.memory_limit is not None:
@@ -158,6 +159,12 @@ class TrainConfig:
                 f"label_smoothing={self.label_smoothing} has no effect with "
                 f"loss_type={self.loss_type}; use loss_type sigmoid or leave label_smoothing out"
             )
+        if self.lr_scheduler_type == "constant" and self.warmup_ratio > 0:
+            _check_unused(self, "lr_scheduler_type", "warmup_ratio")
+        if self.optim == "sgd":
+            _check_unused(self, "optim", "adam_beta1", "adam_beta2", "adam_epsilon")
+        if self.save_strategy == "no":
+            _check_unused(self, "save_strategy", "keep_checkpoints")
         if self.reference_free and self.reference == "accept":
             raise ValueError("reference accept has no effect with reference_free; leave one out")
         if self.eval_data and self.eval_fraction:
@@ -187,6 +194,8 @@ class TrainConfig:
             ValueError: If the file is missing, is no YAML mapping, has an unknown key or a wrong
                 value.
         """
+        from lowmem_dpo.settings import parse_config
+
         return parse_config(cls, ["--config", str(path)])
 
 
@@ -235,6 +244,11 @@ class GenerateConfig:
         _check(self, "temperature", self.temperature >= 0, "must be >= 0")
         _check(self, "top_p", 0 < self.top_p <= 1, "must be in (0, 1]")
         _check(self, "top_k", self.top_k >= 0, "must be >= 0")
+        _check_seed(self)
+        if self.temperature == 0:
+            _check_unused(self, "temperature", "top_p", "top_k")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("prompt is empty; give it some text")
         if self.prompt is not None and self.prompts is not None:
             raise ValueError("prompt and prompts are both given; leave one out")
 
@@ -252,12 +266,16 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _check_seed(self)
 
 
 def _check_types(config: Any) -> None:
     """Hold every value against its annotation, for configs built in Python."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
+        if f.name in _PATHS:
+            value = _path_text(f.name, value)
+            object.__setattr__(config, f.name, value)
         if get_origin(f.type) is Literal:
             choices = get_args(f.type)
             if value not in choices:
@@ -267,9 +285,26 @@ def _check_types(config: Any) -> None:
         if get_origin(f.type) is dict:
             kinds = (dict,)
         if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-            object.__setattr__(config, f.name, float(value))
+            object.__setattr__(config, f.name, _finite(f.name, value))
         elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ValueError(f"{f.name} must be {type_name(f.type)}, got {value!r}")
+        elif isinstance(value, float):
+            _finite(f.name, value)
+
+
+def _path_text(name: str, value: Any) -> Any:
+    """A path as text; what is no path is left for the check of types."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"{name} is empty; give a path, or leave it out")
+    return value
+
+
+def _finite(name: str, value: float) -> float:
+    if not abs(value) <= sys.float_info.max:  # of an int too, and of nan
+        raise ValueError(f"{name} must be a finite number, got {str(value)[:20]}")
+    return float(value)
 
 
 def type_name(annotation: Any) -> str:
@@ -283,9 +318,27 @@ def type_name(annotation: Any) -> str:
 
 def _check(config: Any, name: str, holds: bool, rule: str) -> None:
     if not holds:
-        usual = next(f.default for f in dataclasses.fields(config) if f.name == name)
+        usual = _default(config, name)
         hint = "" if usual is None else f"; the usual value is {usual}"
         raise ValueError(f"{name} {rule}, got {getattr(config, name)}{hint}")
+
+
+def _check_seed(config: Any) -> None:
+    _check(config, "seed", 0 <= config.seed < 2**63, "must be in [0, 2**63)")
+
+
+def _check_unused(config: Any, cause: str, *names: str) -> None:
+    """Refuse settings that were changed although the value of `cause` leaves them no effect."""
+    for name in names:
+        value = getattr(config, name)
+        if value != _default(config, name):
+            raise ValueError(
+                f"{name}={value} has no effect with {cause}={getattr(config, cause)}; leave one out"
+            )
+
+
+def _default(config: Any, name: str) -> Any:
+    return next(f.default for f in dataclasses.fields(config) if f.name == name)
 
 
 def _split_names(config: Any, name: str) -> None:
@@ -304,119 +357,8 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: If the text is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if not match or float(match[1]) <= 0:
         raise ValueError(f"memory_limit must be a size such as 8GB or 7.5GiB, got {text!r}")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** ("KMGT".index(match[2].upper()) + 1 if match[2] else 0))
-
-
-def parse_config(cls: type[Config], arguments: list[str]) -> Config:
-    """Build a config from command-line words: defaults, then `--config FILE`, then flags.
-
-    Args:
-        cls: One of the dataclasses above.
-        arguments: Words such as `["--beta", "0.2", "--config", "run.yaml", "--reference_free"]`.
-            Hyphens in flag names count as underscores; a boolean flag needs no value.
-
-    Raises:
-        ValueError: If the file cannot be read, a name is unknown or a value does not fit its field.
-    """
-    path, words = _split_arguments(cls, arguments)
-    where = f"{path}: " if path is not None else ""
-    if path is not None:
-        _check_names(cls, _read_mapping(path), where)
-        where = "" if words else where  # with flags about, the file may not be to blame
-        words = ["--config", path, *words]
-    try:
-        values = settings_parser(cls).parse_args(words)
-        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
-    except argparse.ArgumentError as error:
-        raise ValueError(where + _one_line(cls, str(error))) from None
-    except ValueError as error:
-        raise ValueError(f"{where}{error}") from None
-
-
-def settings_parser(cls: type) -> "jsonargparse.ArgumentParser":
-    """The jsonargparse parser whose flags and help are the fields of `cls`."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
-    parser.add_argument(
-        "--config", action="config", help="YAML file of settings; flags override it."
-    )
-    parser.add_class_arguments(cls, None)
-    return parser
-
-
-def to_yaml(config: Any) -> str:
-    """The resolved settings as YAML; `--config` reads it back."""
-    import yaml
-
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-
-
-def _split_arguments(cls: type, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Take `--config FILE` out of the words; spell every flag as its field and give it a value."""
-    booleans = {f.name for f in dataclasses.fields(cls) if f.type in (bool, "bool")}
-    path: str | None = None
-    words: list[str] = []
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise ValueError(f"unexpected argument {word!r}; settings are given as --name value")
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name != "config":
-            _check_names(cls, [name.partition(".")[0]], "")
-        if not equals:
-            if name in booleans and (not rest or rest[0].startswith("--")):
-                value = "true"
-            elif rest:
-                value = rest.pop(0)
-            else:
-                raise ValueError(f"--{name} needs a value")
-        if name == "config":
-            path = value
-        else:
-            words.append(f"--{name}={value}")
-    return path, words
-
-
-def _check_names(cls: type, names: Iterable[Any], where: str) -> None:
-    """Refuse names that are no field of `cls`, and name the nearest one."""
-    known = [f.name for f in dataclasses.fields(cls)]
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{where}unknown setting {str(name)!r}; {hint}")
-
-
-def _read_mapping(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read the settings file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not valid YAML: {reason}") from None
-    if mapping is None:
-        return {}
-    if not isinstance(mapping, dict):
-        raise ValueError(f"{path} must hold `name: value` lines, got a {type(mapping).__name__}")
-    return mapping
-
-
-def _one_line(cls: type, message: str) -> str:
-    """Shorten jsonargparse's explanation to what was expected and what was given."""
-    key = re.search(r'key "(\w+)', message)
-    given = re.findall(r"(?:Got|Given) value: (.*)", message)
-    if not key or not given:
-        return " ".join(message.split())
-    annotation = next(f.type for f in dataclasses.fields(cls) if f.name == key[1])
-    return f"{key[1]} must be {type_name(annotation)}, got {given[-1]}"

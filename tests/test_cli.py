@@ -1,13 +1,20 @@
+import errno
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from lowmem_dpo.cli import main
+from lowmem_dpo.cli import _os_error, main
 from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.version import __version__
+from tests.tiny import save_tiny_model
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -44,7 +51,7 @@ def test_train_leaves_the_documented_folder(train, tmp_path):
     }
     for folder in ("best", "adapter"):
         files = {path.name for path in (out / folder).iterdir()}
-        assert files == {"adapter_config.json", "adapter_model.safetensors"}
+        assert files >= {"adapter_config.json", "adapter_model.safetensors"}
     assert {p.name for p in (out / "plots").glob("*.png")} >= {"loss.png", "margins.png"}
     record = json.loads((out / "run.json").read_text())
     assert record["finished"] and record["step_zero"]["exact"]
@@ -168,6 +175,64 @@ def test_train_without_model_or_data_says_which(capsys):
     assert "--data" in one_line_error(capsys)
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (PermissionError(errno.EACCES, "denied", "a/b"), "cannot read or write a/b: denied"),
+        (
+            OSError(errno.ENOSPC, "disk full", "a/b"),
+            "cannot write a/b: disk full; free some space and run again with --resume auto",
+        ),
+        (
+            OSError(errno.ENOSPC, "disk full"),
+            "cannot write: disk full; free some space and run again with --resume auto",
+        ),
+        (OSError("a library's words"), "a library's words"),
+    ],
+)
+def test_os_error_names_the_file_and_the_way_out(error, expected):
+    assert _os_error(error) == expected
+
+
+def test_train_on_a_full_disk_ends_in_one_line(train, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr("lowmem_dpo.training.trainer.prepare_run", full)
+    assert train() == 2
+    line = one_line_error(capsys)
+    assert "cannot write metrics.jsonl" in line and "--resume auto" in line
+
+
+def test_narrow_terminals_get_escapes_instead_of_a_traceback(llama_dir, tmp_path):
+    def run(*words: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [sys.executable, "-m", "lowmem_dpo", *words],
+            env={
+                **os.environ,
+                "PYTHONIOENCODING": "cp1252",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+            },
+            capture_output=True,
+        )
+
+    asked = ("--prompt", "日本", "--max_new_tokens", "8", "--temperature", "0")
+    answer = run("generate", "--model", str(llama_dir), *asked)
+    assert answer.returncode == 0, answer.stderr
+    assert rb"prompt: \u65e5\u672c" in answer.stdout
+    refused = run("train", "--model", str(llama_dir), "--data", "日本/d.jsonl")
+    assert refused.returncode == 2 and b"Traceback" not in refused.stderr
+    assert rb"\u65e5\u672c/d.jsonl" in refused.stderr
+
+
+def test_help_and_usage_tell_what_works(capsys):
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--print_config" in text and "skip_default" not in text
+    assert main(["--help"]) == 0
+    assert "LOWMEM_DPO_DEBUG" in capsys.readouterr().out
+
+
 def test_unknown_verb(capsys):
     assert main(["trian"]) == 2
     assert "known: train" in one_line_error(capsys)
@@ -206,6 +271,27 @@ def test_generate_reads_prompts_from_files(tmp_path, llama_dir, capsys):
         assert main(words) == 0
         printed = capsys.readouterr().out
         assert "prompt: one" in printed and "prompt: two" in printed and "adapter:" not in printed
+
+
+def generate(model: Path, *words: str) -> int:
+    return main(["generate", "--model", str(model), "--max_new_tokens", "8", *words])
+
+
+def test_generate_refuses_prompts_that_the_model_cannot_answer(tmp_path, llama_dir, capsys):
+    assert generate(llama_dir, "--prompt", "") == 2
+    assert "prompt is empty" in one_line_error(capsys)
+    small = save_tiny_model(tmp_path / "small", vocab_size=100)
+    assert generate(small, "--prompt", "hello") == 2
+    assert "vocabulary has 100" in one_line_error(capsys)
+
+
+def test_generate_with_a_sliding_window_takes_texts_up_to_its_length(tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "m", "mistral", sliding_window=64)
+    assert generate(model, "--prompt", "hello") == 0
+    assert "nothing to compare" in capsys.readouterr().out
+    assert generate(model, "--prompt", "hello" * 20) == 2
+    line = one_line_error(capsys)
+    assert "sliding window of 64" in line and "max_length" not in line
 
 
 def test_generate_refuses_a_bad_file_of_prompts(tmp_path, llama_dir, capsys):

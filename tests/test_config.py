@@ -1,16 +1,15 @@
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from lowmem_dpo.config import (
-    DemoConfig,
-    GenerateConfig,
-    TrainConfig,
-    parse_bytes,
-    parse_config,
-    to_yaml,
-)
+from lowmem_dpo.config import DemoConfig, GenerateConfig, TrainConfig, parse_bytes
+from lowmem_dpo.settings import parse_config, to_yaml
+
+ROOT = Path(__file__).parent.parent
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -63,12 +62,106 @@ def test_parse_config_reads_template_variables():
         (["--config", "missing.yaml"], "cannot read the settings file missing.yaml"),
         (["--memory_limit", "lots"], "memory_limit must be a size"),
         (["--max_steps", "0"], "max_steps must be at least 1"),
+        (["--beta", ".inf"], "beta must be a finite number, got inf"),
+        (["--weight_decay", ".nan"], "weight_decay must be a finite number, got nan"),
+        (["--learning_rate", "1" + "0" * 400], "too large"),
+        (["--data", ""], "data is empty"),
+        (["--cache_dir", " "], "cache_dir is empty"),
+        (["--seed", str(2**63)], "seed must be in [0, 2**63)"),
+        (["--lora_r", "8193"], "lora_r must be at most 8192"),
+        (["--pack_tokens", str(2**24 + 1)], "pack_tokens must be at most"),
+        (["--beta", "--shuffle"], "--beta needs a value"),
+        (["--config", "--shuffle"], "--config needs a value"),
+        (["--lr", "1"], "did you mean learning_rate?"),
+        (["--epochs", "1"], "did you mean num_train_epochs?"),
+        (["--output", "x"], "did you mean output_dir?"),
+        (["--rank", "8"], "did you mean lora_r?"),
+        (["--lora_rank", "8"], "did you mean lora_r?"),
+        (["--alpha", "8"], "did you mean lora_alpha?"),
+        (["--model_name_or_path", "x"], "did you mean model?"),
+        (["--print_config=skip_default"], "unknown setting 'print_config'"),
+        (
+            ["--lr_scheduler_type", "constant", "--warmup_ratio", "0.2"],
+            "warmup_ratio=0.2 has no effect with lr_scheduler_type=constant",
+        ),
+        (["--optim", "sgd", "--adam_beta1", "0.8"], "adam_beta1=0.8 has no effect with optim=sgd"),
+        (["--optim", "sgd", "--adam_epsilon", "1e-6"], "adam_epsilon=1e-06 has no effect"),
+        (
+            ["--save_strategy", "no", "--keep_checkpoints", "3"],
+            "keep_checkpoints=3 has no effect with save_strategy=no",
+        ),
     ],
 )
 def test_parse_config_refuses_in_one_line(words, message):
     with pytest.raises(ValueError) as error:
         parse_config(TrainConfig, words)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0, "top_p": 0.5}, "top_p=0.5 has no effect with temperature=0"),
+        ({"temperature": 0, "top_k": 5}, "top_k=5 has no effect with temperature=0"),
+        ({"temperature": float("inf")}, "temperature must be a finite number"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"adapter": ""}, "adapter is empty"),
+        ({"prompts": ""}, "prompts is empty"),
+        ({"seed": -1}, "seed must be in"),
+    ],
+)
+def test_generate_config_refuses_settings_that_cannot_count(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GenerateConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr_scheduler_type": "constant"},
+        {"lr_scheduler_type": "constant", "warmup_ratio": 0.0},
+        {"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.2},
+        {"optim": "adamw_8bit", "adam_beta1": 0.8},
+        {"save_strategy": "steps", "save_steps": 5, "keep_checkpoints": 3},
+    ],
+)
+def test_train_config_takes_combinations_that_count(settings):
+    assert dataclasses.asdict(TrainConfig(**settings)).items() >= settings.items()
+
+
+def test_config_takes_paths_as_text():
+    config = TrainConfig(model=Path("a") / "b", output_dir=Path("c"))
+    assert (config.model, config.output_dir) == (str(Path("a") / "b"), "c")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "{}\n"])
+def test_from_yaml_takes_an_empty_file_for_no_settings(tmp_path, text):
+    assert TrainConfig.from_yaml(write(tmp_path, text)) == TrainConfig()
+
+
+def test_help_shows_print_config_as_a_plain_flag():
+    from lowmem_dpo.settings import settings_parser
+
+    text = settings_parser(TrainConfig).format_help()
+    assert "--print_config" in text and "skip_default" not in text
+
+
+def test_from_yaml_reads_utf8_whatever_the_locale(tmp_path):
+    path = write(tmp_path, "system_prompt: né 日本\n")
+    script = (
+        "import sys; from lowmem_dpo.config import TrainConfig; "
+        "print(ascii(TrainConfig.from_yaml(sys.argv[1]).system_prompt))"
+    )
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, path],
+        env={**os.environ, **plain},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == ascii("né 日本")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +207,7 @@ def test_to_yaml_round_trips_every_setting(tmp_path):
 
 @pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig, DemoConfig])
 def test_every_setting_has_a_docstring_shown_in_the_help(cls):
-    from lowmem_dpo.config import settings_parser
+    from lowmem_dpo.settings import settings_parser
 
     help_text = " ".join(settings_parser(cls).format_help().split())
     docs = field_docs(cls)

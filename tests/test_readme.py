@@ -4,7 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from lowmem_dpo.config import TrainConfig, parse_config
+from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.settings import parse_config
 from lowmem_dpo.settings_table import CONFIGS, with_tables
 
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 
 from lowmem_dpo.model.attention import PLAIN_ATTENTION
 from lowmem_dpo.model.loading import ModelParts
@@ -49,7 +54,11 @@ def generate_text(
 
     Returns:
         The answers, without special tokens.
+
+    Raises:
+        ValueError: If a prompt does not fit the model.
     """
+    check_prompts(prompts, model.config, sampling)
     device = parts.lm_head_weight.device
     width = max(len(ids) for ids in prompts)
     stop = stop_ids(model, tokenizer)
@@ -81,8 +90,37 @@ def generate_text(
     return tokenizer.batch_decode(output[:, width:].cpu(), skip_special_tokens=True)
 
 
+def check_prompts(prompts: list[list[int]], config: PretrainedConfig, sampling: Sampling) -> None:
+    """Refuse prompts that a model cannot answer.
+
+    Args:
+        prompts: Token ids.
+        config: Of the model.
+        sampling: For the longest answer.
+
+    Raises:
+        ValueError: If a prompt is empty, has a token that the model lacks, or is too long for the
+            model's sliding window together with its answer.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("a prompt has no tokens; give it some text")
+    top = max(map(max, prompts))
+    if top >= config.vocab_size:
+        raise ValueError(
+            f"a prompt has token {top}, but the model's vocabulary has {config.vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
+    window = getattr(config, "sliding_window", None)
+    length = max(map(len, prompts)) + sampling.max_new_tokens
+    if window is not None and length > window:
+        raise ValueError(
+            f"the model attends to a sliding window of {window} tokens, which is supported for "
+            f"texts up to that length only; prompt and max_new_tokens make {length}, shorten one"
+        )
+
+
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS and those of the model's configs."""
+    """Tokens that end an answer: the tokenizer's EOS and those of both of the model's configs."""
     found = [tokenizer.eos_token_id]
     for config in (model.config, model.generation_config):
         ids = getattr(config, "eos_token_id", None)

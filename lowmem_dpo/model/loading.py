@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lowmem_dpo.model.checkpoint import StoredTensor, file_digest, read_headers, weight_files
 from lowmem_dpo.model.lora import LoraLinear, wrap_linears
 from lowmem_dpo.model.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4
-from lowmem_dpo.model.source import model_folder
+from lowmem_dpo.model.source import answer_ends, model_folder
 
 Quantization = Literal["nf4", "none"]
 
@@ -115,6 +115,8 @@ def load_model(
     folder = model_folder(source)
     files = weight_files(folder)
     model = _empty_model(config, dtype)
+    if ends := answer_ends(folder):
+        model.generation_config.eos_token_id = ends
     tensors = _matched(source, model, read_headers(files))
     buffer = torch.empty(max(stored.nbytes for stored in tensors.values()), dtype=torch.uint8)
     for name, stored in tensors.items():

@@ -20,6 +20,7 @@ SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 _OTHER_FILES = ["*/*", "consolidated*"]
@@ -36,15 +37,16 @@ def resolve_source(model: str, init_adapter: str | None) -> tuple[str, str | Non
         The base's folder or id, the adapter's folder or None, and a line to tell the user or None.
 
     Raises:
-        ValueError: If two adapters are given, or an adapter does not name its base.
+        ValueError: If an adapter folder holds none, two are given, or one does not name its base.
     """
     folder = Path(model)
+    if init_adapter is not None and not (Path(init_adapter) / ADAPTER_CONFIG_FILE).is_file():
+        raise ValueError(
+            f"adapter folder {init_adapter} is not one: "
+            f"no {ADAPTER_CONFIG_FILE} in it{_nearby_adapter(Path(init_adapter))}"
+        )
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
-        if init_adapter is not None and not (Path(init_adapter) / ADAPTER_CONFIG_FILE).is_file():
-            raise ValueError(
-                f"init_adapter {init_adapter} is no adapter folder: no {ADAPTER_CONFIG_FILE} in it"
-            )
-        return model, init_adapter, None
+        return model, init_adapter, _other_base(model, init_adapter)
     if init_adapter is not None and Path(init_adapter).resolve() != folder.resolve():
         raise ValueError(
             f"model {model} is an adapter and init_adapter is {init_adapter}; "
@@ -56,12 +58,37 @@ def resolve_source(model: str, init_adapter: str | None) -> tuple[str, str | Non
             f"adapter {model} does not name its base; "
             f"give the base as model and {model} as init_adapter"
         )
-    # A relative base is looked for from here first, as PEFT does, then beside the adapter.
-    for candidate in (Path(base), folder / base, folder.parent / base):
-        if (candidate / "config.json").is_file():
-            base = str(candidate)
-            break
+    base = _found_base(folder, base)
     return base, model, f"{model} is an adapter: starting from it, on its base {base}"
+
+
+def _found_base(adapter: Path, base: str) -> str:
+    """A relative base is looked for from here first, as PEFT does, then beside the adapter."""
+    for candidate in (Path(base), adapter / base, adapter.parent / base):
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    return base
+
+
+def _other_base(model: str, init_adapter: str | None) -> str | None:
+    """A line for the user where an adapter names another base than the one it is put on."""
+    if init_adapter is None:
+        return None
+    named = read_json(Path(init_adapter) / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+    if not named or not isinstance(named, str):
+        return None
+    base = _found_base(Path(init_adapter), named)
+    if base == model or Path(base).resolve() == Path(model).resolve():
+        return None
+    return f"adapter {init_adapter} names {named} as its base; it is put on {model}"
+
+
+def _nearby_adapter(folder: Path) -> str:
+    """A hint at the adapter that a run's folder holds."""
+    for name in ("best", "adapter"):
+        if (folder / name / ADAPTER_CONFIG_FILE).is_file():
+            return f"; did you mean {folder / name}?"
+    return ""
 
 
 def tokenizer_source(base: str, init_adapter: str | None) -> str:
@@ -118,8 +145,22 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         )
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # tokenizers raises Exception itself, transformers what it meets
         raise ValueError(f"cannot load the tokenizer of {source}: {_one_line(error)}") from None
+
+
+def answer_ends(folder: Path) -> list[int]:
+    """The tokens that end an answer by generation_config.json; none where there is no such file.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = folder / GENERATION_CONFIG_FILE
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(i) is int for i in ids):
+        raise ValueError(f"eos_token_id in {path} must be a token id or a list of them, got {ids}")
+    return ids
 
 
 def model_folder(source: str) -> Path:
@@ -142,7 +183,9 @@ def _config_file(source: str) -> Path:
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{source} is no model folder: no config.json in it")
+            raise ValueError(
+                f"{source} is no model folder: no config.json in it{_nearby_adapter(folder)}"
+            )
         return folder / "config.json"
     if folder.exists():
         raise ValueError(

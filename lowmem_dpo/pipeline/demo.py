@@ -18,8 +18,12 @@ from lowmem_dpo.model.generation import Sampling, generate_text
 from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.pipeline.demo_task import is_right, is_short, make_model, questions
 from lowmem_dpo.training.console import duration, say
+from lowmem_dpo.training.loop import StepResult
 from lowmem_dpo.training.policy import Policy, load_policy
 from lowmem_dpo.training.trainer import Trainer
+
+MARKER = ".lowmem_dpo_demo"
+OWN_ENTRIES = ("model", "preferences.jsonl", "run", "cache")
 
 SAMPLES_PER_QUESTION = 8
 PAIRS_PER_QUESTION = 4
@@ -38,7 +42,7 @@ def demo(config: DemoConfig) -> bool:
         answers in fresh samples as before.
 
     Raises:
-        ValueError: If output_dir holds something else than a demo.
+        ValueError: If output_dir is a file, or holds something else than a demo.
     """
     begun = time.perf_counter()
     root = _fresh_folder(Path(config.output_dir))
@@ -69,23 +73,42 @@ def demo(config: DemoConfig) -> bool:
             logging_steps=5,
         )
     )
+    steps: list[StepResult] = []
+    trainer.add_step_callback(steps.append)
     result = trainer.fit()
 
     say("4. fresh answers, before and after")
     assert trainer.policy is not None
-    learned = _report(trainer.policy, result.metrics["eval_rewards/accuracies"], config.seed + 1)
+    before, after = _start_accuracy(steps[0].metrics), result.metrics["eval_rewards/accuracies"]
+    learned = _report(trainer.policy, (before, after), config.seed + 1)
     say(f"plots: {root / 'run' / 'plots'}")
     say(f"the demo took {duration(time.perf_counter() - begun)}")
     return learned
 
 
 def _fresh_folder(root: Path) -> Path:
-    if root.exists() and any(root.iterdir()):
-        if not (root / "preferences.jsonl").exists() and not (root / "model").exists():
-            raise ValueError(f"{root} is not empty and holds no demo; choose another --output_dir")
-        shutil.rmtree(root)
+    """Make the demo's folder; of an earlier demo only its own entries are deleted."""
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"output_dir {root} is a file; choose another --output_dir")
     root.mkdir(parents=True, exist_ok=True)
+    if not (root / MARKER).is_file() and any(root.iterdir()):
+        raise ValueError(f"{root} is not empty and holds no demo; choose another --output_dir")
+    for entry in (root / name for name in OWN_ENTRIES):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+    (root / MARKER).write_text("the demo may delete its entries here\n", encoding="utf-8")
     return root
+
+
+def _start_accuracy(metrics: dict[str, float]) -> float:
+    """Accuracy before any update, as the first step saw it; a tie counts as half.
+
+    Policy and reference are still the same then, so what holds for its pairs holds for all.
+    """
+    is_tie = metrics["reward_margin"] == 0 and metrics["chosen_reward"] == 0
+    return 0.5 if is_tie else metrics["rewards/accuracies"]
 
 
 def _answers(policy: Policy, num_samples: int, seed: int) -> dict[str, list[str]]:
@@ -114,8 +137,9 @@ def _write_pairs(policy: Policy, path: Path, seed: int) -> int:
     return len(rows)
 
 
-def _report(policy: Policy, accuracy: float, seed: int) -> bool:
+def _report(policy: Policy, accuracies: tuple[float, float], seed: int) -> bool:
     """Show samples and figures from before and after; returns whether the model learned."""
+    accuracy_before, accuracy = accuracies
     after = _answers(policy, FRESH_SAMPLES, seed)
     with adapters_disabled(policy.loaded.model):
         before = _answers(policy, FRESH_SAMPLES, seed)
@@ -131,8 +155,7 @@ def _report(policy: Policy, accuracy: float, seed: int) -> bool:
 
     short_before, short_after = share(before, "short"), share(after, "short")
     figures = Table("", "before", "after")
-    # Before training every margin is exactly 0, so the reward cannot tell the two sides apart.
-    figures.add_row("held-out reward accuracy", "0.50", f"{accuracy:.2f}")
+    figures.add_row("held-out reward accuracy", f"{accuracy_before:.2f}", f"{accuracy:.2f}")
     figures.add_row("short answers", f"{short_before:.2f}", f"{short_after:.2f}")
     figures.add_row(
         "right answers", f"{share(before, 'right'):.2f}", f"{share(after, 'right'):.2f}"

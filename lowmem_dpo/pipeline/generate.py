@@ -6,10 +6,10 @@ from pathlib import Path
 
 from lowmem_dpo.config import GenerateConfig, TrainConfig
 from lowmem_dpo.data.templates import render_prompt
-from lowmem_dpo.model.generation import Sampling, generate_text
+from lowmem_dpo.model.generation import Sampling, check_prompts, generate_text
 from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.training.console import console, say
-from lowmem_dpo.training.policy import Policy, load_policy, template_settings
+from lowmem_dpo.training.policy import Policy, load_policy, read_source, template_settings
 
 
 def generate(config: GenerateConfig) -> None:
@@ -24,29 +24,34 @@ def generate(config: GenerateConfig) -> None:
         raise ValueError(
             "no model given; set --model to a folder or a Hugging Face id, or --adapter"
         )
-    policy = load_policy(
-        TrainConfig(
-            model=model,
-            init_adapter=config.adapter,
-            quantization=config.quantization,
-            dtype=config.dtype,
-            device=config.device,
-            cache_dir=config.cache_dir,
-            seed=config.seed,
-        )
+    settings = TrainConfig(
+        model=model,
+        init_adapter=config.adapter,
+        max_length=1,  # lengths are checked below, against the prompts
+        quantization=config.quantization,
+        dtype=config.dtype,
+        device=config.device,
+        cache_dir=config.cache_dir,
+        seed=config.seed,
     )
-    for prompt in prompts:
+    source = read_source(settings)
+    template = template_settings(config)
+    rendered = [render_prompt(source.tokenizer, prompt, template) for prompt in prompts]
+    check_prompts(rendered, source.model_config, Sampling.of(config))
+    if config.compare and source.init_adapter is None:
+        say("no adapter given, so there is nothing to compare: the base answers alone")
+    policy = load_policy(settings, source)
+    for prompt, ids in zip(prompts, rendered, strict=True):
         say(f"\nprompt: {prompt}")
         if policy.init_adapter and config.compare:
-            _answer(policy, config, prompt, "base", adapter=False)
-        _answer(policy, config, prompt, "adapter" if policy.init_adapter else "base", adapter=True)
+            _answer(policy, config, ids, "base", adapter=False)
+        _answer(policy, config, ids, "adapter" if policy.init_adapter else "base", adapter=True)
 
 
 def _answer(
-    policy: Policy, config: GenerateConfig, prompt: str, title: str, *, adapter: bool
+    policy: Policy, config: GenerateConfig, ids: list[int], title: str, *, adapter: bool
 ) -> None:
     """Stream one answer under its title."""
-    ids = render_prompt(policy.tokenizer, prompt, template_settings(config))
     console.print(f"[bold]{title}:[/bold]")
     model = policy.loaded.model
     with nullcontext() if adapter else adapters_disabled(model):
@@ -78,6 +83,6 @@ def read_prompts(path: str | None) -> list[str]:
         raise ValueError(
             f"{path}: every row must be an object with a `prompt`: {error!r}"
         ) from None
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"{path} holds no prompts, or some that are not text")
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise ValueError(f"{path} holds no prompts, or some that are empty or not text")
     return prompts

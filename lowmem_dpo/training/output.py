@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
-from lowmem_dpo.config import TrainConfig, to_yaml
+from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.files import lock_file, replace_file
+from lowmem_dpo.settings import to_yaml
 from lowmem_dpo.training.checkpoints import list_checkpoints, read_record
 
 SCHEMA_VERSION = 1

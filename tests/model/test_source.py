@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lowmem_dpo.model import source
 from lowmem_dpo.model.source import (
+    answer_ends,
     load_config,
     load_tokenizer,
     model_folder,
@@ -173,7 +174,30 @@ def test_model_folder_downloads_no_pickles(monkeypatch, tmp_path):
 def test_resolve_source_passes_a_model_through(tmp_path):
     adapter = write_adapter(tmp_path / "adapter", "base")
     assert resolve_source("some/model", None) == ("some/model", None, None)
-    assert resolve_source("some/model", adapter) == ("some/model", adapter, None)
+    assert resolve_source("base", adapter) == ("base", adapter, None)
+
+
+def test_resolve_source_tells_of_an_adapter_made_for_another_base(tmp_path):
+    base = write_config(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", "base")
+    nameless = write_adapter(tmp_path / "nameless", None)
+    model, init_adapter, note = resolve_source("some/model", adapter)
+    assert (model, init_adapter) == ("some/model", adapter)
+    assert f"names base as its base; it is put on {model}" in note and "\n" not in note
+    assert resolve_source(base, adapter) == (base, adapter, None)  # a relative name of the same
+    assert resolve_source(base, nameless) == (base, nameless, None)
+
+
+def test_a_run_folder_given_for_its_adapter_is_answered_with_a_hint(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    assert "did you mean" not in refusal(resolve_source, "some/model", str(run))
+    write_adapter(run / "adapter", "base")
+    assert f"did you mean {run / 'adapter'}?" in refusal(resolve_source, str(run), str(run))
+    write_adapter(run / "best", "base")
+    for call, args in ((resolve_source, (str(run), str(run))), (load_config, (str(run),))):
+        message = refusal(call, *args)
+        assert f"did you mean {run / 'best'}?" in message and "init_adapter" not in message
 
 
 def test_resolve_source_finds_the_base_of_an_adapter(tmp_path, monkeypatch):
@@ -181,7 +205,10 @@ def test_resolve_source_finds_the_base_of_an_adapter(tmp_path, monkeypatch):
     base, init_adapter, note = resolve_source(adapter, None)
     assert (base, init_adapter) == ("some/model", adapter)
     assert adapter in note and "some/model" in note and "\n" not in note
-    assert resolve_source(adapter, str(tmp_path / "x" / ".." / "adapter"))[:2] == (base, adapter)
+    assert resolve_source(adapter, str(tmp_path / "." / "adapter" / ".." / "adapter"))[:2] == (
+        base,
+        adapter,
+    )
 
 
 @pytest.mark.parametrize("place", [".", "..", "../adapter"])
@@ -218,6 +245,27 @@ def test_load_tokenizer_says_what_is_missing(tmp_path, tiny_checkpoint):
     assert "holds no tokenizer" in refusal(load_tokenizer, str(folder))
     write_tokenizer(folder)
     assert load_tokenizer(str(folder))("hello")["input_ids"] == [1]
+    settings = (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text("[]", encoding="utf-8")
+    assert "cannot load the tokenizer" in refusal(load_tokenizer, str(folder))
+    (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     assert "cannot load the tokenizer" in refusal(load_tokenizer, str(folder))
     shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "ends"),
+    [(None, []), ({}, []), ({"eos_token_id": 5}, [5]), ({"eos_token_id": [5, 7]}, [5, 7])],
+)
+def test_answer_ends_reads_the_generation_config(tmp_path, content, ends):
+    if content is not None:
+        text = json.dumps(content)
+        (tmp_path / "generation_config.json").write_text(text, encoding="utf-8")
+    assert answer_ends(tmp_path) == ends
+
+
+def test_answer_ends_refuses_what_are_no_tokens(tmp_path):
+    text = json.dumps({"eos_token_id": ["</s>"]})
+    (tmp_path / "generation_config.json").write_text(text, encoding="utf-8")
+    assert "must be a token id" in refusal(answer_ends, tmp_path)
