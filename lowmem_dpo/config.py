@@ -5,7 +5,7 @@ config that exists is valid: `__post_init__` checks bounds and combinations and 
 what is wrong. Whether a file exists or a card is there is not a matter of settings and is checked
 where it is used.
 
-Nothing of this package is imported here, but in `from_yaml`, which asks `settings` to read.
+Of this package only `settings` is imported here, which reads text into any such dataclass.
 """
 
 import dataclasses
@@ -15,6 +15,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
+
+from lowmem_dpo.settings import parse_config, type_name
 
 # Settings that name a file or folder (or a model): never empty; os.PathLike is taken too.
 _PATHS = {"model", "data", "eval_data", "output_dir", "init_adapter", "resume", "cache_dir"}
@@ -194,8 +196,6 @@ class TrainConfig:
             ValueError: If the file is missing, is no YAML mapping, has an unknown key or a wrong
                 value.
         """
-        from lowmem_dpo.settings import parse_config
-
         return parse_config(cls, ["--config", str(path)])
 
 
@@ -305,15 +305,6 @@ def _finite(name: str, value: float) -> float:
     if not abs(value) <= sys.float_info.max:  # of an int too, and of nan
         raise ValueError(f"{name} must be a finite number, got {str(value)[:20]}")
     return float(value)
-
-
-def type_name(annotation: Any) -> str:
-    """An annotation in words, for messages and tables."""
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(map(str, get_args(annotation)))
-    if get_args(annotation):
-        return str(annotation).replace("typing.", "")
-    return annotation.__name__
 
 
 def _check(config: Any, name: str, holds: bool, rule: str) -> None:

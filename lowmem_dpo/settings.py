@@ -1,4 +1,4 @@
-"""From words and YAML to a config, and back: defaults, then the file, then flags.
+"""From words and YAML to any config dataclass, and back: defaults, then the file, then flags.
 
 Names are checked before values, so that a wrong one gets the nearest right one; jsonargparse turns
 text into values of a field's type.
@@ -10,9 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from lowmem_dpo.config import type_name
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -35,7 +33,7 @@ def parse_config(cls: type[Config], arguments: list[str]) -> Config:
     """Build a config from command-line words: defaults, then `--config FILE`, then flags.
 
     Args:
-        cls: One of the dataclasses above.
+        cls: A dataclass of settings, such as those of `config`.
         arguments: Words such as `["--beta", "0.2", "--config", "run.yaml", "--reference_free"]`.
             Hyphens in flag names count as underscores; a boolean flag needs no value.
 
@@ -74,6 +72,15 @@ def settings_parser(cls: type) -> "jsonargparse.ArgumentParser":
     )
     parser.add_class_arguments(cls, None)
     return parser
+
+
+def type_name(annotation: Any) -> str:
+    """An annotation in words, for messages and tables."""
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, get_args(annotation)))
+    if get_args(annotation):
+        return str(annotation).replace("typing.", "")
+    return annotation.__name__
 
 
 def to_yaml(config: Any) -> str:

@@ -7,7 +7,8 @@ import dataclasses
 import re
 from pathlib import Path
 
-from lowmem_dpo.config import DemoConfig, GenerateConfig, TrainConfig, type_name
+from lowmem_dpo.config import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.settings import type_name
 
 CONFIGS = {cls.__name__: cls for cls in (TrainConfig, GenerateConfig, DemoConfig)}
 

@@ -118,14 +118,16 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
     flat = weight.reshape(-1)
     packed = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32, device=weight.device)
+    finite = torch.ones((), dtype=torch.bool, device=weight.device)
     for start in range(0, flat.numel(), _CHUNK):
         chunk = flat[start : start + _CHUNK]
         if chunk.dtype == torch.float64:
             chunk = chunk.float()
+        finite &= chunk.isfinite().all()  # a maximum may pass over NaN
         codes, state = bnb.quantize_4bit(chunk, blocksize=BLOCK, quant_type="nf4")
         packed[start // 2 : start // 2 + codes.numel()] = codes.view(-1)
         absmax[start // BLOCK : start // BLOCK + state.absmax.numel()] = state.absmax
-    if not absmax.isfinite().all():
+    if not finite:
         raise ValueError("the weight holds NaN or infinite numbers; the checkpoint is damaged")
     # Summed in float64, the order of the sum (threads, device) is lost in the rounding to fp32.
     offset = absmax.double().mean().float()

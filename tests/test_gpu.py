@@ -1,0 +1,88 @@
+"""What only a CUDA card can show: whole runs on one. Skipped elsewhere."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowmem_dpo import TrainConfig, Trainer
+from lowmem_dpo.model.nf4 import quantize_nf4
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = ["bfloat16", "float16", "float32"]
+
+
+@pytest.fixture
+def config(llama_dir, pairs_file, tmp_path) -> TrainConfig:
+    return TrainConfig(
+        model=str(llama_dir),
+        data=str(pairs_file(14)),
+        output_dir=str(tmp_path / "out"),
+        device="cuda",
+        batch_size=4,
+        learning_rate=1e-3,
+        num_train_epochs=2,
+        save_strategy="steps",
+        save_steps=2,
+        keep_checkpoints=9,
+    )
+
+
+def losses(directory: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").open()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_run_on_a_card_has_an_exact_step_zero_and_learns(config, dtype):
+    result = Trainer(replace(config, dtype=dtype)).fit()
+    record = json.loads((result.output_dir / "run.json").read_text())
+    assert record["step_zero"]["exact"], record["step_zero"]
+    assert result.metrics["reward_margin"] > 0
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_resume_on_a_card_goes_on_to_the_same_losses(config, tmp_path, optim):
+    config = replace(config, optim=optim)
+    whole = Trainer(config).fit()
+    middle = whole.output_dir / "checkpoints" / "step-000004"
+    resumed = replace(config, output_dir=str(tmp_path / "b"), resume=str(middle))
+    result = Trainer(resumed).fit()
+    assert losses(result.output_dir) == pytest.approx(losses(whole.output_dir)[4:], abs=1e-3)
+
+
+def test_layer_inputs_on_the_host_change_nothing(config, tmp_path):
+    adapters = []
+    for place in ("device", "host"):
+        run = replace(config, layer_inputs=place, output_dir=str(tmp_path / place))
+        result = Trainer(run).fit()
+        adapters.append(load_file(result.output_dir / "adapter" / "adapter_model.safetensors"))
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, atol=1e-5, rtol=1e-3)
+
+
+def test_cards_and_cpus_agree(config, tmp_path):
+    config = replace(config, dtype="float32", max_steps=4)
+    on_card = Trainer(config).fit()
+    on_cpu = Trainer(replace(config, device="cpu", output_dir=str(tmp_path / "cpu"))).fit()
+    assert losses(on_card.output_dir) == pytest.approx(losses(on_cpu.output_dir), abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_nf4_codes_of_a_card_are_those_of_the_cpu(dtype):
+    weight = torch.randn(384, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    here, there = quantize_nf4(weight), quantize_nf4(weight.cuda())
+    assert torch.equal(here.packed, there.packed.cpu())
+    torch.testing.assert_close(here.dequantize(dtype), there.dequantize(dtype).cpu())
+
+
+def test_memory_limit_is_held_to(config):
+    from lowmem_dpo.memory.limits import limit_memory
+
+    limit_memory("1GB", torch.device("cuda"))
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(2 * 10**9, dtype=torch.uint8, device="cuda")
+    torch.cuda.set_per_process_memory_fraction(1.0)
