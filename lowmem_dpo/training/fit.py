@@ -106,8 +106,6 @@ class Fit:
         draw_plots(self.folder.metrics, self.folder.root / "plots")
         seconds = time.perf_counter() - begun
         steps = self.state.step - start
-        if start == 0:
-            self.folder.note(step_zero=self.run.step_zero)
         session = {"from_step": start, "to_step": self.state.step, "seconds": seconds}
         self.folder.note(sessions=[*self.folder.record["sessions"], session], finished=True)
         adapter = self.folder.root / "adapter"
@@ -127,6 +125,8 @@ class Fit:
                 metrics = with_friendly_names(result.metrics)
                 self.state.unlogged.append(result.metrics)
                 self.state.last_metrics = metrics
+                if result.step == 1:
+                    self.folder.note(step_zero=self.run.step_zero)
                 bar.advance(1, _summary(metrics))
                 if result.step % self.logging_steps == 0 or result.step == num_steps:
                     self._log(bar)

@@ -83,9 +83,10 @@ def check_finite(loss: float, grad_norm: float, rows: list[int], step: int) -> N
         RunStopped: Naming the data rows of the step.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        named = ", ".join(map(str, sorted(rows)[:32])) + (" and more" if len(rows) > 32 else "")
         raise RunStopped(
             f"step {step}: loss {loss}, gradient norm {grad_norm}; the step's pairs are data rows "
-            f"{', '.join(map(str, sorted(rows)))}; look at these, or lower the learning rate"
+            f"{named}; look at these, or lower the learning rate"
         )
 
 
