@@ -268,7 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\n{result['impl']} failed:\n{log}", file=sys.stderr)
     output = options.output or (default_output(OP, options.device) if options.save else None)
     if output:
-        settings = {name: str(value) for name, value in vars(options).items() if value is not None}
+        given = {name: value for name, value in vars(options).items() if name != "output"}
+        settings = {name: str(value) for name, value in given.items() if value is not None}
         write_record(output, OP, options.device, settings, results)
     return int(any("error" in result for result in results))
 
