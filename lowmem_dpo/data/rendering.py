@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, meta
 
 from lowmem_dpo.data.formats import Message, Preference
 
@@ -191,6 +191,7 @@ def build_renderer(tokenizer: "PreTrainedTokenizerBase", settings: TemplateSetti
     ends = [tokenizer.eos_token] if tokenizer.eos_token else []
     markers = list(COMMON_MARKERS)
     if template is not None:
+        _check_kwargs_are_read(template, settings)
         opening, ending = _probe(tokenizer, template, settings)
         markers += [opening] if opening else []
         ends += [ending] if ending else []
@@ -202,6 +203,19 @@ def build_renderer(tokenizer: "PreTrainedTokenizerBase", settings: TemplateSetti
                     "name a Jinja file with --chat_template FILE, or leave it out"
                 )
     return Renderer(tokenizer, settings, template, choice, tuple(ends), tuple(markers))
+
+
+def _check_kwargs_are_read(template: str, settings: TemplateSettings) -> None:
+    """Refuse template variables that the template never reads, as far as plain Jinja can tell."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        read = meta.find_undeclared_variables(environment.parse(template))
+    except TemplateError:  # tags of transformers' own, such as {% generation %}
+        return
+    if unread := settings.chat_template_kwargs.keys() - read - RESERVED_KWARGS:
+        raise ValueError(
+            f"chat_template_kwargs {min(unread)} has no effect: the chat template does not read it"
+        )
 
 
 def prompts_are_repeated(preferences: Sequence[Preference]) -> bool:

@@ -9,6 +9,7 @@ from lowmem_dpo.data.templates import render_prompt
 from lowmem_dpo.model.generation import Sampling, generate_text
 from lowmem_dpo.model.source import ADAPTER_CONFIG_FILE
 from lowmem_dpo.training.checkpoints import read_record
+from lowmem_dpo.training.console import warn
 from lowmem_dpo.training.fit import Fit, StepCallback, TrainResult
 from lowmem_dpo.training.output import RunFolder, check_resumable
 from lowmem_dpo.training.policy import Policy, load_policy, template_settings
@@ -41,6 +42,10 @@ class Trainer:
         """
         if self.config.reference_free:
             raise ValueError("precompute has nothing to do with reference_free; leave one out")
+        usual, ours = TrainConfig(), self.config
+        unused = [n for n in ("output_dir", "resume") if getattr(ours, n) != getattr(usual, n)]
+        if unused:
+            warn(f"precompute writes to the cache only: {', '.join(unused)} has no effect")
         run = prepare_run(self.config, self._data(data))
         assert run.reference is not None
         return run.reference.num_scored

@@ -8,6 +8,7 @@ from lowmem_dpo.data.rendering import (
     prompts_are_repeated,
     repeats_prompt,
 )
+from lowmem_dpo.pipeline.byte_tokenizer import byte_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,14 @@ def test_prompts_are_repeated_goes_by_the_majority():
     assert prompts_are_repeated([joined, joined, plain])
     assert not prompts_are_repeated([joined, plain])
     assert not prompts_are_repeated([])
+
+
+def test_build_renderer_refuses_variables_that_the_template_never_reads():
+    tokenizer = byte_tokenizer()
+    settings = TemplateSettings(chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(ValueError, match="enable_thinking has no effect"):
+        build_renderer(tokenizer, settings)
+    tokenizer.chat_template += "{% if enable_thinking is defined %}{% endif %}"
+    build_renderer(tokenizer, settings)
+    tokenizer.chat_template = "{% generation %}" + tokenizer.chat_template + "{% endgeneration %}"
+    build_renderer(tokenizer, settings)
