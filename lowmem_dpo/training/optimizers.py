@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,30 +16,21 @@ def make_optimizer(
     config: TrainConfig, parameters: Iterable[nn.Parameter]
 ) -> torch.optim.Optimizer:
     """The optimizer named by `config.optim` over the adapter's parameters."""
-    parameters = list(parameters)
-    betas = (config.adam_beta1, config.adam_beta2)
     if config.optim == "sgd":
         return torch.optim.SGD(
             parameters, lr=config.learning_rate, weight_decay=config.weight_decay
         )
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
     if config.optim == "adamw_8bit":
         import bitsandbytes as bnb
 
-        return bnb.optim.AdamW8bit(
-            parameters,
-            lr=config.learning_rate,
-            betas=betas,
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=betas,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+        return bnb.optim.AdamW8bit(list(parameters), **settings)
+    return torch.optim.AdamW(parameters, **settings, fused=True)
 
 
 def make_schedule(
