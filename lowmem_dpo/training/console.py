@@ -1,7 +1,6 @@
 """What a run says while it works: a progress bar where there is a terminal, else lines."""
 
 import time
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -67,12 +66,7 @@ class ProgressBar:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.bar:
             self.bar.stop()
 

@@ -166,8 +166,9 @@ def prepare_run(
     say(storage_table(policy.loaded.storage))
     run = Run(config, policy, pairs, 0, self_check(policy, pairs.train))
     cache = ReferenceCache(cache_directory(config.cache_dir), policy.identity)
-    run.pack_tokens = plan_pack_tokens(config, policy, pairs, cache)
-    if resumed is not None:  # sums of another micro-batch size would differ in the last bits
+    if resumed is None:
+        run.pack_tokens = plan_pack_tokens(config, policy, pairs, cache)
+    else:  # under another micro-batch size log-probs would differ in the last bits
         run.pack_tokens = resumed["planned_pack_tokens"]
     num_trainable = sum(p.numel() for p in lora_parameters(policy.loaded.model).values())
     say(f"adapter: rank {policy.adapter.rank}, {num_trainable / 1e6:.2f}M trainable parameters")
