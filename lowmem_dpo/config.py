@@ -5,22 +5,16 @@ config that exists is valid: `__post_init__` checks bounds and combinations and 
 what is wrong. Whether a file exists or a card is there is not a matter of settings and is checked
 where it is used.
 
-Of this package only `settings` is imported here, which reads text into any such dataclass.
+Of this package only `settings` and `checks` are imported here, which serve any such dataclass.
 """
 
-import dataclasses
-import os
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
-from lowmem_dpo.settings import parse_config, type_name
-
-# Settings that name a file or folder (or a model): never empty; os.PathLike is taken too.
-_PATHS = {"model", "data", "eval_data", "output_dir", "init_adapter", "resume", "cache_dir"}
-_PATHS |= {"adapter", "prompts"}
+from lowmem_dpo.checks import check, check_seed, check_types, check_unused, split_names
+from lowmem_dpo.settings import parse_config
 
 
 @dataclass(frozen=True)
@@ -133,23 +127,23 @@ class TrainConfig:
     """Experiment trackers. None is supported yet; metrics.jsonl holds everything."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _split_names(self, "lora_target_modules")
+        check_types(self)
+        split_names(self, "lora_target_modules")
         for name in ("beta", "learning_rate", "num_train_epochs", "lora_alpha", "adam_epsilon"):
-            _check(self, name, getattr(self, name) > 0, "must be > 0")
+            check(self, name, getattr(self, name) > 0, "must be > 0")
         for name in ("batch_size", "lora_r", "max_length", "keep_checkpoints"):
-            _check(self, name, getattr(self, name) >= 1, "must be at least 1")
+            check(self, name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("max_steps", "logging_steps", "eval_steps", "save_steps", "pack_tokens"):
             value = getattr(self, name)
-            _check(self, name, value is None or value >= 1, "must be at least 1, or left out")
+            check(self, name, value is None or value >= 1, "must be at least 1, or left out")
         for name in ("warmup_ratio", "lora_dropout", "eval_fraction", "adam_beta1", "adam_beta2"):
-            _check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+            check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         for name in ("weight_decay", "max_grad_norm"):
-            _check(self, name, getattr(self, name) >= 0, "must be >= 0")
-        _check_seed(self)
+            check(self, name, getattr(self, name) >= 0, "must be >= 0")
+        check_seed(self)
         for name, most in (("lora_r", 8192), ("pack_tokens", 2**24)):
-            _check(self, name, (getattr(self, name) or 0) <= most, f"must be at most {most}")
-        _check(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "must be in [0, 0.5)")
+            check(self, name, (getattr(self, name) or 0) <= most, f"must be at most {most}")
+        check(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "must be in [0, 0.5)")
         self._check_combinations()
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
@@ -162,11 +156,11 @@ class TrainConfig:
                 f"loss_type={self.loss_type}; use loss_type sigmoid or leave label_smoothing out"
             )
         if self.lr_scheduler_type == "constant" and self.warmup_ratio > 0:
-            _check_unused(self, "lr_scheduler_type", "warmup_ratio")
+            check_unused(self, "lr_scheduler_type", "warmup_ratio")
         if self.optim == "sgd":
-            _check_unused(self, "optim", "adam_beta1", "adam_beta2", "adam_epsilon")
+            check_unused(self, "optim", "adam_beta1", "adam_beta2", "adam_epsilon")
         if self.save_strategy == "no":
-            _check_unused(self, "save_strategy", "keep_checkpoints")
+            check_unused(self, "save_strategy", "keep_checkpoints")
         if self.reference_free and self.reference == "accept":
             raise ValueError("reference accept has no effect with reference_free; leave one out")
         if self.eval_data and self.eval_fraction:
@@ -239,14 +233,14 @@ class GenerateConfig:
     """Folder of the digests of model files; by default $LOWMEM_DPO_CACHE or ~/.cache/lowmem_dpo."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check(self, "max_new_tokens", self.max_new_tokens >= 1, "must be at least 1")
-        _check(self, "temperature", self.temperature >= 0, "must be >= 0")
-        _check(self, "top_p", 0 < self.top_p <= 1, "must be in (0, 1]")
-        _check(self, "top_k", self.top_k >= 0, "must be >= 0")
-        _check_seed(self)
+        check_types(self)
+        check(self, "max_new_tokens", self.max_new_tokens >= 1, "must be at least 1")
+        check(self, "temperature", self.temperature >= 0, "must be >= 0")
+        check(self, "top_p", 0 < self.top_p <= 1, "must be in (0, 1]")
+        check(self, "top_k", self.top_k >= 0, "must be >= 0")
+        check_seed(self)
         if self.temperature == 0:
-            _check_unused(self, "temperature", "top_p", "top_k")
+            check_unused(self, "temperature", "top_p", "top_k")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("prompt is empty; give it some text")
         if self.prompt is not None and self.prompts is not None:
@@ -265,81 +259,8 @@ class DemoConfig:
     """cpu, cuda or cuda:N. The demo's model is so small that a CPU suits it best."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_seed(self)
-
-
-def _check_types(config: Any) -> None:
-    """Hold every value against its annotation, for configs built in Python."""
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if f.name in _PATHS:
-            value = _path_text(f.name, value)
-            object.__setattr__(config, f.name, value)
-        if get_origin(f.type) is Literal:
-            choices = get_args(f.type)
-            if value not in choices:
-                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
-            continue
-        kinds = tuple(get_origin(kind) or kind for kind in get_args(f.type) or (f.type,))
-        if get_origin(f.type) is dict:
-            kinds = (dict,)
-        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-            object.__setattr__(config, f.name, _finite(f.name, value))
-        elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise ValueError(f"{f.name} must be {type_name(f.type)}, got {value!r}")
-        elif isinstance(value, float):
-            _finite(f.name, value)
-
-
-def _path_text(name: str, value: Any) -> Any:
-    """A path as text; what is no path is left for the check of types."""
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if isinstance(value, str) and not value.strip():
-        raise ValueError(f"{name} is empty; give a path, or leave it out")
-    return value
-
-
-def _finite(name: str, value: float) -> float:
-    if not abs(value) <= sys.float_info.max:  # of an int too, and of nan
-        raise ValueError(f"{name} must be a finite number, got {str(value)[:20]}")
-    return float(value)
-
-
-def _check(config: Any, name: str, holds: bool, rule: str) -> None:
-    if not holds:
-        usual = _default(config, name)
-        hint = "" if usual is None else f"; the usual value is {usual}"
-        raise ValueError(f"{name} {rule}, got {getattr(config, name)}{hint}")
-
-
-def _check_seed(config: Any) -> None:
-    _check(config, "seed", 0 <= config.seed < 2**63, "must be in [0, 2**63)")
-
-
-def _check_unused(config: Any, cause: str, *names: str) -> None:
-    """Refuse settings that were changed although the value of `cause` leaves them no effect."""
-    for name in names:
-        value = getattr(config, name)
-        if value != _default(config, name):
-            raise ValueError(
-                f"{name}={value} has no effect with {cause}={getattr(config, cause)}; leave one out"
-            )
-
-
-def _default(config: Any, name: str) -> Any:
-    return next(f.default for f in dataclasses.fields(config) if f.name == name)
-
-
-def _split_names(config: Any, name: str) -> None:
-    """Turn "q_proj,v_proj" into a list, and the word "all" in any list into "all"."""
-    value = getattr(config, name)
-    if isinstance(value, str) and value != "all":
-        value = [part.strip() for part in value.strip("[]").split(",") if part.strip()]
-    if not value:
-        raise ValueError(f"{name} is empty; use all, or names such as q_proj,v_proj")
-    object.__setattr__(config, name, value)
+        check_types(self)
+        check_seed(self)
 
 
 def parse_bytes(text: str) -> int:

@@ -22,6 +22,7 @@ ORDER = [
     {"memory"},
     {"lowmem_dpo_kernels"},
     {"config"},
+    {"checks"},
     {"settings", "files", "version"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
