@@ -39,6 +39,7 @@ from torch.autograd.function import once_differentiable
 
 from lowmem_dpo_kernels import token_logps_torch
 from lowmem_dpo_kernels.checks import IGNORED, check_head_inputs
+from lowmem_dpo_kernels.triton_support import triton_problem
 
 ALIGNMENT = 64
 
@@ -224,7 +225,7 @@ class _TokenLogpsFunction(torch.autograd.Function):
 
 
 def _choose_path(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    if device.type != "cuda" or dtype == torch.float64 or not importlib.util.find_spec("triton"):
+    if device.type != "cuda" or dtype == torch.float64 or triton_problem() is not None:
         return "torch"
     return "triton" if torch.cuda.get_device_capability(device) >= (8, 0) else "torch"
 
