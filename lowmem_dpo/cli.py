@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     show = [word for word in rest if word in ("--print_config", "--print-config")]
     try:
-        config = parse_config(cls, [word for word in rest if word not in show])
+        config = parse_config(cls, [word for word in rest if word not in show], _note)
         if show:
             print(to_yaml(config), end="")
             return 0
@@ -138,6 +138,10 @@ def _os_error(error: OSError) -> str:
     path = "" if error.filename is None else f" {error.filename}"
     mend = "; free some space and run again with --resume auto" if is_full else ""
     return f"{action}{path}: {error.strerror}{mend}"
+
+
+def _note(line: str) -> None:
+    print(f"lowmem_dpo: {line}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

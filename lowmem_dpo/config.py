@@ -47,6 +47,8 @@ class TrainConfig:
     """Shape of the learning rate after warm-up."""
     warmup_ratio: float = 0.1
     """Share of the steps over which the learning rate rises from 0. Not used by `constant`."""
+    warmup_steps: int | None = None
+    """Steps of warm-up; overrides warmup_ratio."""
     num_train_epochs: float = 1.0
     """Passes over the data; 0.5 is half a pass."""
     max_steps: int | None = None
@@ -138,6 +140,7 @@ class TrainConfig:
             check(self, name, value is None or value >= 1, "must be at least 1, or left out")
         for name in ("warmup_ratio", "lora_dropout", "eval_fraction", "adam_beta1", "adam_beta2"):
             check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+        check(self, "warmup_steps", (self.warmup_steps or 0) >= 0, "must be >= 0, or left out")
         for name in ("weight_decay", "max_grad_norm"):
             check(self, name, getattr(self, name) >= 0, "must be >= 0")
         check_seed(self)
@@ -155,8 +158,12 @@ class TrainConfig:
                 f"label_smoothing={self.label_smoothing} has no effect with "
                 f"loss_type={self.loss_type}; use loss_type sigmoid or leave label_smoothing out"
             )
-        if self.lr_scheduler_type == "constant" and self.warmup_ratio > 0:
-            check_unused(self, "lr_scheduler_type", "warmup_ratio")
+        if self.lr_scheduler_type == "constant":
+            check_unused(self, "lr_scheduler_type", "warmup_steps")
+            if self.warmup_ratio > 0:
+                check_unused(self, "lr_scheduler_type", "warmup_ratio")
+        if self.warmup_steps is not None:
+            check_unused(self, "warmup_steps", "warmup_ratio")
         if self.optim == "sgd":
             check_unused(self, "optim", "adam_beta1", "adam_beta2", "adam_epsilon")
         if self.save_strategy == "no":

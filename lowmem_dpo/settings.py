@@ -7,52 +7,62 @@ text into values of a field's type.
 import argparse
 import dataclasses
 import difflib
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+
+from lowmem_dpo.other_trainers import known, native_value, translate
 
 if TYPE_CHECKING:
     import jsonargparse
 
 Config = TypeVar("Config")
 
-# Names known from other trainers whose nearest name here would be a wrong hint, or none.
-_ALIASES = {
-    "lr": "learning_rate",
-    "rank": "lora_r",
-    "load_in_4bit": "quantization",
-    "model_name_or_path": "model",
-    "gradient_accumulation_steps": "batch_size",
-    "resume_from_checkpoint": "resume",
-    "save_total_limit": "keep_checkpoints",
-}
+# Names that a newcomer may try and whose nearest name here would be a wrong hint, or none.
+_ALIASES = {"lr": "learning_rate", "rank": "lora_r"}
+
+logger = logging.getLogger(__name__)
 
 
-def parse_config(cls: type[Config], arguments: list[str]) -> Config:
+def parse_config(
+    cls: type[Config], arguments: list[str], say: Callable[[str], None] = logger.warning
+) -> Config:
     """Build a config from command-line words: defaults, then `--config FILE`, then flags.
+
+    The names of other trainers are understood in both; see `other_trainers`.
 
     Args:
         cls: A dataclass of settings, such as those of `config`.
         arguments: Words such as `["--beta", "0.2", "--config", "run.yaml", "--reference_free"]`.
             Hyphens in flag names count as underscores; a boolean flag needs no value.
+        say: Receives a line for every foreign setting that has no effect here.
 
     Raises:
         ValueError: If the file cannot be read, a name is unknown or a value does not fit its field.
     """
-    path, words = _split_arguments(cls, arguments)
+    path, words, foreign = _split_arguments(cls, arguments)
     where = f"{path}: " if path is not None else ""
     mapping = _read_mapping(path) if path is not None else {}
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    try:
+        mapping, notes = translate({**mapping, **foreign}, names)
+    except ValueError as error:
+        raise ValueError(f"{'' if foreign else where}{error}") from None
     _check_names(cls, mapping, where)
     where = "" if words else where  # with flags about, the file may not be to blame
     parser = settings_parser(cls)
     try:
         values = parser.parse_args(words, namespace=parser.parse_object(mapping))
-        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
+        config = cls(**{name: values[name] for name in names})
     except argparse.ArgumentError as error:
         raise ValueError(where + _one_line(cls, str(error))) from None
     except (ValueError, OverflowError) as error:  # the latter of an int beyond every float
         raise ValueError(f"{where}{error}") from None
+    for note in notes:
+        say(note)
+    return config
 
 
 def settings_parser(cls: type) -> "jsonargparse.ArgumentParser":
@@ -90,11 +100,20 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def _split_arguments(cls: type, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Take `--config FILE` out of the words; spell every flag as its field and give it a value."""
+def _split_arguments(
+    cls: type, arguments: list[str]
+) -> tuple[str | None, list[str], dict[str, Any]]:
+    """Take the settings file and other trainers' flags out of the words.
+
+    Returns:
+        The file, or None; our flags, each spelt as its field and with a value; the others' flags
+        and their values.
+    """
+    names = {f.name for f in dataclasses.fields(cls)}
     booleans = {f.name for f in dataclasses.fields(cls) if f.type in (bool, "bool")}
     path: str | None = None
     words: list[str] = []
+    foreign: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
@@ -102,10 +121,12 @@ def _split_arguments(cls: type, arguments: list[str]) -> tuple[str | None, list[
             raise ValueError(f"unexpected argument {word!r}; settings are given as --name value")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        if name != "config":
+        is_foreign = name not in names and known(name)
+        if name != "config" and not is_foreign:
             _check_names(cls, [name.partition(".")[0]], "")
         if not equals:
-            if name in booleans and (not rest or rest[0].startswith("--")):
+            may_stand_alone = name in booleans or is_foreign
+            if may_stand_alone and (not rest or rest[0].startswith("--")):
                 value = "true"
             elif rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
@@ -113,9 +134,21 @@ def _split_arguments(cls: type, arguments: list[str]) -> tuple[str | None, list[
                 raise ValueError(f"--{name} needs a value; one that begins with -- as --{name}=...")
         if name == "config":
             path = value
+        elif is_foreign:
+            foreign[name] = _yaml_value(name, value)
         else:
-            words.append(f"--{name}={value}")
-    return path, words
+            words.append(f"--{name}={native_value(name, value)}")
+    return path, words, foreign
+
+
+def _yaml_value(name: str, text: str) -> Any:
+    """A flag's text as the value that a settings file would hold."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--{name} has a value that is no valid YAML: {text!r}") from None
 
 
 def _check_names(cls: type, names: Iterable[Any], where: str) -> None:

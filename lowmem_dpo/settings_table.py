@@ -1,13 +1,16 @@
-"""The README's tables of settings, made by `python -m lowmem_dpo.settings_table`.
+"""The tables of settings in the docs, made by `python -m lowmem_dpo.settings_table`.
 
-The text between the markers `<!-- settings NAME -->` and `<!-- end -->` is replaced.
+The text between the markers `<!-- settings NAME -->` and `<!-- end -->` is replaced; NAME is a
+config's, or that of a table of other trainers' names.
 """
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 from lowmem_dpo.config import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.other_trainers import FIXED, NO_EFFECT, RENAMED, RULES
 from lowmem_dpo.settings import type_name
 
 CONFIGS = {cls.__name__: cls for cls in (TrainConfig, GenerateConfig, DemoConfig)}
@@ -30,15 +33,41 @@ def settings_table(cls: type) -> str:
     return "\n".join(lines)
 
 
+def foreign_table(kind: str) -> str:
+    """A Markdown table of other trainers' names: those renamed, fixed, or without effect."""
+    if kind == "renamed":
+        rows = [(name, f"`{ours}`") for name, ours in RENAMED.items()]
+        rows += [(name, text) for name, (text, _) in RULES.items()]
+        head = "| theirs | ours |"
+    elif kind == "fixed":
+        rows = [
+            (name, f"{', '.join(map(_yaml, values)) or 'no value'} | {why}")
+            for name, (values, why) in FIXED.items()
+        ]
+        head = "| theirs | accepted | why no other value |"
+    else:
+        rows, head = list(NO_EFFECT.items()), "| theirs | why it has no effect |"
+    rule = "|---" * (head.count("|") - 1) + "|"
+    return "\n".join([head, rule, *(f"| `{name}` | {text} |" for name, text in sorted(rows))])
+
+
+def _yaml(value: object) -> str:
+    """A value as a settings file spells it."""
+    return f"`{value if value and isinstance(value, str) else json.dumps(value)}`"
+
+
 def with_tables(text: str) -> str:
-    """A README with its tables brought up to date."""
+    """A document with its tables brought up to date."""
 
     def table(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{settings_table(CONFIGS[match[2]])}\n<!-- end -->"
+        cls = CONFIGS.get(match[2])
+        content = settings_table(cls) if cls else foreign_table(match[2])
+        return f"{match[1]}\n{content}\n<!-- end -->"
 
     return re.sub(r"(<!-- settings (\w+) -->)\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    readme = Path("README.md")
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in map(Path, ("README.md", "docs/other-trainers.md")):
+        text = with_tables(document.read_text(encoding="utf-8"))
+        document.write_text(text, encoding="utf-8")

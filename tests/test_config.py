@@ -76,9 +76,7 @@ def test_parse_config_reads_template_variables():
         (["--epochs", "1"], "did you mean num_train_epochs?"),
         (["--output", "x"], "did you mean output_dir?"),
         (["--rank", "8"], "did you mean lora_r?"),
-        (["--lora_rank", "8"], "did you mean lora_r?"),
         (["--alpha", "8"], "did you mean lora_alpha?"),
-        (["--model_name_or_path", "x"], "did you mean model?"),
         (["--print_config=skip_default"], "unknown setting 'print_config'"),
         (
             ["--lr_scheduler_type", "constant", "--warmup_ratio", "0.2"],

@@ -17,6 +17,12 @@ def test_readme_tables_are_those_of_the_dataclasses():
     assert set(re.findall(r"<!-- settings (\w+) -->", README)) == set(CONFIGS)
 
 
+def test_tables_of_other_trainers_are_those_of_the_code():
+    text = (ROOT / "docs" / "other-trainers.md").read_text(encoding="utf-8")
+    assert with_tables(text) == text
+    assert re.findall(r"<!-- settings (\w+) -->", text) == ["renamed", "fixed", "without_effect"]
+
+
 def test_readme_commands_are_understood():
     commands = re.findall(r"-m lowmem_dpo (train|generate)((?:\\\n|[^\n])*)", README)
     assert {verb for verb, _ in commands} == {"train", "generate"}

@@ -24,6 +24,7 @@ ORDER = [
     {"config"},
     {"checks"},
     {"settings", "files", "version"},
+    {"other_trainers"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ENTRANCES = {"__init__", "__main__"}

@@ -37,10 +37,13 @@ def make_schedule(
     config: TrainConfig, optimizer: torch.optim.Optimizer, num_steps: int
 ) -> LRScheduler:
     """The schedule named by `config.lr_scheduler_type`, over `num_steps` optimizer steps."""
+    warmup_steps = config.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = math.ceil(config.warmup_ratio * num_steps)
     return get_scheduler(
         config.lr_scheduler_type,
         optimizer,
         # At least the last step trains: a run of one step would spend it at rate 0.
-        num_warmup_steps=min(math.ceil(config.warmup_ratio * num_steps), num_steps - 1),
+        num_warmup_steps=min(warmup_steps, num_steps - 1),
         num_training_steps=num_steps,
     )
