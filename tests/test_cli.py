@@ -285,13 +285,13 @@ def test_generate_refuses_prompts_that_the_model_cannot_answer(tmp_path, llama_d
     assert "vocabulary has 100" in one_line_error(capsys)
 
 
-def test_generate_with_a_sliding_window_takes_texts_up_to_its_length(tmp_path, capsys):
-    model = save_tiny_model(tmp_path / "m", "mistral", sliding_window=64)
+def test_generate_with_longrope_takes_texts_of_its_first_range(tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "m", "phi3-longrope")
     assert generate(model, "--prompt", "hello") == 0
     assert "nothing to compare" in capsys.readouterr().out
-    assert generate(model, "--prompt", "hello" * 20) == 2
+    assert generate(model, "--prompt", "hello" * 60) == 2
     line = one_line_error(capsys)
-    assert "sliding window of 64" in line and "max_length" not in line
+    assert "beyond 256 tokens" in line and "max_length" not in line
 
 
 def test_generate_refuses_a_bad_file_of_prompts(tmp_path, llama_dir, capsys):

@@ -7,6 +7,10 @@ So a tree is two dense causal calls, whatever its neighbours are:
     A: queries trunk+chosen, keys trunk+chosen (causal)
     B: queries rejected,     keys trunk+rejected (causal, aligned at the bottom right)
 
+The positions of a branch follow those of the trunk, so within a segment distances are those of the
+plain sequence, and a layer's sliding window is counted there: a rejected token sees trunk and
+rejected tokens within the window, whatever lies between them in the pack.
+
 Nothing quadratic in the pack is ever built, and a tree's result has the same bits in any pack. The
 function is registered with transformers under `TREE_ATTENTION`; layers pass `tree_layout` on to it.
 
@@ -16,7 +20,7 @@ Shapes: N packed tokens, H query heads, K key heads, E head size.
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +29,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from lowmem_dpo.model.tiled_attention import tiled_attention
+
 # One family of kernels for both segments of a tree; cuDNN would plan anew for every length.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 TREE_ATTENTION = "lowmem_dpo_tree"
-PLAIN_ATTENTION = "sdpa"
 
 TreeLayout = Sequence[tuple[int, int, int, int]]
 """(start, trunk, chosen, rejected) of each tree, in tokens, in pack order."""
@@ -43,11 +48,13 @@ def tree_attention(
     attention_mask: None,
     *,
     scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     tree_layout: TreeLayout | None = None,
     on_tree_attention: Any = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of every tree of one pack, by scaled_dot_product_attention.
+    """Attention of every tree of one pack.
 
     Args:
         module: The calling attention layer.
@@ -56,6 +63,8 @@ def tree_attention(
         value: [1, K, N, E].
         attention_mask: None; the layout says everything.
         scaling: Factor on the scores.
+        sliding_window: Of this layer: a token sees itself and so many less one before it.
+        softcap: Of this layer: c of c * tanh(score / c).
         tree_layout: Where the trees are.
         on_tree_attention: Called with `module`, so that the self-check can count the layers that
             came here.
@@ -77,14 +86,23 @@ def tree_attention(
     # split(), not slices: its backward is one concatenation, a slice's a zero-filled [N] each
     queries = query.split([*sizes, padding], dim=2)
     keys, values = key.split([*sizes, padding], dim=2), value.split([*sizes, padding], dim=2)
+    rule = _Rule(scaling, sliding_window, softcap)
     outputs = []
     for i in range(0, len(sizes), 3):
         trunk_chosen, trunk_rejected = [i, i + 1], [i, i + 2]
-        outputs.append(_causal(queries, keys, values, trunk_chosen, trunk_chosen, scaling))
+        outputs.append(_causal(queries, keys, values, trunk_chosen, trunk_chosen, rule))
         if sizes[i + 2]:
-            outputs.append(_causal(queries, keys, values, [i + 2], trunk_rejected, scaling))
+            outputs.append(_causal(queries, keys, values, [i + 2], trunk_rejected, rule))
     outputs.append(queries[-1].new_zeros(queries[-1].shape))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+class _Rule(NamedTuple):
+    """How the scores of one layer are made, and how far back a token sees."""
+
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
 
 
 def _causal(
@@ -93,12 +111,15 @@ def _causal(
     values: Sequence[Tensor],
     query_parts: list[int],
     key_parts: list[int],
-    scaling: float,
+    rule: _Rule,
 ) -> Tensor:
     """One segment: the named query parts over the named key parts, causal from the bottom right."""
     q = torch.cat([queries[i] for i in query_parts], dim=2)
     k = torch.cat([keys[i] for i in key_parts], dim=2)
     v = torch.cat([values[i] for i in key_parts], dim=2)
+    window = rule.sliding_window
+    if rule.softcap is not None or (window is not None and window < k.shape[2]):
+        return tiled_attention(q, k, v, scaling=rule.scaling, window=window, softcap=rule.softcap)
     if q.is_cuda and not _has_flash(q.device, q.dtype):
         # Of torch's kernels without a [q, k] matrix only flash takes grouped heads.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -110,7 +131,7 @@ def _causal(
             v,
             attn_mask=None if square else causal_lower_right(q.shape[2], k.shape[2]),
             is_causal=square,
-            scale=scaling,
+            scale=rule.scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
 

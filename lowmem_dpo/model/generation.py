@@ -11,9 +11,9 @@ from transformers import (
     TextStreamer,
 )
 
-from lowmem_dpo.model.attention import PLAIN_ATTENTION
 from lowmem_dpo.model.loading import ModelParts
 from lowmem_dpo.model.scoring import attention
+from lowmem_dpo.model.source import rope_limit
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def generate_text(
     streamer = (
         TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     )
-    with attention(parts, PLAIN_ATTENTION), torch.random.fork_rng(_cuda(device)):
+    with attention(parts, parts.plain_attention), torch.random.fork_rng(_cuda(device)):
         torch.manual_seed(sampling.seed)
         output = model.generate(
             input_ids.to(device),
@@ -100,7 +100,7 @@ def check_prompts(prompts: list[list[int]], config: PretrainedConfig, sampling: 
 
     Raises:
         ValueError: If a prompt is empty, has a token that the model lacks, or is too long for the
-            model's sliding window together with its answer.
+            model's position encoding together with its answer.
     """
     if not prompts or not all(prompts):
         raise ValueError("a prompt has no tokens; give it some text")
@@ -110,12 +110,12 @@ def check_prompts(prompts: list[list[int]], config: PretrainedConfig, sampling: 
             f"a prompt has token {top}, but the model's vocabulary has {config.vocab_size}; "
             "use the tokenizer that belongs to the model"
         )
-    window = getattr(config, "sliding_window", None)
+    limit = rope_limit(config)
     length = max(map(len, prompts)) + sampling.max_new_tokens
-    if window is not None and length > window:
+    if limit is not None and length > limit:
         raise ValueError(
-            f"the model attends to a sliding window of {window} tokens, which is supported for "
-            f"texts up to that length only; prompt and max_new_tokens make {length}, shorten one"
+            f"the model's position encoding changes beyond {limit} tokens, and is supported up to "
+            f"that length only; prompt and max_new_tokens make {length}, shorten one"
         )
 
 

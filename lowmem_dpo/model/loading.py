@@ -67,6 +67,7 @@ class ModelParts:
         lm_head_bias: [V] or None.
         logit_scale: Factor on the logits.
         logit_softcap: c of c * tanh(logits / c), or None.
+        plain_attention: The attention function of transformers that computes this model.
     """
 
     backbone: PreTrainedModel
@@ -75,19 +76,36 @@ class ModelParts:
     lm_head_bias: Tensor | None
     logit_scale: float
     logit_softcap: float | None
+    plain_attention: str = "sdpa"
 
 
 def model_parts(model: PreTrainedModel) -> ModelParts:
-    """The parts of a model of a supported type; none of them scales or caps its logits."""
+    """The parts of a model of a supported type."""
     head = model.lm_head
+    logit_scale, logit_softcap = _logit_rule(model.config)
+    # sdpa has no soft-cap: transformers 5.17 leaves it out without a word, later ones refuse.
+    is_capped = model.config.model_type == "gemma2"
     return ModelParts(
         backbone=model.model,
         layers=model.model.layers,
         lm_head_weight=head.weight,
         lm_head_bias=head.bias,
-        logit_scale=1.0,
-        logit_softcap=None,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        plain_attention="eager" if is_capped else "sdpa",
     )
+
+
+def _logit_rule(config: PretrainedConfig) -> tuple[float, float | None]:
+    """Factor and soft-cap of the logits; what a config says for another type has no effect."""
+    match config.model_type:
+        case "cohere" | "cohere2":
+            return float(config.logit_scale), None
+        case "granite":
+            return 1 / config.logits_scaling, None
+        case "gemma2" | "gemma3_text":
+            return 1.0, config.final_logit_softcapping
+    return 1.0, None
 
 
 def load_model(
@@ -127,8 +145,7 @@ def load_model(
         _put(model, name, tensor.to(device=device, dtype=kind, copy=not quantised), quantised)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=config).to(device)
+    _rebuild_buffers(model, config, device)
     _check_complete(source, model)
     identity = _identity([folder / "config.json", *files], quantization, cache_dir)
     return LoadedModel(model.eval(), _storage_rows(model), identity)
@@ -149,6 +166,16 @@ def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         wrap_linears(model.model.layers, _LAYERS_PATH)
     return model.requires_grad_(False)
+
+
+def _rebuild_buffers(
+    model: PreTrainedModel, config: PretrainedConfig, device: torch.device | str
+) -> None:
+    """Make what no file holds, because it follows from config.json."""
+    rotary, embedding = model.model.rotary_emb, model.model.embed_tokens
+    model.model.rotary_emb = type(rotary)(config=config).to(device)
+    if hasattr(embedding, "embed_scale"):  # Gemma's
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
 
 
 def _matched(
@@ -243,7 +270,7 @@ def _describe(
     if module is model.lm_head:
         return "head", text, tensor.nbytes
     if module is model.model.embed_tokens:
-        return "embedding", text, tensor.nbytes
+        return "embedding" if leaf == "weight" else "embedding scale", text, tensor.nbytes
     if module is model.model.rotary_emb:
         return "rotary tables", text, tensor.nbytes
     if leaf == "bias":

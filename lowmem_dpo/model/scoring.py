@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowmem_dpo.model.attention import PLAIN_ATTENTION, TREE_ATTENTION
+from lowmem_dpo.model.attention import TREE_ATTENTION
 from lowmem_dpo.model.loading import ModelParts
 from lowmem_dpo_kernels import token_logps
 
@@ -74,7 +74,7 @@ def score_plain(parts: ModelParts, ids: tuple[int, ...]) -> Tensor:
         [L - 1] fp32, in nats.
     """
     input_ids = torch.tensor(ids, device=parts.lm_head_weight.device)
-    with attention(parts, PLAIN_ATTENTION):
+    with attention(parts, parts.plain_attention):
         hidden = parts.backbone(input_ids=input_ids[None], use_cache=False).last_hidden_state[0]
     return _head(parts, hidden, torch.arange(len(ids) - 1, device=input_ids.device), input_ids[1:])
 

@@ -9,20 +9,40 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lowmem_dpo.model.hub import download_config, download_model, download_small_files
+SUPPORTED_MODEL_TYPES = (
+    "cohere",
+    "cohere2",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+)
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# Frequencies that depend on the longest sequence of a batch (dynamic) are left out: a sequence's
+# result would depend on its neighbours. Those of longrope do so beyond `rope_limit` only.
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")
 
-# Frequencies that depend on the longest sequence of a batch (dynamic, longrope) are left out: a
-# sequence's result would depend on its neighbours.
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_ADVICE = {
+    "gemma3": "it reads images too; take a text-only Gemma 3, such as google/gemma-3-1b-it",
+}
+# Checkpoints older than their type in transformers, which has the same code under the same names.
+_ADOPTED_CODE = {"phi3": {"AutoConfig": "Phi3Config", "AutoModelForCausalLM": "Phi3ForCausalLM"}}
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+_OTHER_FILES = ["*/*", "consolidated*"]
 
 
 def resolve_source(model: str, init_adapter: str | None) -> tuple[str, str | None, str | None]:
@@ -102,8 +122,7 @@ def load_config(source: str, *, max_length: int | None = None) -> PretrainedConf
 
     Args:
         source: Folder or Hugging Face id. Of the latter, only config.json is downloaded.
-        max_length: Longest sequence of the run, in tokens; None if it has no bound. A sliding
-            window is of no effect, and allowed, where no sequence is longer than it.
+        max_length: Longest sequence of the run, in tokens; None if it has no bound.
 
     Raises:
         ValueError: If there is no such model, or it is one of those that are not supported.
@@ -115,20 +134,56 @@ def load_config(source: str, *, max_length: int | None = None) -> PretrainedConf
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise ValueError(f"config.json of {source} is not valid: {_one_line(error)}") from None
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise ValueError(
-            f"{source} has position encoding {rope_type!r}; "
-            f"supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
-        )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and (max_length is None or max_length > window):
-        limit = "unlimited" if max_length is None else max_length
-        raise ValueError(
-            f"{source} attends to a sliding window of {window} tokens, which is supported for "
-            f"sequences up to that length only; max_length is {limit}, set it to {window} or less"
-        )
+    _check_attention(source, config)
+    _check_rope(source, config, max_length)
     return config
+
+
+def rope_limit(config: PretrainedConfig) -> int | None:
+    """Longest sequence, in tokens, whose position encoding is that of every shorter one.
+
+    Longrope has two sets of frequencies. Which one a batch gets depends on its longest sequence, so
+    up to this length all get the first.
+    """
+    limits = [
+        rope["original_max_position_embeddings"]
+        for rope in _rope_settings(config)
+        if rope.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=None)
+
+
+def _rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The position encodings of a model: one, or one for each type of layer."""
+    rope = config.rope_parameters or {}
+    by_layer_type = [rope[name] for name in _SUPPORTED_LAYER_TYPES if rope.get(name)]
+    return by_layer_type or [rope]
+
+
+def _check_attention(source: str, config: PretrainedConfig) -> None:
+    unknown = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYER_TYPES
+    if unknown:
+        raise ValueError(
+            f"{source} has layers of type {', '.join(sorted(unknown))}; "
+            f"supported: {', '.join(sorted(_SUPPORTED_LAYER_TYPES))}"
+        )
+
+
+def _check_rope(source: str, config: PretrainedConfig, max_length: int | None) -> None:
+    for rope in _rope_settings(config):
+        rope_type = rope.get("rope_type", "default")
+        if rope_type not in SUPPORTED_ROPE_TYPES:
+            raise ValueError(
+                f"{source} has position encoding {rope_type!r}; "
+                f"supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
+            )
+    limit = rope_limit(config)
+    if limit is not None and (max_length is None or max_length > limit):
+        given = "unlimited" if max_length is None else max_length
+        raise ValueError(
+            f"{source} has position encoding 'longrope', which changes beyond {limit} tokens and "
+            f"is supported up to that length only; max_length is {given}, set it to {limit} or less"
+        )
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -137,14 +192,13 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: If there is none that can be read.
     """
-    folder = Path(source) if Path(source).is_dir() else download_small_files(source)
-    if not _holds_tokenizer(folder):
+    if Path(source).is_dir() and not _holds_tokenizer(Path(source)):
         raise ValueError(
             f"{source} holds no tokenizer; copy tokenizer.json and tokenizer_config.json "
             "of the original model into it"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raises Exception itself, transformers what it meets
         raise ValueError(f"cannot load the tokenizer of {source}: {_one_line(error)}") from None
 
@@ -169,7 +223,14 @@ def model_folder(source: str) -> Path:
     Raises:
         ValueError: If the download fails.
     """
-    return Path(source) if Path(source).is_dir() else download_model(source)
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(
+            snapshot_download(source, allow_patterns=_MODEL_FILES, ignore_patterns=_OTHER_FILES)
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot download {source}: {_one_line(error)}") from None
 
 
 def _config_file(source: str) -> Path:
@@ -188,18 +249,26 @@ def _config_file(source: str) -> Path:
         raise ValueError(
             f"there is no folder {source}; give a model's folder or its Hugging Face id"
         )
-    return download_config(source)
+    try:
+        return Path(hf_hub_download(source, "config.json"))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        raise ValueError(
+            f"there is no folder {source}, and Hugging Face gives no such model: {_one_line(error)}"
+        ) from None
 
 
 def _check_raw_config(source: str, raw: dict[str, Any]) -> None:
     """Refuse by name what the file itself says, before transformers interprets it."""
     model_type = raw.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
+        advice = _ADVICE.get(str(model_type), f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}")
+        raise ValueError(f"{source} is of model type {model_type!r}; {advice}")
+    if raw.get("use_bidirectional_attention") or raw.get("is_causal") is False:
         raise ValueError(
-            f"{source} is of model type {model_type!r}; "
-            f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"{source} attends in both directions (use_bidirectional_attention or is_causal in "
+            "config.json); only causal language models are supported"
         )
-    if raw.get("auto_map"):
+    if _foreign_code(raw):
         raise ValueError(
             f"{source} comes with code of its own (auto_map in config.json), which is never run; "
             "use a release of the model that transformers supports by itself"
@@ -214,6 +283,16 @@ def _check_raw_config(source: str, raw: dict[str, Any]) -> None:
         raise ValueError(
             f"{source} is a {', '.join(map(str, kinds))}; only causal language models are supported"
         )
+
+
+def _foreign_code(raw: dict[str, Any]) -> bool:
+    """Whether config.json names code for the model that transformers does not have itself."""
+    code = raw.get("auto_map") or {}
+    adopted = _ADOPTED_CODE.get(raw["model_type"])
+    if adopted is None or not isinstance(code, dict):
+        return bool(code)
+    names = {kind: str(path).rpartition(".")[2] for kind, path in code.items()}
+    return any(names.get(kind, name) != name for kind, name in adopted.items())
 
 
 def _holds_tokenizer(folder: Path) -> bool:

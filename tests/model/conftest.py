@@ -1,14 +1,9 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM as Auto
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
-CONFIGS = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-}
+from tests.tiny import FAMILIES
+
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -19,6 +14,9 @@ SIZES = {
     "head_dim": 8,
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
 }
 
 
@@ -27,9 +25,9 @@ def tiny_checkpoint(tmp_path):
     """Write a small random checkpoint as transformers does; gives its folder and the model."""
 
     def write(family="llama", *, name="base", dtype=torch.float32, shards=False, **changes):
-        settings = SIZES | ({"sliding_window": None} if family == "mistral" else {}) | changes
+        config = AutoConfig.for_model(**SIZES | FAMILIES[family] | changes)
         torch.manual_seed(0)
-        model = Auto.from_config(CONFIGS[family](**settings)).to(dtype).eval()
+        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 if "norm" in parameter_name or parameter_name.endswith("bias"):

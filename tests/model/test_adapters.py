@@ -15,6 +15,7 @@ from lowmem_dpo.model.adapters import (
 from lowmem_dpo.model.loading import load_model
 from lowmem_dpo.model.lora import add_lora, lora_layers, lora_parameters
 from lowmem_dpo.model.source import load_config, resolve_source
+from tests.tiny import FAMILIES
 
 SETTINGS = AdapterSettings(rank=3, alpha=6.0, dropout=0.1, targets="all", rank_stabilised=False)
 IDS = torch.arange(24).view(2, 12)
@@ -28,7 +29,7 @@ def logits(model):
 def load_base(folder):
     loaded = load_model(
         str(folder),
-        config=load_config(str(folder)),
+        config=load_config(str(folder), max_length=128),
         quantization="none",
         dtype=torch.float32,
         device="cpu",
@@ -79,10 +80,14 @@ def refusal(call, *args):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
-    ("targets", "rank_stabilised"),
-    [("all", False), (["q_proj", "v_proj"], True), (["1.mlp.up_proj"], False)],
+    ("family", "targets", "rank_stabilised"),
+    [
+        *((family, "all", False) for family in FAMILIES),
+        ("llama", ["q_proj", "v_proj"], True),
+        ("llama", ["1.mlp.up_proj"], False),
+        ("phi3", ["qkv_proj", "gate_up_proj"], False),
+    ],
 )
 def test_save_adapter_loads_in_peft_with_equal_logits(
     tiny_checkpoint, tmp_path, family, targets, rank_stabilised
@@ -100,11 +105,14 @@ def test_save_adapter_loads_in_peft_with_equal_logits(
     assert len(pairs) == len(lora_layers(ours))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
-    "target_modules", [["q_proj", "down_proj"], "all-linear", r".*\.1\.self_attn\.(q|k)_proj"]
+    ("family", "target_modules", "use_rslora"),
+    [
+        *((family, "all-linear", False) for family in FAMILIES),
+        ("llama", ["q_proj", "down_proj"], True),
+        ("qwen2", r".*\.1\.self_attn\.(q|k)_proj", False),
+    ],
 )
-@pytest.mark.parametrize("use_rslora", [False, True])
 def test_load_adapter_reads_what_peft_writes(
     tiny_checkpoint, tmp_path, family, target_modules, use_rslora
 ):
@@ -127,7 +135,7 @@ def test_load_adapter_reads_what_peft_writes(
     ours = load_base(folder)
     give_adapter(ours, settings)
     load_adapter(ours, tmp_path / "adapter")
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=5e-5)
 
 
 def test_save_and_load_adapter_give_the_same_bits(saved):

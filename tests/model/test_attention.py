@@ -6,15 +6,20 @@ from lowmem_dpo.model.attention import tree_attention
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 
 
-def plain_attention(q, k, v, scaling):
-    """One sequence in float64: [H, L, E]."""
+def plain_attention(q, k, v, scaling, sliding_window=None, softcap=None):
+    """One sequence, or its last queries, with one dense mask: [H, L, E]."""
     k, v = k.repeat_interleave(HEADS // KEY_HEADS, 0), v.repeat_interleave(HEADS // KEY_HEADS, 0)
     scores = q @ k.transpose(1, 2) * scaling
-    causal = torch.ones(scores.shape[1:], dtype=torch.bool).tril()
-    return scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    before = k.shape[1] - q.shape[1]
+    seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(before)
+    if sliding_window is not None:
+        seen = seen.triu(before - sliding_window + 1)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
-def tree_by_tree(q, k, v, layout, scaling):
+def tree_by_tree(q, k, v, layout, scaling, **rule):
     """Each branch with its own copy of the trunk, written into the places the pack has."""
     output = torch.zeros(q.shape, dtype=q.dtype)
     for start, trunk, chosen, rejected in layout:
@@ -24,7 +29,7 @@ def tree_by_tree(q, k, v, layout, scaling):
             output = output.index_copy(
                 1,
                 torch.tensor(places, dtype=torch.long),
-                plain_attention(*(x[:, places] for x in (q, k, v)), scaling),
+                plain_attention(*(x[:, places] for x in (q, k, v)), scaling, **rule),
             )
     return output
 
@@ -37,8 +42,19 @@ LAYOUTS = [
 ]
 
 
+RULES = [
+    {},
+    {"sliding_window": 4},
+    {"softcap": 0.7},
+    {"sliding_window": 4, "softcap": 0.7},
+    {"sliding_window": 1},
+    {"sliding_window": 100},
+]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["one", "three", "empty-branches", "no-trunk"])
-def test_tree_attention_equals_plain_sequences_in_value_and_gradient(layout):
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_tree_attention_equals_plain_sequences_in_value_and_gradient(layout, rule):
     torch.manual_seed(0)
     num_tokens = 40
     q, k, v = (
@@ -47,10 +63,10 @@ def test_tree_attention_equals_plain_sequences_in_value_and_gradient(layout):
     )
     upstream = torch.randn(HEADS, num_tokens, SIZE, dtype=torch.float64)
     output, weights = tree_attention(
-        torch.nn.Module(), q[None], k[None], v[None], None, scaling=0.3, tree_layout=layout
+        torch.nn.Module(), q[None], k[None], v[None], None, scaling=0.3, tree_layout=layout, **rule
     )
     packed = output[0].transpose(0, 1)
-    expected = tree_by_tree(q, k, v, layout, 0.3)
+    expected = tree_by_tree(q, k, v, layout, 0.3, **rule)
     assert weights is None
     torch.testing.assert_close(packed, expected)
     grads = torch.autograd.grad((packed * upstream).sum(), [q, k, v])
@@ -59,15 +75,35 @@ def test_tree_attention_equals_plain_sequences_in_value_and_gradient(layout):
         torch.testing.assert_close(grad, want)
 
 
-def test_tree_attention_gives_a_tree_the_same_bits_in_any_pack():
+def test_tree_attention_within_the_window_gives_the_bits_of_no_window():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, 20, SIZE) for h in (HEADS, KEY_HEADS, KEY_HEADS))
+    settings = {"scaling": 0.3, "tree_layout": [(0, 9, 6, 5)]}
+    plain, _ = tree_attention(torch.nn.Module(), q, k, v, None, **settings)
+    for window, same in ((15, True), (14, False)):
+        within, _ = tree_attention(
+            torch.nn.Module(), q, k, v, None, **settings, sliding_window=window
+        )
+        assert torch.equal(within, plain) == same
+
+
+@pytest.mark.parametrize("rule", [{}, {"sliding_window": 4, "softcap": 0.7}], ids=str)
+def test_tree_attention_gives_a_tree_the_same_bits_in_any_pack(rule):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, h, 64, SIZE) for h in (HEADS, KEY_HEADS, KEY_HEADS))
     alone, _ = tree_attention(
-        torch.nn.Module(), q, k, v, None, scaling=0.3, tree_layout=[(0, 9, 6, 5)]
+        torch.nn.Module(), q, k, v, None, scaling=0.3, tree_layout=[(0, 9, 6, 5)], **rule
     )
     q2, k2, v2 = (torch.cat([torch.randn_like(x[:, :, :20]), x], dim=2) for x in (q, k, v))
     beside, _ = tree_attention(
-        torch.nn.Module(), q2, k2, v2, None, scaling=0.3, tree_layout=[(0, 3, 8, 9), (20, 9, 6, 5)]
+        torch.nn.Module(),
+        q2,
+        k2,
+        v2,
+        None,
+        scaling=0.3,
+        tree_layout=[(0, 3, 8, 9), (20, 9, 6, 5)],
+        **rule,
     )
     assert torch.equal(alone[:, :20], beside[:, 20:40])
 

@@ -1,13 +1,14 @@
 import json
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.model.generation import Sampling, check_prompts, generate_text, stop_ids
 from lowmem_dpo.pipeline.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.training.policy import load_policy
-from tests.tiny import save_tiny_model
+from tests.tiny import FAMILIES, save_tiny_model, tiny_model
 
 CONFIG = LlamaConfig(vocab_size=10)
 GREEDY = Sampling(max_new_tokens=4, temperature=0)
@@ -26,11 +27,39 @@ def test_check_prompts_refuses_what_the_model_cannot_answer(prompts, message):
         check_prompts(prompts, CONFIG, GREEDY)
 
 
-def test_check_prompts_counts_prompt_and_answer_against_the_window():
-    config = LlamaConfig(vocab_size=10, sliding_window=8)
-    check_prompts([[1] * 4], config, GREEDY)
-    with pytest.raises(ValueError, match=r"sliding window of 8 tokens.* make 9"):
-        check_prompts([[1] * 5], config, GREEDY)
+def test_check_prompts_counts_prompt_and_answer_against_the_range_of_longrope():
+    config = tiny_model("phi3-longrope", vocab_size=10).config
+    check_prompts([[1] * 252], config, GREEDY)
+    with pytest.raises(ValueError, match=r"changes beyond 256 tokens.* make 257"):
+        check_prompts([[1] * 253], config, GREEDY)
+
+
+@torch.no_grad()
+def greedy_ids(model, ids, num_tokens, ends):
+    """The likeliest tokens, one whole forward for each, by eager attention."""
+    model.set_attn_implementation("eager")
+    answer = []
+    while len(answer) < num_tokens and not set(ends) & set(answer):
+        logits = model(torch.tensor([[*ids, *answer]]), use_cache=False).logits
+        answer.append(logits[0, -1].argmax().item())
+    return answer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_text_answers_padded_prompts_as_eager_attention_without_a_cache(tmp_path, family):
+    untied = {"tie_word_embeddings": False}  # a random tied model repeats its last token
+    folder = save_tiny_model(tmp_path / "model", family, **untied)
+    policy = load_policy(
+        TrainConfig(model=str(folder), device="cpu", quantization="none", max_length=128)
+    )
+    model, tokenizer = policy.loaded.model, policy.tokenizer
+    prompts = [list(range(70, 70 + length)) for length in (3, 19)]
+    sampling = Sampling(max_new_tokens=12, temperature=0)
+    answers = generate_text(model, policy.parts, tokenizer, prompts, sampling)
+    twin = tiny_model(family, **untied)
+    wanted = [greedy_ids(twin, ids, 12, stop_ids(model, tokenizer)) for ids in prompts]
+    assert answers == tokenizer.batch_decode(wanted, skip_special_tokens=True)
+    assert len(set(wanted[1])) > 3
 
 
 def test_generate_text_stops_at_every_token_that_generation_config_names(tmp_path):

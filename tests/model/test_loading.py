@@ -15,14 +15,15 @@ from lowmem_dpo.model.loading import load_model, model_parts, storage_table
 from lowmem_dpo.model.lora import LoraLinear, linear_layers, lora_parameters
 from lowmem_dpo.model.nf4 import Nf4Weight, quantize_nf4
 from lowmem_dpo.model.source import load_config
+from tests.tiny import FAMILIES
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+MAX_LENGTH = 128  # in the range where longrope has one set of frequencies
 
 
 def load(folder, quantization="none", dtype=torch.float32, cache_dir=None):
     return load_model(
         str(folder),
-        config=load_config(str(folder)),
+        config=load_config(str(folder), max_length=MAX_LENGTH),
         quantization=quantization,
         dtype=dtype,
         device="cpu",
@@ -51,10 +52,9 @@ def refusal(call, *args, **kwargs):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("shards", [True, False])
-def test_load_model_computes_what_transformers_does(tiny_checkpoint, family, tied, shards):
-    folder, model = tiny_checkpoint(family, tie_word_embeddings=tied, shards=shards)
-    assert (folder / "model.safetensors.index.json").exists() == shards
+def test_load_model_computes_what_transformers_does(tiny_checkpoint, family, tied):
+    folder, model = tiny_checkpoint(family, tie_word_embeddings=tied, shards=tied)
+    assert (folder / "model.safetensors.index.json").exists() == tied
     loaded = load(folder).model
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
 
@@ -109,6 +109,18 @@ def test_load_model_is_frozen_in_eval_mode_and_named(tiny_checkpoint, quantizati
     assert not isinstance(loaded.lm_head, LoraLinear)
     for name, layer in linear_layers(loaded).items():
         assert loaded.get_submodule(name) is layer
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_load_model_rebuilds_the_scale_of_embeddings(tiny_checkpoint, family):
+    folder, model = tiny_checkpoint(family)
+    loaded = load(folder)
+    embedding = loaded.model.model.embed_tokens
+    assert embedding.embed_scale == model.model.embed_tokens.embed_scale == 32**0.5
+    assert "embedding scale" in {row.kind for row in loaded.storage}
+    ids = torch.arange(24).view(2, 12)
+    from_embeddings = loaded.model(inputs_embeds=embedding(ids), use_cache=False).logits
+    assert torch.equal(from_embeddings, logits(loaded.model))
 
 
 def test_load_model_shares_a_tied_head(tiny_checkpoint):
@@ -221,14 +233,27 @@ def test_storage_adds_up_and_says_what_is_quantised(tiny_checkpoint):
     assert "mlp linears" in capture.get() and "total" in capture.get()
 
 
-def test_model_parts_are_those_of_the_model(tiny_checkpoint):
-    _, model = tiny_checkpoint("qwen3")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_parts_are_those_of_the_model(tiny_checkpoint, family):
+    _, model = tiny_checkpoint(family)
     parts = model_parts(model)
     ids = torch.arange(12)[None]
     hidden = parts.backbone(input_ids=ids, use_cache=False).last_hidden_state
-    torch.testing.assert_close(hidden @ parts.lm_head_weight.T, model(input_ids=ids).logits)
-    assert len(parts.layers) == 2
-    assert (parts.lm_head_bias, parts.logit_scale, parts.logit_softcap) == (None, 1.0, None)
+    products = hidden @ parts.lm_head_weight.T
+    scaled = products * parts.logit_scale
+    if parts.logit_softcap is not None:
+        scaled = parts.logit_softcap * torch.tanh(scaled / parts.logit_softcap)
+    torch.testing.assert_close(scaled, model(input_ids=ids).logits)
+    plain_logits = family not in ("gemma2", "gemma3", "granite", "cohere", "cohere2")
+    assert torch.equal(scaled, products) == plain_logits
+    assert len(parts.layers) == 2 and parts.lm_head_bias is None
+
+
+def test_model_parts_leave_out_what_a_type_does_not_read(tiny_checkpoint):
+    _, model = tiny_checkpoint("llama", logit_scale=3.0, final_logit_softcapping=1.0)
+    parts = model_parts(model)
+    assert model.config.logit_scale == 3.0
+    assert (parts.logit_scale, parts.logit_softcap) == (1.0, None)
 
 
 LARGE = {

@@ -8,9 +8,8 @@ from lowmem_dpo.data.packing import pack_trees, sequence_logps
 from lowmem_dpo.data.templates import TokenPair
 from lowmem_dpo.data.trees import build_tree
 from lowmem_dpo.losses import LOSSES, PairLogps
-from lowmem_dpo.model.attention import PLAIN_ATTENTION
-from lowmem_dpo.model.lora import lora_parameters
-from lowmem_dpo.model.scoring import attention, score
+from lowmem_dpo.model.lora import linear_layers, lora_parameters
+from lowmem_dpo.model.scoring import attention, score, score_plain
 from lowmem_dpo.training.policy import load_policy
 from tests.tiny import FAMILIES, save_tiny_model
 
@@ -46,21 +45,18 @@ def packed_loss(policy, trees, num_tokens):
 
 
 def plain_loss(policy, pairs):
-    """Two sequences a pair, whole logits, the model's own attention, ordinary autograd."""
+    """Two sequences a pair, the model's own logits and eager attention, ordinary autograd."""
     total = 0.0
-    parts = policy.parts
-    with attention(parts, PLAIN_ATTENTION):
+    model = policy.loaded.model
+    with attention(policy.parts, "eager"):
         for pair in pairs:
             sums = []
             for ids, start in (
                 (pair.chosen_ids, pair.chosen_start),
                 (pair.rejected_ids, pair.rejected_start),
             ):
-                embeddings = parts.backbone.get_input_embeddings()(torch.tensor(ids)[None])
-                hidden = parts.backbone(
-                    inputs_embeds=embeddings.requires_grad_(), use_cache=False
-                ).last_hidden_state[0]
-                logits = hidden @ parts.lm_head_weight.T
+                embeddings = model.get_input_embeddings()(torch.tensor(ids)[None])
+                logits = model(inputs_embeds=embeddings.requires_grad_(), use_cache=False).logits[0]
                 logps = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(ids)[1:, None])[:, 0]
                 sums.append(logps[start - 1 :].sum())
             h = (sums[0] - REFERENCE[0]) - (sums[1] - REFERENCE[1])
@@ -82,7 +78,8 @@ def take_gradients(policy):
 def policy(request, tmp_path: Path):
     extra = {"attention_bias": True} if request.param == "llama" else {}
     directory = save_tiny_model(tmp_path / "model", request.param, **extra)
-    policy = load_policy(TrainConfig(model=str(directory), quantization="nf4", lora_r=4))
+    config = TrainConfig(model=str(directory), quantization="nf4", lora_r=4, max_length=128)
+    policy = load_policy(config)
     torch.manual_seed(3)
     for name, parameter in lora_parameters(policy.loaded.model).items():
         if name.endswith("lora_b"):  # or lora_a would have no gradient to compare
@@ -100,11 +97,21 @@ def test_score_of_packed_trees_equals_plain_sequences_in_loss_and_every_gradient
     wanted_loss = plain_loss(policy, pairs)
     wanted = take_gradients(policy)
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
-    assert gradients.keys() == wanted.keys() and len(gradients) == 2 * 7 * 2
+    assert gradients.keys() == wanted.keys() and len(gradients) == 2 * len(
+        linear_layers(policy.loaded.model)
+    )
     for name, gradient in gradients.items():
         assert wanted[name].norm() > 0, name
         error = (gradient - wanted[name]).norm() / wanted[name].norm()
         assert error < 2e-5, (name, error)
+
+
+def test_score_plain_gives_the_log_probs_of_the_models_own_logits(policy):
+    ids = token_pairs()[1].chosen_ids
+    with attention(policy.parts, "eager"), torch.no_grad():
+        logits = policy.loaded.model(torch.tensor(ids)[None], use_cache=False).logits[0, :-1]
+    wanted = logits.log_softmax(-1).gather(-1, torch.tensor(ids)[1:, None])[:, 0]
+    torch.testing.assert_close(score_plain(policy.parts, ids), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_score_gives_the_same_bits_with_and_without_gradient_in_any_order(policy):

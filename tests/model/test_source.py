@@ -9,13 +9,16 @@ from transformers import PreTrainedTokenizerFast
 
 from lowmem_dpo.model import source
 from lowmem_dpo.model.source import (
+    SUPPORTED_MODEL_TYPES,
     answer_ends,
     load_config,
     load_tokenizer,
     model_folder,
     resolve_source,
+    rope_limit,
     tokenizer_source,
 )
+from tests.tiny import FAMILIES, tiny_model
 
 BASE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32}
 
@@ -47,18 +50,39 @@ def refusal(call, *args, **kwargs):
     return message
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_load_config_reads_every_supported_type(tmp_path, family):
-    folder = write_config(
-        tmp_path / "m", model_type=family, architectures=None, sliding_window=None
-    )
-    assert load_config(folder, max_length=10**6).model_type == family
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+def test_load_config_reads_every_supported_type(tmp_path, model_type):
+    folder = write_config(tmp_path / "m", model_type=model_type, architectures=None)
+    assert load_config(folder, max_length=10**6).model_type == model_type
+
+
+def test_every_supported_type_is_among_the_families_that_are_tested():
+    assert {family["model_type"] for family in FAMILIES.values()} == set(SUPPORTED_MODEL_TYPES)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gemma3"}, "'gemma3'; supported: llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gemma3"}, "'gemma3'; it reads images too; take a text-only"),
+        ({"model_type": "gpt_oss"}, "'gpt_oss'; supported: cohere, cohere2, gemma2"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "in both directions"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "both directions"),
+        ({"is_causal": False}, "in both directions"),
+        (
+            {
+                "model_type": "qwen3",
+                "num_hidden_layers": 2,
+                "layer_types": ["full_attention", "chunked_attention"],
+            },
+            "layers of type chunked_attention; supported: full_attention, sliding_attention",
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}},
+            },
+            "position encoding 'dynamic'",
+        ),
         ({"model_type": "t5", "is_encoder_decoder": True}, "'t5'; supported"),
         ({"model_type": "qwen2_vl"}, "'qwen2_vl'; supported"),
         ({"model_type": None}, "None; supported"),
@@ -83,40 +107,37 @@ def test_load_config_takes_position_encodings_that_do_not_depend_on_neighbours(t
     assert config.rope_parameters["rope_type"] == rope_type
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model_type": "mistral", "sliding_window": 256},
-        {
-            "model_type": "qwen2",
-            "use_sliding_window": True,
-            "sliding_window": 256,
-            "max_window_layers": 0,
-        },
-        {
-            "model_type": "qwen3",
-            "use_sliding_window": True,
-            "sliding_window": 256,
-            "max_window_layers": 0,
-        },
-    ],
-)
-def test_load_config_refuses_a_window_only_where_it_has_an_effect(tmp_path, changes):
-    folder = write_config(tmp_path / "m", **changes, architectures=None)
-    assert load_config(folder, max_length=256).sliding_window == 256
-    assert "set it to 256 or less" in refusal(load_config, folder, max_length=257)
-    assert "unlimited" in refusal(load_config, folder)
-
-
-def test_load_config_ignores_a_window_that_is_switched_off(tmp_path):
-    folder = write_config(
-        tmp_path / "m",
-        model_type="qwen2",
-        architectures=None,
-        sliding_window=256,
-        use_sliding_window=False,
+def test_load_config_takes_longrope_up_to_where_its_frequencies_change(tmp_path):
+    folder = tmp_path / "m"
+    tiny_model("phi3-longrope").config.save_pretrained(folder)
+    assert rope_limit(load_config(str(folder), max_length=256)) == 256
+    assert "max_length is 257, set it to 256 or less" in refusal(
+        load_config, str(folder), max_length=257
     )
-    assert load_config(folder, max_length=10**6).sliding_window is None
+    assert "unlimited" in refusal(load_config, str(folder))
+    assert rope_limit(load_config(write_config(tmp_path / "llama"))) is None
+
+
+PHI3_CODE = {
+    "AutoConfig": "configuration_phi3.Phi3Config",
+    "AutoModelForCausalLM": "some/model--modeling_phi3.Phi3ForCausalLM",
+    "AutoTokenizer": "some/tokenizer",
+}
+
+
+def test_load_config_takes_code_that_transformers_has_adopted_and_no_other(tmp_path):
+    changes = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_size": 32}
+    changes |= {"num_attention_heads": 4}
+    folder = write_config(tmp_path / "m", **changes, auto_map=PHI3_CODE)
+    assert type(load_config(folder)).__module__ == "transformers.models.phi3.configuration_phi3"
+    for other in (
+        PHI3_CODE | {"AutoModelForCausalLM": "modeling_phi3.MyPhi3ForCausalLM"},
+        "modeling_phi3.Phi3ForCausalLM",
+    ):
+        folder = write_config(tmp_path / "m", **changes, auto_map=other)
+        assert "never run" in refusal(load_config, folder)
+    folder = write_config(tmp_path / "m", auto_map=PHI3_CODE)
+    assert "never run" in refusal(load_config, folder)
 
 
 def test_load_config_says_what_is_wrong_with_a_path(tmp_path):
@@ -135,26 +156,40 @@ def test_load_config_says_what_is_wrong_with_a_path(tmp_path):
     assert "must hold a JSON object" in refusal(load_config, str(tmp_path / "list"))
 
 
+def test_load_config_says_that_an_id_is_unknown(monkeypatch):
+    def absent(*args, **kwargs):
+        raise OSError("404 Client Error.\n\nRepository Not Found")
+
+    monkeypatch.setattr(source, "hf_hub_download", absent)
+    message = refusal(load_config, "nobody/nothing")
+    assert "nobody/nothing" in message and "Repository Not Found" in message
+
+
 def test_load_config_of_an_id_asks_for_config_json_alone(monkeypatch, tmp_path):
     asked = []
     write_config(tmp_path / "m")
 
-    def download(repo):
-        asked.append(repo)
-        return tmp_path / "m" / "config.json"
+    def download(repo, file):
+        asked.append((repo, file))
+        return str(tmp_path / "m" / file)
 
-    monkeypatch.setattr(source, "download_config", download)
+    monkeypatch.setattr(source, "hf_hub_download", download)
     assert load_config("some/model").hidden_size == 32
-    assert asked == ["some/model"]
+    assert asked == [("some/model", "config.json")]
 
 
-def test_load_tokenizer_and_model_folder_of_an_id_download_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(source, "download_small_files", lambda repo: tmp_path / repo)
-    monkeypatch.setattr(source, "download_model", lambda repo: tmp_path / repo)
-    (tmp_path / "some" / "model").mkdir(parents=True)
-    write_tokenizer(tmp_path / "some" / "model")
-    assert load_tokenizer("some/model")("hello")["input_ids"] == [1]
-    assert model_folder("some/model") == tmp_path / "some" / "model"
+def test_model_folder_downloads_no_pickles(monkeypatch, tmp_path):
+    asked = {}
+
+    def download(repo, **patterns):
+        asked.update(patterns, repo=repo)
+        return str(tmp_path)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    assert model_folder("some/model") == tmp_path
+    assert asked["repo"] == "some/model"
+    assert "*.safetensors" in asked["allow_patterns"]
+    assert not any("bin" in p or p in ("*", "*.*") for p in asked["allow_patterns"])
 
 
 def test_resolve_source_passes_a_model_through(tmp_path):

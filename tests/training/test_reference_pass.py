@@ -15,6 +15,7 @@ from lowmem_dpo.training.health import RunStopped
 from lowmem_dpo.training.policy import Policy, cache_directory
 from lowmem_dpo.training.setup import prepare_run
 from lowmem_dpo.training.trainer import Trainer
+from tests.tiny import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
@@ -126,6 +127,19 @@ def test_reference_equals_the_policy_at_step_zero_in_any_order_to_the_bit(config
         run.fit()
         assert metrics[0]["reward_margin"] == 0.0 and metrics[0]["chosen_reward"] == 0.0
         assert metrics[-1]["reward_margin"] != 0.0
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["mistral-window", "gemma2", "gemma3", "phi3", "granite", "olmo2", "cohere", "cohere2"],
+)
+def test_reference_equals_the_policy_at_step_zero_in_every_family(config, tmp_path, family):
+    model = save_tiny_model(tmp_path / "model", family)
+    result = Trainer(replace(config, model=str(model), max_steps=3)).fit()
+    record = json.loads((result.output_dir / "run.json").read_text())
+    assert record["step_zero"]["exact"]
+    assert record["self_check_rms"] < 1e-5
+    assert result.metrics["rewards/margins"] != 0.0
 
 
 def test_reference_of_a_run_from_an_adapter_is_the_base_with_it(config, tmp_path):

@@ -22,6 +22,7 @@ from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.training.policy import load_policy
 from lowmem_dpo.training.trainer import Trainer
 from tests.conftest import random_pairs
+from tests.tiny import save_tiny_model
 from tests.training.conftest import read_metrics, read_record, write_rows
 
 peft = pytest.importorskip("peft", reason="needs PEFT, TRL's adapters")
@@ -105,9 +106,12 @@ def config_for(model: Path, output: Path, **settings: Any) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def starts(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_starts(llama_dir, tmp_path_factory.mktemp("starts"))
+
+
+def save_starts(model: Path, directory: Path) -> dict[str, Path]:
     """Adapter folders: the one that a run with our default seed starts from, and a trained one."""
-    directory = tmp_path_factory.mktemp("starts")
-    policy = load_policy(config_for(llama_dir, directory / "unused"))
+    policy = load_policy(config_for(model, directory / "unused"))
 
     def save(name: str) -> Path:
         save_adapter(
@@ -131,13 +135,21 @@ def train_both(
     llama_dir: Path, starts: dict[str, Path], tmp_path: Path
 ) -> Callable[..., tuple[Outcome, Outcome]]:
     def train(
-        rows: list[Row], loss_type: str, *, start: str = "fresh", micro_batches: int = 1
+        rows: list[Row],
+        loss_type: str,
+        *,
+        start: str = "fresh",
+        micro_batches: int = 1,
+        model: Path | None = None,
+        attention: str = "sdpa",
     ) -> tuple[Outcome, Outcome]:
         data = write_rows(tmp_path / "pairs.jsonl", rows)
-        init = None if start == "fresh" else str(starts[start])
-        config = config_for(llama_dir, tmp_path / "ours", loss_type=loss_type, init_adapter=init)
+        folder = (save_starts(model, tmp_path) if model else starts)[start]
+        model = model or llama_dir
+        init = None if start == "fresh" else str(folder)
+        config = config_for(model, tmp_path / "ours", loss_type=loss_type, init_adapter=init)
         theirs = train_with_trl(
-            llama_dir, starts[start], [as_messages(row) for row in rows], loss_type, micro_batches
+            model, folder, [as_messages(row) for row in rows], loss_type, micro_batches, attention
         )
         return train_with_ours(config, data), theirs
 
@@ -153,10 +165,17 @@ def train_with_ours(config: TrainConfig, data: Path) -> Outcome:
 
 
 def train_with_trl(
-    model: Path, start: Path, rows: list[Row], loss_type: str, micro_batches: int
+    model: Path,
+    start: Path,
+    rows: list[Row],
+    loss_type: str,
+    micro_batches: int,
+    attention: str,
 ) -> Outcome:
     """TRL takes a copy of the adapter it is given as the reference."""
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation=attention
+    )
     policy = peft.PeftModel.from_pretrained(base, start, is_trainable=True)
     settings = trl.DPOConfig(
         output_dir=str(start.parent / "trl"),
@@ -226,3 +245,9 @@ def test_fit_from_a_trained_adapter_has_the_reference_and_the_numbers_of_trl(tra
 
 def test_fit_in_one_batch_equals_trl_accumulating_two_micro_batches(train_both):
     assert_equal_outcomes(*train_both(random_pairs(NUM_PAIRS), "sigmoid", micro_batches=2))
+
+
+def test_fit_with_windows_soft_caps_and_scaled_embeddings_equals_trl(train_both, tmp_path):
+    model = save_tiny_model(tmp_path / "gemma2", "gemma2")
+    outcomes = train_both(random_pairs(NUM_PAIRS), "sigmoid", model=model, attention="eager")
+    assert_equal_outcomes(*outcomes)
