@@ -101,7 +101,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"impl must be some of {','.join(IMPLEMENTATIONS)}, got {options.impl}")
     options.impl = impls
     try:
-        options.device = resolve_device(options.device)
+        options.device, _ = resolve_device(options.device)
         options.dtype = resolve_dtype(options.dtype, options.device)
         if options.memory_limit:
             limit_memory(options.memory_limit, options.device)

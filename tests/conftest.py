@@ -13,6 +13,10 @@ from tests.tiny import save_tiny_model
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+# `device auto` refuses the CPU beside a card that is not ready; hiding it is the wish for the CPU.
+if not torch.cuda.is_available():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():

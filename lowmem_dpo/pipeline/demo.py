@@ -14,8 +14,10 @@ from rich.table import Table
 
 from lowmem_dpo.config import DemoConfig, TrainConfig
 from lowmem_dpo.data.templates import TemplateSettings, render_prompt
+from lowmem_dpo.model.device import resolve_device, unusable_cards
 from lowmem_dpo.model.generation import Sampling, generate_text
 from lowmem_dpo.model.lora import adapters_disabled
+from lowmem_dpo.model.machine import this_machine
 from lowmem_dpo.pipeline.demo_task import is_right, is_short, make_model, questions
 from lowmem_dpo.training.console import duration, say
 from lowmem_dpo.training.loop import StepResult
@@ -42,9 +44,11 @@ def demo(config: DemoConfig) -> bool:
         answers in fresh samples as before.
 
     Raises:
-        ValueError: If output_dir is a file, or holds something else than a demo.
+        ValueError: If output_dir is a file, or holds something else than a demo, or the device
+            cannot be used.
     """
     begun = time.perf_counter()
+    _look_at_machine(config.device)
     root = _fresh_folder(Path(config.output_dir))
     say("1. a small Llama, trained from scratch to answer questions about animals")
     loss = make_model(root / "model", config.seed)
@@ -84,6 +88,18 @@ def demo(config: DemoConfig) -> bool:
     say(f"plots: {root / 'run' / 'plots'}")
     say(f"the demo took {duration(time.perf_counter() - begun)}")
     return learned
+
+
+def _look_at_machine(device: str) -> None:
+    """Refuse a card that cannot be used while the earlier demo is still there; tell of an idle one.
+
+    The demo suits the CPU, so it runs beside a card that only needs something installed.
+    """
+    _, notes = resolve_device(device)
+    if device == "cpu" and (problem := unusable_cards(this_machine())):
+        notes = [f"{problem}. The demo runs on the CPU; train would refuse to"]
+    for line in notes:
+        say(line)
 
 
 def _fresh_folder(root: Path) -> Path:

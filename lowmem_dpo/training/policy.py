@@ -165,9 +165,9 @@ def read_source(config: TrainConfig) -> Source:
     if config.model is None:
         raise ValueError("no model given; set --model to a folder or a Hugging Face id")
     base, init_adapter, note = resolve_source(config.model, config.init_adapter)
-    if note:
-        say(note)
-    device = resolve_device(config.device)
+    device, notes = resolve_device(config.device)
+    for line in ([note] if note else []) + notes:
+        say(line)
     if config.layer_inputs == "host" and device.type != "cuda":
         raise ValueError(f"layer_inputs host has no effect on {device.type}; leave it out")
     if config.memory_limit is not None:
