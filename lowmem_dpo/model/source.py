@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from lowmem_dpo.model.hub import download_config, download_model, download_small_files
 
 SUPPORTED_MODEL_TYPES = (
     "cohere",
@@ -41,8 +42,6 @@ _ADOPTED_CODE = {"phi3": {"AutoConfig": "Phi3Config", "AutoModelForCausalLM": "P
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
-_OTHER_FILES = ["*/*", "consolidated*"]
 
 
 def resolve_source(model: str, init_adapter: str | None) -> tuple[str, str | None, str | None]:
@@ -192,13 +191,14 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: If there is none that can be read.
     """
-    if Path(source).is_dir() and not _holds_tokenizer(Path(source)):
+    folder = Path(source) if Path(source).is_dir() else download_small_files(source)
+    if not _holds_tokenizer(folder):
         raise ValueError(
             f"{source} holds no tokenizer; copy tokenizer.json and tokenizer_config.json "
             "of the original model into it"
         )
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises Exception itself, transformers what it meets
         raise ValueError(f"cannot load the tokenizer of {source}: {_one_line(error)}") from None
 
@@ -223,14 +223,7 @@ def model_folder(source: str) -> Path:
     Raises:
         ValueError: If the download fails.
     """
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(
-            snapshot_download(source, allow_patterns=_MODEL_FILES, ignore_patterns=_OTHER_FILES)
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot download {source}: {_one_line(error)}") from None
+    return Path(source) if Path(source).is_dir() else download_model(source)
 
 
 def _config_file(source: str) -> Path:
@@ -249,12 +242,7 @@ def _config_file(source: str) -> Path:
         raise ValueError(
             f"there is no folder {source}; give a model's folder or its Hugging Face id"
         )
-    try:
-        return Path(hf_hub_download(source, "config.json"))
-    except (OSError, ValueError, EntryNotFoundError) as error:
-        raise ValueError(
-            f"there is no folder {source}, and Hugging Face gives no such model: {_one_line(error)}"
-        ) from None
+    return download_config(source)
 
 
 def _check_raw_config(source: str, raw: dict[str, Any]) -> None:

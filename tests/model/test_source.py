@@ -156,40 +156,26 @@ def test_load_config_says_what_is_wrong_with_a_path(tmp_path):
     assert "must hold a JSON object" in refusal(load_config, str(tmp_path / "list"))
 
 
-def test_load_config_says_that_an_id_is_unknown(monkeypatch):
-    def absent(*args, **kwargs):
-        raise OSError("404 Client Error.\n\nRepository Not Found")
-
-    monkeypatch.setattr(source, "hf_hub_download", absent)
-    message = refusal(load_config, "nobody/nothing")
-    assert "nobody/nothing" in message and "Repository Not Found" in message
-
-
 def test_load_config_of_an_id_asks_for_config_json_alone(monkeypatch, tmp_path):
     asked = []
     write_config(tmp_path / "m")
 
-    def download(repo, file):
-        asked.append((repo, file))
-        return str(tmp_path / "m" / file)
+    def download(repo):
+        asked.append(repo)
+        return tmp_path / "m" / "config.json"
 
-    monkeypatch.setattr(source, "hf_hub_download", download)
+    monkeypatch.setattr(source, "download_config", download)
     assert load_config("some/model").hidden_size == 32
-    assert asked == [("some/model", "config.json")]
+    assert asked == ["some/model"]
 
 
-def test_model_folder_downloads_no_pickles(monkeypatch, tmp_path):
-    asked = {}
-
-    def download(repo, **patterns):
-        asked.update(patterns, repo=repo)
-        return str(tmp_path)
-
-    monkeypatch.setattr(source, "snapshot_download", download)
-    assert model_folder("some/model") == tmp_path
-    assert asked["repo"] == "some/model"
-    assert "*.safetensors" in asked["allow_patterns"]
-    assert not any("bin" in p or p in ("*", "*.*") for p in asked["allow_patterns"])
+def test_load_tokenizer_and_model_folder_of_an_id_download_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(source, "download_small_files", lambda repo: tmp_path / repo)
+    monkeypatch.setattr(source, "download_model", lambda repo: tmp_path / repo)
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    write_tokenizer(tmp_path / "some" / "model")
+    assert load_tokenizer("some/model")("hello")["input_ids"] == [1]
+    assert model_folder("some/model") == tmp_path / "some" / "model"
 
 
 def test_resolve_source_passes_a_model_through(tmp_path):
