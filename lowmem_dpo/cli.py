@@ -112,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(run: Callable[[Any], int], config: Any) -> int:
     """Run a verb with quiet libraries; interrupts and failed checks end without a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from transformers.utils.logging import disable_progress_bar

@@ -8,6 +8,7 @@ from lowmem_dpo.config import GenerateConfig, TrainConfig
 from lowmem_dpo.data.templates import render_prompt
 from lowmem_dpo.model.generation import Sampling, check_prompts, generate_text
 from lowmem_dpo.model.lora import adapters_disabled
+from lowmem_dpo.model.size import ModelSize
 from lowmem_dpo.training.console import console, say
 from lowmem_dpo.training.policy import Policy, load_policy, read_source, template_settings
 
@@ -40,6 +41,9 @@ def generate(config: GenerateConfig) -> None:
     check_prompts(rendered, source.model_config, Sampling.of(config))
     if config.compare and source.init_adapter is None:
         say("no adapter given, so there is nothing to compare: the base answers alone")
+    size = ModelSize.of(source.model_config)
+    if source.device.type == "cpu" and size.is_large_for_a_cpu:
+        say(f"{size.total / 1e9:.1f}B parameters on a CPU: an answer takes minutes")
     policy = load_policy(settings, source)
     for prompt, ids in zip(prompts, rendered, strict=True):
         say(f"\nprompt: {prompt}")

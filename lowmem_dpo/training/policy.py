@@ -30,9 +30,11 @@ from lowmem_dpo.model.adapters import (
 )
 from lowmem_dpo.model.attention import TREE_ATTENTION
 from lowmem_dpo.model.device import resolve_device, resolve_dtype
+from lowmem_dpo.model.hub import check_download
 from lowmem_dpo.model.loading import LoadedModel, ModelParts, load_model, model_parts
 from lowmem_dpo.model.lora import add_lora
 from lowmem_dpo.model.runner import wrap_layers
+from lowmem_dpo.model.size import ModelSize
 from lowmem_dpo.model.source import load_config, load_tokenizer, resolve_source, tokenizer_source
 from lowmem_dpo.reference import Fingerprint
 from lowmem_dpo.training.console import say, warn
@@ -172,10 +174,14 @@ def read_source(config: TrainConfig) -> Source:
         raise ValueError(f"layer_inputs host has no effect on {device.type}; leave it out")
     if config.memory_limit is not None:
         limit_memory(config.memory_limit, device)
+    model_config = load_config(base, max_length=config.max_length)
+    if not Path(base).is_dir():
+        copy_bytes = ModelSize.of(model_config).nf4_bytes if config.quantization == "nf4" else 0
+        check_download(base, cache_directory(config.cache_dir), copy_bytes)
     return Source(
         base=base,
         init_adapter=init_adapter,
-        model_config=load_config(base, max_length=config.max_length),
+        model_config=model_config,
         tokenizer=load_tokenizer(tokenizer_source(base, init_adapter)),
         adapter=_adapter_settings(config, init_adapter),
         device=device,

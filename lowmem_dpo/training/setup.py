@@ -22,6 +22,7 @@ from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.selfcheck import check_packing, logp_tolerance
 from lowmem_dpo.reference import ReferenceCache
 from lowmem_dpo.training.console import console, say, warn
+from lowmem_dpo.training.forecast import check_cpu_time
 from lowmem_dpo.training.health import RunStopped
 from lowmem_dpo.training.policy import (
     Policy,
@@ -144,6 +145,7 @@ def prepare_run(
     *,
     resumed: Mapping[str, Any] | None = None,
     before_weights: Callable[[Pairs], None] = lambda pairs: None,
+    only_reference: bool = False,
 ) -> Run:
     """Everything up to the first step: the pairs, the policy, the checks, the reference.
 
@@ -152,12 +154,14 @@ def prepare_run(
         data: The file of pairs.
         resumed: The `resume_facts` of the checkpoint that the run goes on from.
         before_weights: Called when the pairs are known and nothing large was read yet.
+        only_reference: Whether nothing will be trained.
     """
     set_seeds(config.seed)
     source = read_source(config)
     pairs = load_pairs(config, data, source.tokenizer)
     check_token_ids(pairs, source.model_config)
     before_weights(pairs)
+    check_cpu_time(config, source, pairs.train, pairs.evaluation, only_reference=only_reference)
     say(
         f"model: {source.base}, {source.model_config.model_type}, computing in "
         f"{str(source.dtype).removeprefix('torch.')} on {source.device}"

@@ -46,7 +46,7 @@ class Trainer:
         unused = [n for n in ("output_dir", "resume") if getattr(ours, n) != getattr(usual, n)]
         if unused:
             warn(f"precompute writes to the cache only: {', '.join(unused)} has no effect")
-        run = prepare_run(self.config, self._data(data))
+        run = prepare_run(self.config, self._data(data), only_reference=True)
         assert run.reference is not None
         return run.reference.num_scored
 
