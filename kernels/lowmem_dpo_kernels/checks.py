@@ -3,19 +3,21 @@
 import torch
 from torch import Tensor
 
+from lowmem_dpo_kernels.heads import Weight
+
 IGNORED = -100
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_head_inputs(
-    hidden: Tensor, rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
+    hidden: Tensor, rows: Tensor, weight: Weight, targets: Tensor, bias: Tensor | None
 ) -> None:
     """Refuse shapes, dtypes, devices and indices that do not fit together, and a head that trains.
 
     Args:
         hidden: [N, D].
         rows: [T] int64 in [0, N).
-        weight: [V, D] in hidden's dtype.
+        weight: [V, D] in hidden's dtype; a tensor, or what hands out its slices.
         targets: [T] int64 in [0, V), or -100.
         bias: [V] in hidden's dtype, or None.
 
@@ -26,13 +28,13 @@ def check_head_inputs(
         raise ValueError(
             f"hidden must be floating point, got {hidden.dtype}; cast it, say to float32"
         )
-    if hidden.dim() != 2 or weight.dim() != 2 or len(weight) < 2:
+    if hidden.dim() != 2 or len(weight.shape) != 2 or weight.shape[0] < 2:
         raise ValueError(
             f"hidden must be [N, D] and weight [V, D], V at least 2, got {list(hidden.shape)} and "
             f"{list(weight.shape)}; flatten the batch, and pass the head's own weight"
         )
-    (num_rows, dim), vocabulary, num_tokens = hidden.shape, len(weight), targets.numel()
-    expected: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
+    (num_rows, dim), vocabulary, num_tokens = hidden.shape, weight.shape[0], targets.numel()
+    expected: list[tuple[str, Weight | None, tuple[int, ...], torch.dtype]] = [
         ("rows", rows, (num_tokens,), torch.int64),
         ("targets", targets, (num_tokens,), torch.int64),
         ("weight", weight, (vocabulary, dim), hidden.dtype),
@@ -41,7 +43,7 @@ def check_head_inputs(
     for name, tensor, shape, dtype in expected:
         if tensor is None:
             continue
-        if tensor.shape != shape:
+        if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name} must have shape {list(shape)}, got {list(tensor.shape)}; "
                 "hidden is [N, D], rows and targets [T], weight [V, D], bias [V]"
@@ -53,7 +55,8 @@ def check_head_inputs(
                 f"{name} must be on hidden's device {hidden.device}, got {tensor.device}; "
                 f"call {name}.to(hidden.device)"
             )
-        if tensor.requires_grad and torch.is_grad_enabled():
+        trains = isinstance(tensor, Tensor) and tensor.requires_grad
+        if trains and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} must be frozen, got requires_grad=True; call {name}.requires_grad_(False)"
             )

@@ -17,186 +17,41 @@ Replaces: torch.log_softmax(head(hidden[rows]).float(), -1).gather(-1, targets[:
 FLOPs: 4 T D V for values and gradient; recomputing the logits in the backward pass takes 6 T D V.
 Bytes saved: the [T, V] logits and their gradient, 8 T V in fp32. Kept for backward: g, 4 T D.
 
-A row's bits depend on its own numbers only: rows run in blocks of a fixed height, zero-padded, and
-the sides of every product are multiples of 64, since BLAS libraries sum the edges of other shapes
-in another order.
+The pass itself is in `token_logps_pass`. Its inner step has three implementations: torch (CPUs and
+older cards), triton (cuBLAS products, row statistics in one kernel) and fused (the statistics
+inside the product; no logit is written).
 
-Shapes: N packed tokens, T scored tokens, D hidden, V vocabulary, B rows of a block, S slice width.
+Shapes: N packed tokens, T scored tokens, D hidden, V vocabulary.
 """
 
 import functools
-import importlib.util
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowmem_dpo_kernels import token_logps_torch
-from lowmem_dpo_kernels.checks import IGNORED, check_head_inputs
+from lowmem_dpo_kernels.checks import check_head_inputs
+from lowmem_dpo_kernels.heads import Weight
+from lowmem_dpo_kernels.token_logps_pass import score, tile
 from lowmem_dpo_kernels.triton_support import triton_problem
 
-ALIGNMENT = 64
+IMPLEMENTATIONS = ("torch", "triton", "fused")
+
+# What is fastest on the cards of a compute capability; a newer card takes the entry before it. The
+# fused path saves a write and a read of the logits and may win where D is small: unmeasured, so
+# every entry is the path whose products are cuBLAS's. Cards before 8.0 have no Triton products.
+DEFAULT_PATHS = {
+    (8, 0): "triton",
+    (8, 6): "triton",
+    (8, 9): "triton",
+    (9, 0): "triton",
+    (10, 0): "triton",
+    (12, 0): "triton",
+}
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _State:
-    """Running statistics of T rows, padded to whole blocks.
-
-    The sums leave the target out and are relative to e^top.
-    """
-
-    queries: Tensor  # [T, D] operand type
-    labels: Tensor  # [T] int64
-    top: Tensor  # [T] fp32, maximum so far
-    rest: Tensor  # [T] fp32, sum of e^z
-    target_logit: Tensor  # [T] fp32, z_y; NaN, and so the log-prob, if no slice holds the target
-    values: Tensor | None  # [T, D] fp32, sum of e^z W; None without gradient
-
-
-def _tile(device: torch.device) -> tuple[int, int]:
-    """Rows B of a block and width S of a slice: part of the numerics, so never a matter of T."""
-    return (1024, 8192) if device.type == "cuda" else (256, 2048)
-
-
-def _operand_dtype(hidden: Tensor) -> torch.dtype:
-    """The type that both products read. They write fp32 (float64 for float64) in any case.
-
-    Half operands with an fp32 result need a CUDA card of compute capability 7.0 (float16) or 8.0
-    (bfloat16); elsewhere the head becomes fp32, slice by slice.
-    """
-    if hidden.dtype not in (torch.float16, torch.bfloat16):
-        return hidden.dtype
-    oldest = (7, 0) if hidden.dtype == torch.float16 else (8, 0)
-    if hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) >= oldest:
-        return hidden.dtype
-    return torch.float32
-
-
-def _pad(length: int, multiple: int = ALIGNMENT) -> int:
-    return -(-length // multiple) * multiple
-
-
-def _start(hidden: Tensor, rows: Tensor, targets: Tensor, with_grads: bool) -> _State:
-    """Gather the scored rows; no slice has been seen."""
-    num_tokens, dim = len(rows), hidden.shape[1]
-    padded_tokens, padded_dim = _pad(num_tokens, _tile(hidden.device)[0]), _pad(dim)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    queries = hidden.new_zeros(padded_tokens, padded_dim, dtype=_operand_dtype(hidden))
-    queries[:num_tokens, :dim] = hidden[rows]
-    top = hidden.new_full((padded_tokens,), torch.finfo(dtype).min, dtype=dtype)
-    return _State(
-        queries=queries,
-        labels=F.pad(targets, (0, padded_tokens - num_tokens), value=IGNORED),
-        top=top,
-        rest=torch.zeros_like(top),
-        target_logit=torch.full_like(top, torch.nan),
-        values=torch.zeros_like(queries, dtype=dtype) if with_grads else None,
-    )
-
-
-def _operand(part: Tensor, workspace: Tensor | None) -> Tensor:
-    """A slice [S, D] of the head in the operands' type, zero-padded to multiples of 64."""
-    if workspace is None or (part.dtype == workspace.dtype and part.shape == workspace.shape):
-        return part
-    operand = workspace[: _pad(len(part))]
-    operand[: len(part), : part.shape[1]] = part
-    operand[len(part) :] = 0
-    return operand
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """Write `left @ right` to `out`, or add it, unrounded where `out` is fp32 and they are half."""
-    kwargs: dict[str, Any] = {} if out.dtype == left.dtype else {"out_dtype": out.dtype}
-    if add:
-        torch.addmm(out, left, right, out=out, **kwargs)
-    else:
-        torch.mm(left, right, out=out, **kwargs)
-
-
-def _fold_vocabulary(
-    state: _State,
-    weight: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    logit_softcap: float | None,
-    fold_slice: Callable[..., Tensor],
-) -> None:
-    """Bring every slice of the head to every block of rows."""
-    (height, width), (vocabulary, dim) = _tile(weight.device), weight.shape
-    width, operand_dtype = min(width, _pad(vocabulary)), state.queries.dtype
-    logits = state.top.new_empty(height, width)
-    weights = logits
-    if operand_dtype != logits.dtype:
-        weights = torch.empty_like(logits, dtype=operand_dtype)
-    fits = weight.dtype == operand_dtype and _pad(dim) == dim and _pad(vocabulary) == vocabulary
-    workspace = None if fits else state.queries.new_zeros(width, _pad(dim))
-    # float16 needs its upper range too, or it loses the softmax's tail; its maximum is e^11.
-    headroom = 10.0 if operand_dtype == torch.float16 else 0.0
-
-    for start in range(0, vocabulary, width):
-        part = weight[start : start + width]
-        keys = _operand(part, workspace)
-        tile, tile_weights = logits[:, : len(keys)], weights[:, : len(keys)]
-        for row in range(0, len(state.queries), height):
-            block = slice(row, row + height)
-            _multiply(state.queries[block], keys.T, out=tile)
-            rescale = fold_slice(
-                tile,
-                state.labels[block] - start,
-                state.top[block],
-                state.rest[block],
-                state.target_logit[block],
-                tile_weights,
-                with_weights=state.values is not None,
-                bias=None if bias is None else bias[start : start + width],
-                width=len(part),
-                logit_scale=logit_scale,
-                logit_softcap=logit_softcap,
-                headroom=headroom,
-            )
-            if state.values is not None:
-                values = state.values[block].mul_(rescale[:, None])
-                _multiply(tile_weights, keys, out=values, add=True)
-
-
-def _score(
-    with_grads: bool,
-    hidden: Tensor,
-    rows: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    logit_softcap: float | None,
-    path: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs [T] and, if wanted, their gradients g [T, D]; fp32, or float64 for float64."""
-    state = _start(hidden, rows, targets, with_grads)
-    bias = None if bias is None else bias.to(state.top.dtype)
-    if len(rows):
-        _fold_vocabulary(state, weight, bias, logit_scale, logit_softcap, _fold_function(path))
-    log_odds = (state.target_logit - state.top) - state.rest.log()
-    ignored = state.labels == IGNORED
-    logps = F.logsigmoid(log_odds).masked_fill_(ignored, 0.0)[: len(rows)]
-    if state.values is None:
-        return logps, None
-    factor = logit_scale * torch.sigmoid(-log_odds)
-    grads = state.values.div_(state.rest[:, None])[: len(rows), : weight.shape[1]]
-    target_rows = weight[targets.clamp(0, len(weight) - 1)].to(grads.dtype)
-    if logit_softcap is not None:
-        slope = 1.0 - (state.target_logit[: len(rows), None] / logit_softcap).square()
-        target_rows.mul_(slope)
-    torch.sub(target_rows, grads, out=grads)
-    grads.mul_(factor[: len(rows), None]).masked_fill_(ignored[: len(rows), None], 0.0)
-    return logps, grads
 
 
 class _TokenLogpsFunction(torch.autograd.Function):
@@ -204,7 +59,7 @@ class _TokenLogpsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, rows, *arguments):
-        logps, grads = _score(True, hidden, rows, *arguments)
+        logps, grads = score(True, hidden, rows, *arguments)
         ctx.save_for_backward(rows, grads)
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
         return logps
@@ -227,15 +82,9 @@ class _TokenLogpsFunction(torch.autograd.Function):
 def _choose_path(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     if device.type != "cuda" or dtype == torch.float64 or triton_problem() is not None:
         return "torch"
-    return "triton" if torch.cuda.get_device_capability(device) >= (8, 0) else "torch"
-
-
-def _fold_function(path: str) -> Callable[..., Tensor]:
-    if path == "torch":
-        return token_logps_torch.fold_slice
-    from lowmem_dpo_kernels import token_logps_triton
-
-    return token_logps_triton.fold_slice
+    capability = torch.cuda.get_device_capability(device)
+    known = [card for card in DEFAULT_PATHS if card <= capability]
+    return DEFAULT_PATHS[max(known)] if known else "torch"
 
 
 @functools.cache
@@ -243,34 +92,52 @@ def _log_path(device_type: str, path: str) -> None:
     logger.info("token_logps on %s takes the %s path", device_type, path)
 
 
-def token_logps_path(device: torch.device | str) -> str:
-    """What `token_logps` runs on `device` by default; another path may differ in the last bits."""
+def token_logps_path(device: torch.device | str, implementation: str = "auto") -> str:
+    """What `token_logps` runs on `device`; another path may differ in the last bits.
+
+    Args:
+        device: Where the head is.
+        implementation: As for `token_logps`.
+    """
     device = torch.device(device)
-    height, width = _tile(device)
-    return f"{_choose_path(device)}, blocks of {height} rows, slices of {width} tokens"
+    height, width = tile(device)
+    path = _choose_path(device) if implementation == "auto" else implementation
+    return f"{path}, blocks of {height} rows, slices of {width} tokens"
 
 
-def _check_settings(hidden: Tensor, logit_softcap: float | None, implementation: str) -> None:
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"logit_softcap must be > 0, got {logit_softcap}; use None for no cap")
-    if implementation not in ("auto", "torch", "triton"):
-        raise ValueError(f"implementation must be auto, torch or triton, got {implementation!r}")
-    if implementation == "triton":
-        if not importlib.util.find_spec("triton"):
-            raise ValueError(
-                "implementation triton needs the package triton; install it or use auto"
-            )
-        # Triton's interpreter runs kernels on the CPU, for tests.
-        if hidden.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"implementation triton needs CUDA, got {hidden.device}; use auto")
-        if hidden.dtype == torch.float64:
-            raise ValueError("implementation triton has no float64, got float64; use auto")
+def check_implementation(implementation: str, device: torch.device) -> None:
+    """Refuse an implementation that cannot run on a device.
+
+    Args:
+        implementation: As for `token_logps`.
+        device: Where the head is.
+
+    Raises:
+        ValueError: If its name is unknown, or Triton or the right card is missing.
+    """
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation must be auto, {', '.join(IMPLEMENTATIONS[:-1])} or "
+            f"{IMPLEMENTATIONS[-1]}, got {implementation!r}"
+        )
+    if implementation in ("auto", "torch"):
+        return
+    if problem := triton_problem():
+        raise ValueError(f"implementation {implementation} cannot run: {problem}; or use auto")
+    # Triton's interpreter runs kernels on the CPU, for tests.
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"implementation {implementation} needs CUDA, got {device}; use auto")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(
+            f"implementation {implementation} needs compute capability 8.0, got "
+            f"{torch.cuda.get_device_capability(device)}; use auto"
+        )
 
 
 def token_logps(
     hidden: Tensor,
     rows: Tensor,
-    weight: Tensor,
+    weight: Weight,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -286,13 +153,13 @@ def token_logps(
     Args:
         hidden: [N, D] float16, bfloat16, float32 or float64; the last hidden states.
         rows: [T] int64, the row of `hidden` that predicts each target; rows may repeat.
-        weight: [V, D] in hidden's dtype, the frozen output head.
+        weight: [V, D] in hidden's dtype, the frozen output head; a tensor, or a `SlicedWeight`.
         targets: [T] int64; where it is -100, the result is 0 and has no gradient.
         bias: [V] in hidden's dtype, frozen, added to `hidden @ weight.T`.
         logit_scale: Factor of the logits, after the bias.
         logit_softcap: Cap c of c * tanh(logits / c), after the scale; None for none.
-        implementation: "torch", "triton" or "auto": triton where it is installed, on CUDA from
-            compute capability 8.0, save for float64.
+        implementation: "torch", "triton" (row statistics), "fused" (products too) or "auto": on
+            CUDA what `DEFAULT_PATHS` says where Triton is installed, save for float64.
 
     Returns:
         [T] fp32 (float64 for float64 inputs), in nats.
@@ -302,10 +169,14 @@ def token_logps(
             requires grad.
     """
     check_head_inputs(hidden, rows, weight, targets, bias)
-    _check_settings(hidden, logit_softcap, implementation)
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"logit_softcap must be > 0, got {logit_softcap}; use None for no cap")
+    check_implementation(implementation, hidden.device)
+    if implementation in ("triton", "fused") and hidden.dtype == torch.float64:
+        raise ValueError(f"implementation {implementation} has no float64; use auto")
     path = _choose_path(hidden.device, hidden.dtype) if implementation == "auto" else implementation
     _log_path(hidden.device.type, path)
     arguments = (rows, weight, targets, bias, logit_scale, logit_softcap, path)
     if hidden.requires_grad and torch.is_grad_enabled():
         return _TokenLogpsFunction.apply(hidden, *arguments)
-    return _score(False, hidden, *arguments)[0]
+    return score(False, hidden, *arguments)[0]

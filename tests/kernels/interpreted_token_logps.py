@@ -3,12 +3,10 @@
 `test_token_logps_triton.py` runs this file in a process of its own.
 """
 
-import sys
-
 import pytest
 import torch
 
-from lowmem_dpo_kernels import reference, token_logps
+from lowmem_dpo_kernels import reference, token_logps, token_logps_pass
 
 VARIANTS = [
     {},
@@ -22,8 +20,7 @@ VARIANTS = [
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """The interpreter takes milliseconds a row: blocks of 16 rows, slices of 128 tokens."""
-    module = sys.modules["lowmem_dpo_kernels.token_logps"]
-    monkeypatch.setattr(module, "_tile", lambda device: (16, 128))
+    monkeypatch.setattr(token_logps_pass, "tile", lambda device: (16, 128))
 
 
 def make_case(dtype, *, vocabulary=300, bias=False, **settings):

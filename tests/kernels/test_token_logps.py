@@ -248,7 +248,10 @@ def test_token_logps_leaves_its_inputs_alone():
     "settings, message",
     [
         ({"logit_softcap": 0.0}, "logit_softcap must be > 0, got 0.0"),
-        ({"implementation": "cuda"}, "implementation must be auto, torch or triton, got 'cuda'"),
+        (
+            {"implementation": "cuda"},
+            "implementation must be auto, torch, triton or fused, got 'cuda'",
+        ),
         ({"implementation": "triton"}, "implementation triton needs CUDA, got cpu"),
     ],
 )

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from lowmem_dpo_kernels import token_logps, token_logps_triton  # noqa: E402
+from lowmem_dpo_kernels import token_logps, token_logps_pass, token_logps_triton  # noqa: E402
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -59,9 +59,9 @@ def score(monkeypatch):
     """
     module = sys.modules["lowmem_dpo_kernels.token_logps"]
     monkeypatch.setattr(module, "_choose_path", lambda *_: "triton")
-    monkeypatch.setattr(module, "_tile", lambda device: (HEIGHT, WIDTH))
-    monkeypatch.setattr(module, "_operand_dtype", lambda hidden: hidden.dtype)
-    monkeypatch.setattr(module, "_multiply", lambda *_, **__: None)
+    monkeypatch.setattr(token_logps_pass, "tile", lambda device: (HEIGHT, WIDTH))
+    monkeypatch.setattr(token_logps_pass, "_operand_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(token_logps_pass, "_multiply", lambda *_, **__: None)
 
     def score(dtype, *, with_gradient):
         hidden = torch.zeros(100, 64, dtype=dtype, requires_grad=with_gradient)
