@@ -227,8 +227,8 @@ def _add_values_kernel(
     valid, valid_dims = row < num_rows - first_row, dims < dim - first_dim
     safe_row = tl.minimum(row, num_rows - first_row - 1)
     safe_dims = tl.minimum(dims, dim - first_dim - 1)
-    top = tl.load(top_ptr + first_row + row, mask=valid, other=0.0)
-    shrink = tl.load(shrink_ptr + first_row + row, mask=valid, other=0.0)
+    top = tl.load(top_ptr + first_row + safe_row)
+    shrink = tl.load(shrink_ptr + first_row + safe_row)
     values_at = values_ptr + tl.cast(first_row, tl.int64) * values_stride + first_dim
     values_at += row[:, None] * values_stride + dims[None, :]
     written = valid[:, None] & valid_dims[None, :]

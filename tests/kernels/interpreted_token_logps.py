@@ -6,7 +6,8 @@
 import pytest
 import torch
 
-from lowmem_dpo_kernels import reference, token_logps, token_logps_pass
+from lowmem_dpo_kernels import reference, token_logps, token_logps_fused, token_logps_pass
+from lowmem_dpo_kernels.token_logps_fused import Tiles
 
 VARIANTS = [
     {},
@@ -17,10 +18,20 @@ VARIANTS = [
 ]
 
 
+IMPLEMENTATIONS = ["triton", "fused"]
+
+
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """The interpreter takes milliseconds a row: blocks of 16 rows, slices of 128 tokens."""
     monkeypatch.setattr(token_logps_pass, "tile", lambda device: (16, 128))
+    monkeypatch.setattr(token_logps_fused, "FP32_TILES", Tiles(16, 64, 32, 32, 32, 4, 2))
+
+
+@pytest.fixture
+def half_operands(monkeypatch):
+    """Products of half operands, as on a card; on a CPU the head becomes fp32."""
+    monkeypatch.setattr(token_logps_pass, "_operand_dtype", lambda hidden: hidden.dtype)
 
 
 def make_case(dtype, *, vocabulary=300, bias=False, **settings):
@@ -43,40 +54,151 @@ def values_and_grad(function, inputs, settings):
     return logps.detach(), grad
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_triton_path_matches_float64(dtype, variant):
-    inputs, settings = make_case(dtype, **variant)
-    logps, grad = values_and_grad(token_logps, inputs, settings | {"implementation": "triton"})
+def exact(inputs, settings):
+    """The twin in float64 on the same, already rounded numbers."""
     inputs = [t.double() if t.is_floating_point() else t for t in inputs]
     settings = {k: v.double() if torch.is_tensor(v) else v for k, v in settings.items()}
-    expected_logps, expected_grad = values_and_grad(reference.token_logps, inputs, settings)
+    return values_and_grad(reference.token_logps, inputs, settings)
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_triton_paths_match_float64(dtype, variant, implementation):
+    inputs, settings = make_case(dtype, **variant)
+    logps, grad = values_and_grad(
+        token_logps, inputs, settings | {"implementation": implementation}
+    )
+    expected_logps, expected_grad = exact(inputs, settings)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps.double(), expected_logps, atol=1e-5, rtol=0)
-    error = (grad.double() - expected_grad).norm() / expected_grad.norm()
+    error = relative_error(grad, expected_grad)
     assert error <= (1e-5 if dtype == torch.float32 else 2**-8)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_triton_path_has_the_same_bits_without_gradient(dtype, variant):
+def test_triton_paths_have_the_same_bits_without_gradient(dtype, variant, implementation):
+    """The fused path then takes the whole vocabulary at once, and slices of it otherwise."""
     inputs, settings = make_case(dtype, **variant)
-    settings["implementation"] = "triton"
+    settings["implementation"] = implementation
     logps, _ = values_and_grad(token_logps, inputs, settings)
     assert torch.equal(token_logps(*inputs, **settings), logps)
 
 
-def test_triton_path_keeps_nan_in_its_row():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_triton_paths_keep_nan_in_its_row(implementation):
     (hidden, _, weight, targets), _ = make_case(torch.float32, vocabulary=70)
-    inputs = (hidden, torch.arange(9), weight, targets[4:])
-    clean, clean_grad = values_and_grad(token_logps, inputs, {"implementation": "triton"})
+    inputs, settings = (
+        (hidden, torch.arange(9), weight, targets[4:]),
+        {"implementation": implementation},
+    )
+    clean, clean_grad = values_and_grad(token_logps, inputs, settings)
     hidden[5] = torch.nan
-    logps, grad = values_and_grad(token_logps, inputs, {"implementation": "triton"})
+    logps, grad = values_and_grad(token_logps, inputs, settings)
     others = torch.arange(9) != 5
     assert logps[5].isnan()
     assert grad[5].isnan().all()
     assert torch.equal(logps[others], clean[others])
     assert torch.equal(grad[others], clean_grad[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("logit_softcap", [None, 4.0])
+def test_fused_path_is_right_with_half_operands(half_operands, dtype, logit_softcap):
+    inputs, settings = make_case(dtype, logit_softcap=logit_softcap)
+    settings["implementation"] = "fused"
+    logps, grad = values_and_grad(token_logps, inputs, settings)
+    expected_logps, expected_grad = exact(inputs, {"logit_softcap": logit_softcap})
+    torch.testing.assert_close(logps.double(), expected_logps, atol=1e-5, rtol=0)
+    # The interpreter cuts weights off to bfloat16, where cards round: twice the error.
+    assert relative_error(grad, expected_grad) <= (2**-8 if dtype == torch.float16 else 2**-7)
+    assert torch.equal(token_logps(*inputs, **settings), logps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fused_path_of_a_row_does_not_depend_on_its_neighbours(half_operands, dtype):
+    (hidden, _, weight, targets), _ = make_case(dtype)
+    settings = {"implementation": "fused"}
+    rows = torch.arange(40) % 9
+    targets = (torch.arange(40) * 7) % 300
+    hidden = hidden[rows] * torch.linspace(0.5, 2, 40)[:, None].to(dtype)
+    rows = torch.arange(40)
+    logps = token_logps(hidden, rows, weight, targets, **settings)
+    for subset in (torch.tensor([39]), torch.arange(39, -1, -2)):
+        some = token_logps(hidden, rows[subset], weight, targets[subset], **settings)
+        assert torch.equal(some, logps[subset])
+    (_, grads), (_, some) = [
+        token_logps_pass.score(True, hidden, r, weight, targets[r], None, 1.0, None, "fused")
+        for r in (rows, rows[[39, 3]])
+    ]
+    assert torch.equal(some, grads[[39, 3]])
+
+
+def test_fused_path_withstands_logits_of_80():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-4, 5, (300, 16), generator=generator).float() / 4
+    inputs = (80 * torch.eye(16), torch.arange(16), weight, torch.arange(100, 116))
+    logps, grad = values_and_grad(token_logps, inputs, {"implementation": "fused"})
+    expected_logps, expected_grad = exact(inputs, {})
+    assert expected_logps.min() < -150
+    torch.testing.assert_close(logps.double(), expected_logps, atol=1e-5, rtol=2e-7)
+    assert relative_error(grad, expected_grad) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fused_gradient_keeps_its_accuracy_for_confident_tokens(half_operands, dtype):
+    """At p_y = 1 - 1e-6 the gradient is a millionth of W_y."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (0.2 * torch.randn(300, 64, generator=generator)).to(dtype)
+    targets = torch.arange(0, 300, 20)
+    directions = weight[targets].double()
+    hidden = (directions * 24 / directions.square().sum(1, keepdim=True)).to(dtype)
+    inputs = (hidden, torch.arange(len(targets)), weight, targets)
+    _, grads = token_logps_pass.score(True, *inputs, None, 1.0, None, "fused")
+    expected_logps, _ = exact(inputs, {})
+    assert -1e-5 < expected_logps.median() < 0
+    exact_inputs = [t.double() if t.is_floating_point() else t for t in inputs]
+    _, expected = token_logps_pass.score(True, *exact_inputs, None, 1.0, None, "torch")
+    for row, expected_row in zip(grads, expected, strict=True):
+        assert relative_error(row, expected_row) <= (1e-4 if dtype == torch.float32 else 2**-7)
+
+
+def test_fused_path_sees_a_target_in_the_narrow_last_tile_only():
+    """A tile that holds nothing but the target has no maximum."""
+    inputs, _ = make_case(torch.float32, vocabulary=129)
+    targets = torch.full_like(inputs[3], 128)
+    inputs = (*inputs[:3], targets)
+    logps, grad = values_and_grad(token_logps, inputs, {"implementation": "fused"})
+    expected_logps, expected_grad = exact(inputs, {})
+    torch.testing.assert_close(logps.double(), expected_logps, atol=1e-5, rtol=0)
+    assert relative_error(grad, expected_grad) <= 1e-5
+
+
+def test_fused_path_reads_no_uninitialised_memory(half_operands):
+    inputs, settings = make_case(torch.float16, **VARIANTS[-1])
+    settings["implementation"] = "fused"
+    expected = values_and_grad(token_logps, inputs, settings)
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        actual = values_and_grad(token_logps, inputs, settings)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_fused_path_of_no_token_is_empty():
+    (hidden, rows, weight, targets), _ = make_case(torch.float32)
+    logps, grad = values_and_grad(
+        token_logps, (hidden, rows[:0], weight, targets[:0]), {"implementation": "fused"}
+    )
+    assert logps.shape == (0,)
+    assert torch.equal(grad, torch.zeros_like(hidden))
 
 
 def fold_one_slice(logits, weights, *, with_weights=True, headroom=0.0, logit_softcap=None):
