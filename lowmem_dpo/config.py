@@ -100,6 +100,12 @@ class TrainConfig:
 
     quantization: Literal["nf4", "none"] = "nf4"
     """Storage of the base's linear layers: nf4 (4 bits, double quantisation) or none (in dtype)."""
+    head_quantization: Literal["none", "nf4", "int8"] = "none"
+    """Storage of the output head: none (in dtype), int8 or nf4. Another model than with none."""
+    head_weight: Literal["device", "host"] = "device"
+    """Where the output head stays: device, or pinned host memory, streamed in slices (CUDA)."""
+    head_kernel: Literal["auto", "torch", "triton", "fused"] = "auto"
+    """How the head is computed; auto knows the card. fused writes no logits at all (CUDA)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type. auto: bfloat16 where the card has it, else float16; float32 on a CPU."""
     device: str = "auto"
@@ -170,6 +176,11 @@ class TrainConfig:
             check_unused(self, "save_strategy", "keep_checkpoints")
         if self.reference_free and self.reference == "accept":
             raise ValueError("reference accept has no effect with reference_free; leave one out")
+        if self.head_quantization != "none" and self.head_weight == "host":
+            raise ValueError(
+                f"head_quantization={self.head_quantization} keeps the head on the device; "
+                "leave it or head_weight host out"
+            )
         if self.eval_data and self.eval_fraction:
             raise ValueError("eval_data and eval_fraction are both given; leave one out")
         if self.eval_steps and not (self.eval_data or self.eval_fraction):
@@ -232,6 +243,8 @@ class GenerateConfig:
     """System message put before the prompt."""
     quantization: Literal["nf4", "none"] = "nf4"
     """How the base's linear layers are stored: nf4 or none (in dtype)."""
+    head_quantization: Literal["none", "nf4", "int8"] = "none"
+    """How the output head is stored: none (in dtype), int8 or nf4."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type. auto: bfloat16 where the card has it, else float16; float32 on a CPU."""
     device: str = "auto"

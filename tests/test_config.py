@@ -56,6 +56,10 @@ def test_parse_config_reads_template_variables():
         (["--label_smoothing", "0.5"], "label_smoothing must be in [0, 0.5)"),
         (["--label_smoothing", "0.1", "--loss_type", "ipo"], "has no effect with loss_type=ipo"),
         (["--save_steps", "5"], "has no effect with save_strategy=epoch"),
+        (
+            ["--head_quantization", "int8", "--head_weight", "host"],
+            "head_quantization=int8 keeps the head on the device",
+        ),
         (["--eval_steps", "5"], "needs something to evaluate on"),
         (["--seed"], "--seed needs a value"),
         (["data.jsonl"], "unexpected argument 'data.jsonl'"),

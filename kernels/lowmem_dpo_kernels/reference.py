@@ -42,3 +42,35 @@ def token_logps(
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
     return -F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+
+
+def nf4_dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    code: Tensor,
+    levels: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """The dense numbers of an NF4 weight, block 64 and, of the scales, block 256.
+
+    Args:
+        packed: [ceil(numel / 2)] uint8, two levels a byte, the first in the high half.
+        absmax: [ceil(numel / 64)] uint8, codes of the blocks' scales; fp32 scales if absmax2 is
+            None.
+        absmax2: [ceil(numel / 64 / 256)] fp32, or None.
+        offset: [] fp32, or None.
+        code: [256] fp32, what absmax's codes stand for.
+        levels: [16] fp32.
+        out: numel numbers; written.
+
+    Returns:
+        `out`.
+    """
+    scales = absmax
+    if absmax2 is not None and offset is not None:
+        scales = code[absmax.int()] * absmax2.repeat_interleave(256)[: len(absmax)] + offset
+    pairs = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), 1)
+    numbers = levels[pairs.view(-1).int()[: out.numel()]]
+    return out.copy_((numbers * scales.repeat_interleave(64)[: out.numel()]).view(out.shape))

@@ -22,6 +22,7 @@ from lowmem_dpo.model.checkpoint import StoredTensor, file_digest, read_headers,
 from lowmem_dpo.model.lora import LoraLinear, wrap_linears
 from lowmem_dpo.model.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4
 from lowmem_dpo.model.source import answer_ends, model_folder
+from lowmem_dpo_kernels.heads import Weight
 
 Quantization = Literal["nf4", "none"]
 
@@ -63,20 +64,22 @@ class ModelParts:
     Attributes:
         backbone: Token ids or embeddings to hidden states, final norm included.
         layers: The decoder layers.
-        lm_head_weight: [V, D].
+        lm_head_weight: [V, D], or what hands out its slices (`head`).
         lm_head_bias: [V] or None.
         logit_scale: Factor on the logits.
         logit_softcap: c of c * tanh(logits / c), or None.
         plain_attention: The attention function of transformers that computes this model.
+        head_implementation: Of `token_logps`.
     """
 
     backbone: PreTrainedModel
     layers: nn.ModuleList
-    lm_head_weight: Tensor
+    lm_head_weight: Weight
     lm_head_bias: Tensor | None
     logit_scale: float
     logit_softcap: float | None
     plain_attention: str = "sdpa"
+    head_implementation: str = "auto"
 
 
 def model_parts(model: PreTrainedModel) -> ModelParts:

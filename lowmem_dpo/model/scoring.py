@@ -98,4 +98,5 @@ def _head(parts: ModelParts, hidden: Tensor, rows: Tensor, targets: Tensor) -> T
         bias=parts.lm_head_bias,
         logit_scale=parts.logit_scale,
         logit_softcap=parts.logit_softcap,
+        implementation=parts.head_implementation,
     )

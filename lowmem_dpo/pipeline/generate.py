@@ -30,6 +30,7 @@ def generate(config: GenerateConfig) -> None:
         init_adapter=config.adapter,
         max_length=1,  # lengths are checked below, against the prompts
         quantization=config.quantization,
+        head_quantization=config.head_quantization,
         dtype=config.dtype,
         device=config.device,
         cache_dir=config.cache_dir,

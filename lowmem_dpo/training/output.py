@@ -27,6 +27,8 @@ FREE_TO_CHANGE = {
     "report_to",
     "memory_limit",
     "layer_inputs",
+    "head_weight",
+    "head_kernel",
     "reference",
     "device",
     "model",

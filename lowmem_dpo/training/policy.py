@@ -30,6 +30,7 @@ from lowmem_dpo.model.adapters import (
 )
 from lowmem_dpo.model.attention import TREE_ATTENTION
 from lowmem_dpo.model.device import resolve_device, resolve_dtype
+from lowmem_dpo.model.head import check_head, head_to_host, quantize_head
 from lowmem_dpo.model.hub import check_download
 from lowmem_dpo.model.loading import LoadedModel, ModelParts, load_model, model_parts
 from lowmem_dpo.model.lora import add_lora
@@ -38,6 +39,7 @@ from lowmem_dpo.model.size import ModelSize
 from lowmem_dpo.model.source import load_config, load_tokenizer, resolve_source, tokenizer_source
 from lowmem_dpo.reference import Fingerprint
 from lowmem_dpo.training.console import say, warn
+from lowmem_dpo_kernels.token_logps import check_implementation
 
 LORA_SHAPE = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora")
 
@@ -112,7 +114,9 @@ class Policy:
             "threads": None if on_cuda else torch.get_num_threads(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "pack_tokens": pack_tokens,
-            "head": lowmem_dpo_kernels.token_logps_path(self.device),
+            "head": lowmem_dpo_kernels.token_logps_path(
+                self.device, self.parts.head_implementation
+            ),
             "kernels": lowmem_dpo_kernels.NUMERICS_VERSION,
             "attention": TREE_ATTENTION,
             "matmul_precision": torch.get_float32_matmul_precision(),
@@ -174,7 +178,14 @@ def read_source(config: TrainConfig) -> Source:
         raise ValueError(f"layer_inputs host has no effect on {device.type}; leave it out")
     if config.memory_limit is not None:
         limit_memory(config.memory_limit, device)
+    if config.head_weight == "host" and device.type != "cuda":
+        raise ValueError(f"head_weight host has no effect on {device.type}; leave it out")
+    try:
+        check_implementation(config.head_kernel, device)
+    except ValueError as error:
+        raise ValueError(f"head_kernel: {error}") from None
     model_config = load_config(base, max_length=config.max_length)
+    check_head(model_config.tie_word_embeddings, config.head_quantization, config.head_weight)
     if not Path(base).is_dir():
         copy_bytes = ModelSize.of(model_config).nf4_bytes if config.quantization == "nf4" else 0
         check_download(base, cache_directory(config.cache_dir), copy_bytes)
@@ -208,6 +219,9 @@ def load_policy(config: TrainConfig, source: Source | None = None) -> Policy:
         device=source.device,
         cache_dir=cache_directory(config.cache_dir),
     )
+    loaded = quantize_head(loaded, config.head_quantization)
+    if config.head_weight == "host":
+        loaded = head_to_host(loaded, source.device)
     policy = make_policy(
         loaded,
         source.tokenizer,
@@ -216,6 +230,7 @@ def load_policy(config: TrainConfig, source: Source | None = None) -> Policy:
         source.dtype,
         seed=config.seed,
         layer_inputs=config.layer_inputs,
+        head_kernel=config.head_kernel,
     )
     policy.source, policy.init_adapter = source.base, source.init_adapter
     policy.chat_template = build_renderer(source.tokenizer, template_settings(config)).template
@@ -233,6 +248,7 @@ def make_policy(
     *,
     seed: int,
     layer_inputs: str,
+    head_kernel: str = "auto",
 ) -> Policy:
     """Give a loaded base a new adapter, layer runners and attention over trees.
 
@@ -244,6 +260,7 @@ def make_policy(
         dtype: In what it computes.
         seed: Of the adapter's A matrices.
         layer_inputs: device or host.
+        head_kernel: Implementation of `token_logps`.
     """
     add_lora(
         loaded.model,
@@ -254,7 +271,7 @@ def make_policy(
         rank_stabilised=adapter.rank_stabilised,
         seed=seed,
     )
-    parts = model_parts(loaded.model)
+    parts = dataclasses.replace(model_parts(loaded.model), head_implementation=head_kernel)
     wrap_layers(
         parts.layers, inputs_on_host=layer_inputs == "host", has_randomness=adapter.dropout > 0
     )

@@ -1,0 +1,38 @@
+"""Tests of the NF4 kernel on the CPU. They need TRITON_INTERPRET=1 before triton is imported.
+
+`test_nf4.py` runs this file in a process of its own.
+"""
+
+import pytest
+import torch
+
+from lowmem_dpo_kernels import nf4, reference
+from tests.kernels.test_nf4 import make_state
+
+SIZES = [8, 64, 1000, 64 * 256, 64 * 300 + 24]
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nf4_dequantize_has_the_bits_of_its_twin(dtype, numel, double):
+    state = make_state(numel, double=double)
+    expected = reference.nf4_dequantize(*state, torch.empty(numel, dtype=dtype))
+    out = torch.full((numel,), torch.nan, dtype=dtype)
+    assert nf4.nf4_dequantize(*state, out) is out
+    assert torch.equal(out, expected)
+
+
+def test_nf4_dequantize_writes_bfloat16_too():
+    """The interpreter cuts off where cards round: up to one step of bfloat16."""
+    state = make_state(1000, double=True)
+    expected = reference.nf4_dequantize(*state, torch.empty(1000))
+    out = nf4.nf4_dequantize(*state, torch.full((1000,), torch.nan, dtype=torch.bfloat16))
+    assert ((out - expected).abs() <= expected.abs() * 2**-7).all()
+
+
+@pytest.mark.parametrize("numel, message", [(12, "multiple of 8"), (1008, "half as many bytes")])
+def test_nf4_dequantize_refuses_sizes_that_do_not_fit(numel, message):
+    packed, *rest = make_state(1000 if numel != 12 else 12, double=True)
+    with pytest.raises(ValueError, match=message):
+        nf4.nf4_dequantize(packed, *rest, torch.empty(numel))

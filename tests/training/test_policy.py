@@ -1,0 +1,80 @@
+import json
+
+import pytest
+
+from lowmem_dpo import TrainConfig, Trainer
+from lowmem_dpo.config import GenerateConfig
+from lowmem_dpo.model.head import Int8Head
+from lowmem_dpo.pipeline.generate import generate
+from lowmem_dpo.training.policy import load_policy, read_source
+from tests.tiny import save_tiny_model
+
+pytestmark = pytest.mark.usefixtures("without_plots")
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_runs_with_a_quantised_head_have_an_exact_step_zero(
+    llama_dir, pairs_file, tmp_path, method
+):
+    config = TrainConfig(
+        model=str(llama_dir),
+        data=str(pairs_file(6)),
+        output_dir=str(tmp_path / "out"),
+        head_quantization=method,
+        device="cpu",
+        batch_size=3,
+        max_steps=1,
+        save_strategy="no",
+    )
+    Trainer(config).fit()
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["step_zero"]["exact"]
+    assert record["numerics"]["head"].startswith("torch,")
+
+
+def test_policies_with_another_head_are_another_model(llama_dir):
+    digests = {
+        load_policy(
+            TrainConfig(model=str(llama_dir), device="cpu", head_quantization=method)
+        ).digest
+        for method in ("none", "int8", "nf4")
+    }
+    assert len(digests) == 3
+
+
+def test_generate_uses_a_quantised_head(llama_dir, monkeypatch):
+    used = []
+    forward = Int8Head.forward
+    monkeypatch.setattr(
+        Int8Head, "forward", lambda self, hidden: used.append(1) or forward(self, hidden)
+    )
+    generate(
+        GenerateConfig(
+            model=str(llama_dir),
+            prompt="a",
+            max_new_tokens=2,
+            temperature=0.0,
+            top_p=0.95,
+            device="cpu",
+            head_quantization="int8",
+        )
+    )
+    assert used
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"head_weight": "host"}, "head_weight host has no effect on cpu"),
+        ({"head_kernel": "fused"}, "head_kernel: implementation fused needs CUDA, got cpu"),
+    ],
+)
+def test_read_source_refuses_heads_that_cannot_be(llama_dir, settings, message):
+    with pytest.raises(ValueError, match=message):
+        read_source(TrainConfig(model=str(llama_dir), device="cpu", **settings))
+
+
+def test_read_source_refuses_to_quantise_a_tied_head(tmp_path):
+    model = save_tiny_model(tmp_path / "model", "llama-tied")
+    with pytest.raises(ValueError, match="head_quantization nf4 cannot be: .* leave"):
+        read_source(TrainConfig(model=str(model), device="cpu", head_quantization="nf4"))
