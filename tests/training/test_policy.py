@@ -76,5 +76,5 @@ def test_read_source_refuses_heads_that_cannot_be(llama_dir, settings, message):
 
 def test_read_source_refuses_to_quantise_a_tied_head(tmp_path):
     model = save_tiny_model(tmp_path / "model", "llama-tied")
-    with pytest.raises(ValueError, match="head_quantization nf4 cannot be: .* leave"):
+    with pytest.raises(ValueError, match=r"head_quantization nf4 cannot be: .* leave"):
         read_source(TrainConfig(model=str(model), device="cpu", head_quantization="nf4"))
