@@ -24,9 +24,19 @@ class TrainConfig:
     model: str | None = None
     """A folder or Hugging Face id of a causal language model, or the folder of a PEFT adapter."""
     data: str | None = None
-    """Preference pairs to train on: a .jsonl or .json file."""
+    """Pairs to train on: a .jsonl, .json, .csv or .parquet file, a folder, or a dataset id."""
     eval_data: str | None = None
-    """Preference pairs to evaluate on: a .jsonl or .json file."""
+    """Pairs to evaluate on, from a source of the same kinds."""
+    dataset_config: str | None = None
+    """Configuration of a dataset that has several."""
+    dataset_train_split: str | None = None
+    """Split of a dataset or folder to train on; by default train, or the only one."""
+    dataset_test_split: str | None = None
+    """Split of eval_data to evaluate on; by default test, or the only one."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our names of columns to the file's, such as {prompt: question, chosen: answer_a}."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be read stops the run (error), or is left out and counted (skip)."""
     output_dir: str = "outputs/dpo"
     """Folder that receives the run."""
 
@@ -194,6 +204,15 @@ class TrainConfig:
                 f"save_steps={self.save_steps} has no effect with "
                 f"save_strategy={self.save_strategy}; set save_strategy steps"
             )
+        if self.dataset_test_split and not self.eval_data:
+            raise ValueError(
+                f"dataset_test_split={self.dataset_test_split} has no effect without eval_data; "
+                "name the dataset there too"
+            )
+        if wrong := [ours for ours, name in self.columns.items() if not isinstance(name, str)]:
+            raise ValueError(f"columns: {wrong[0]} must be the name of a column in the file")
+        if len(set(self.columns.values())) < len(self.columns):
+            raise ValueError("columns names a column of the file twice; give each of ours its own")
         if self.system_prompt is not None and self.chat_template == "none":
             raise ValueError("system_prompt needs a chat template; leave chat_template none out")
 

@@ -1,7 +1,7 @@
-"""The tables of settings in the docs, made by `python -m lowmem_dpo.settings_table`.
+"""The tables of settings and formats in the docs, made by `python -m lowmem_dpo.settings_table`.
 
-The text between the markers `<!-- settings NAME -->` and `<!-- end -->` is replaced; NAME is a
-config's, or that of a table of other trainers' names.
+The text between the markers `<!-- settings NAME -->` or `<!-- formats -->` and `<!-- end -->` is
+replaced; NAME is a config's, or that of a table of other trainers' names.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from lowmem_dpo.config import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.data.formats import formats_table
 from lowmem_dpo.other_trainers import FIXED, NO_EFFECT, RENAMED, RULES
 from lowmem_dpo.settings import type_name
 
@@ -61,10 +62,15 @@ def with_tables(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         cls = CONFIGS.get(match[2])
-        content = settings_table(cls) if cls else foreign_table(match[2])
+        if match[2] is None:
+            content = formats_table()
+        else:
+            content = settings_table(cls) if cls else foreign_table(match[2])
         return f"{match[1]}\n{content}\n<!-- end -->"
 
-    return re.sub(r"(<!-- settings (\w+) -->)\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(
+        r"(<!-- (?:settings (\w+)|formats) -->)\n.*?<!-- end -->", table, text, flags=re.DOTALL
+    )
 
 
 if __name__ == "__main__":

@@ -118,13 +118,22 @@ BAD_DATA = {
     "binary.jsonl": (b"\xff\xfe\x00\x01", "UTF-8"),
     "columns.jsonl": (b'{"question": "a", "answer": "b"}\n', "question"),
     "same.jsonl": (b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "identical"),
+    "types.jsonl": (b'{"prompt": 1, "chosen": "b", "rejected": "c"}\n', "line 1: prompt must be"),
+    "cut.json": (b'[{"prompt": "a", "chosen": "b", "rej', "cut.json, line 1: broken JSON"),
+    "cells.csv": (b"prompt,chosen,rejected\n1,2\n", "line 2: has 2 cells"),
+    "text.parquet": (b"prompt,chosen,rejected\n", "no Parquet file"),
+    "notes.txt": (b"hello", "a .txt file is not supported"),
+    "folder": (None, "put .jsonl, .json, .csv or .parquet files into it"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_DATA)
 def test_train_refuses_bad_data_in_one_line(train, tmp_path, capsys, name):
     content, named = BAD_DATA[name]
-    (tmp_path / name).write_bytes(content)
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
     assert train("--data", str(tmp_path / name)) == 2
     assert named in one_line_error(capsys)
     assert not (tmp_path / "out" / "config.yaml").exists()
@@ -134,6 +143,9 @@ def test_train_refuses_bad_data_in_one_line(train, tmp_path, capsys, name):
     ("words", "named"),
     [
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--dataset_config", "en"], "dataset_config=en has no effect on the file"),
+        (["--dataset_train_split", "x"], "dataset_train_split=x has no effect on the file"),
+        (["--columns", "{answer: chosen}"], "columns names answer, which no format reads"),
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--betta", "1"], "did you mean beta?"),
         (["--pack_tokens", "8"], "pack_tokens 8 is less than the longest pair"),
@@ -152,6 +164,25 @@ def test_train_refuses_bad_data_in_one_line(train, tmp_path, capsys, name):
 def test_train_refuses_bad_settings_in_one_line(train, tmp_path, capsys, words, named):
     assert train(*words) == 2
     assert named in one_line_error(capsys)
+
+
+def test_train_reads_a_folder_with_other_columns_and_leaves_bad_rows_out(train, tmp_path, capsys):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = [{"q": f"ask {i}", "good": "yes", "bad": "no", "id": i} for i in range(6)]
+    lines = [json.dumps(row) for row in rows]
+    (folder / "train.jsonl").write_text("\n".join([*lines[:3], '{"q":', *lines[3:]]))
+    (folder / "test.jsonl").write_text("\n".join(lines[:2]).replace("ask", "say"))
+    words = ["--columns", "{prompt: q, chosen: good, rejected: bad}", "--eval_data", str(folder)]
+    assert train("--data", str(folder), *words) == 2
+    assert "train.jsonl, line 4: broken JSON" in one_line_error(capsys)
+    assert train("--data", str(folder), *words, "--on_bad_row", "skip") == 0
+    printed = capsys.readouterr().out
+    assert "6 pairs, prompt/chosen/rejected strings (columns not used: id)" in printed
+    assert "1 of 7 rows are bad and left out, as set" in printed
+    assert "train.jsonl, line 4: broken JSON" in printed
+    data = json.loads((tmp_path / "out" / "run.json").read_text())["data"]
+    assert (data["num_rows"], data["num_skipped"], data["eval"]["num_rows"]) == (7, 1, 2)
 
 
 def test_train_refuses_an_output_dir_that_holds_a_run(train, tmp_path, capsys):

@@ -41,6 +41,12 @@ def test_parse_config_reads_lists_of_modules(text):
     assert config.lora_target_modules == ["q_proj", "v_proj"]
 
 
+def test_parse_config_reads_names_of_columns():
+    expected = {"prompt": "question", "chosen": "best"}
+    words = ["--columns", "{prompt: question, chosen: best}"]
+    assert parse_config(TrainConfig, words).columns == expected
+
+
 def test_parse_config_reads_template_variables():
     words = ["--chat_template_kwargs", "{enable_thinking: false}"]
     assert parse_config(TrainConfig, words).chat_template_kwargs == {"enable_thinking": False}
@@ -60,6 +66,10 @@ def test_parse_config_reads_template_variables():
             ["--head_quantization", "int8", "--head_weight", "host"],
             "head_quantization=int8 keeps the head on the device",
         ),
+        (["--dataset_test_split", "x"], "dataset_test_split=x has no effect without eval_data"),
+        (["--columns", "{prompt: 3}"], "columns"),
+        (["--columns", "{prompt: a, chosen: a}"], "columns names a column of the file twice"),
+        (["--on_bad_row", "ignore"], "on_bad_row must be one of error, skip, got ignore"),
         (["--eval_steps", "5"], "needs something to evaluate on"),
         (["--seed"], "--seed needs a value"),
         (["data.jsonl"], "unexpected argument 'data.jsonl'"),
@@ -189,6 +199,7 @@ def test_from_yaml_names_the_file_and_the_fault(tmp_path, text, message):
         ({"batch_size": 2.5}, "batch_size must be int"),
         ({"batch_size": True}, "batch_size must be int"),
         ({"model": 7}, "model must be str | None"),
+        ({"columns": {"prompt": 3}}, "columns: prompt must be the name of a column in the file"),
     ],
 )
 def test_config_checks_types_of_values_given_in_python(settings, message):

@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_readme_tables_are_those_of_the_dataclasses():
     assert with_tables(README) == README
     assert set(re.findall(r"<!-- settings (\w+) -->", README)) == set(CONFIGS)
+    assert README.count("<!-- formats -->") == 1
 
 
 def test_tables_of_other_trainers_are_those_of_the_code():

@@ -1,42 +1,46 @@
-"""Preference files: what a row may look like, and how it becomes a `Preference`.
+"""Formats: what a row may look like, and how it becomes a `Preference`.
 
-Read are local .jsonl files (one row a line) and .json files (a list of rows, or rows a line).
-A row is one of
+`FORMATS` is the one table of them: a row has the first format whose columns it has and whose
+`holds` is true of it; error texts and the README's table are made of it too. What is not known is
+refused by name: a file that is guessed at trains on the wrong text in silence.
 
-    {"prompt": "...", "chosen": "...", "rejected": "..."}       strings, message lists, or mixed
-    {"conversations": [...], "chosen": ..., "rejected": ...}    ShareGPT ranking (LLaMA-Factory)
-
-with, if need be, a column "system", and a message is {"role", "content"} or {"from", "value"}. What
-is not known is refused by name, with the line it stands on: a file that is guessed at trains on the
-wrong text in silence. Columns that are left unread are named.
+Where chosen and rejected hold whole conversations, the prompt is what both begin with: whole
+messages, at least up to a user's. What differs is scored, all of it. In plain strings the prompt is
+the longest common text, as TRL takes it (one character less before a space); they are joined text
+then and get no chat template. Where exactly that prompt ends matters little: tokens that both sides
+share add the same to both log-probs.
 """
 
-import json
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-Message = dict[str, str]
-
-STRINGS = "prompt/chosen/rejected strings"
-MESSAGES = "message lists"
-SHAREGPT = "ShareGPT ranking"
-KNOWN = (
-    "known are prompt, chosen, rejected (strings or message lists) "
-    "and conversations, chosen, rejected (ShareGPT ranking)"
+from lowmem_dpo.data.messages import (
+    Message,
+    RowFault,
+    common_messages,
+    has_system,
+    kind,
+    names,
+    read_messages,
+    read_template_kwargs,
+    read_text,
+    read_tools,
 )
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "observation": "tool",
-    **{role: role for role in ("user", "assistant", "system", "developer", "tool")},
-}
+
+Content = str | list[Message]
+Sides = tuple[Content, Content, Content]  # prompt, chosen, rejected
+Columns = dict[str, Any]
+
+SIDES = ("chosen", "rejected")
+# Read in every format. tools and chat_template_kwargs go to the chat template.
+COMMON_COLUMNS = ("system", "tools", "chat_template_kwargs")
 # Columns that change what the model reads; to drop them in silence would train on another text.
-UNSUPPORTED_COLUMNS = ("tools", "chat_template_kwargs", "image", "images", "videos", "audios")
-PROMPT_COLUMNS = ("history", "input", "instruction")  # beside a prompt: part of it, or another one
+UNSUPPORTED_COLUMNS = ("image", "images", "videos", "audios")
+PROMPT_PARTS = ("instruction", "input", "history")
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -47,260 +51,359 @@ class Preference:
         prompt: Plain text, or messages.
         chosen: The better answer; plain text where `prompt` is, else messages.
         rejected: The worse answer, likewise.
-        row: Line in a file of JSON lines, place in a JSON list; counted from 1.
+        row: Line in a file of lines, place in a list or data set; counted from 1.
         system: System message for a plain-text prompt; messages hold their own.
+        tools: JSON schemas of the tools that the chat template shows the model.
+        chat_template_kwargs: The row's own variables for the chat template.
     """
 
-    prompt: str | list[Message]
-    chosen: str | list[Message]
-    rejected: str | list[Message]
+    prompt: Content
+    chosen: Content
+    rejected: Content
     row: int
     system: str = ""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def read_preferences(path: str | Path) -> tuple[list[Preference], str]:
-    """Read every row of a preference file.
+@dataclass(frozen=True)
+class Format:
+    """A layout of rows.
+
+    Attributes:
+        name: For messages.
+        columns: What a row must have.
+        example: A row, for the README.
+        read: Prompt, chosen and rejected of a row.
+        holds: What must be true of the values besides.
+        parts: Further columns that are read where they are.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    example: str
+    read: Callable[[Columns], Sides]
+    holds: Callable[[Columns], bool] = lambda row: True
+    parts: tuple[str, ...] = ()
+
+
+def parse_row(value: Any, row: int) -> tuple[Preference, Format]:
+    """Read a row.
 
     Args:
-        path: A .jsonl or .json file, UTF-8.
+        value: From the file, under our names of columns.
+        row: Its number.
 
     Returns:
-        The rows in the file's order, and the name of their format with the columns not used.
+        The preference, and the format it was found to have.
 
     Raises:
-        ValueError: The file or a row cannot be read; says which, where and how to mend it.
+        RowFault: The row cannot be read; says why and how to mend it.
     """
-    path = Path(path)
-    _check_path(path)
-    preferences: list[Preference] = []
-    detected = first = ""
-    unused: dict[str, None] = {}
-    for row, where, value in _read_rows(path):
-        preference, name = _parse_row(value, row, where)
-        if not preferences:
-            detected, first = name, where
-        elif name != detected:
-            raise ValueError(
-                f"{where}: this row is {name}, but the file began with {detected} ({first}); "
-                "give all rows of a file the same format"
-            )
-        preferences.append(preference)
-        unused.update(dict.fromkeys(_unused_columns(value, name)))
-    if not preferences:
-        raise ValueError(f"{path}: the file holds no rows; {KNOWN}")
-    return preferences, detected + (f" (columns not used: {_names(unused)})" if unused else "")
-
-
-def _check_path(path: Path) -> None:
-    """Refuse what is no local .jsonl or .json file."""
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; name a .jsonl or .json file in it")
-    if path.suffix.lower() not in (".jsonl", ".json"):
-        if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
-            what = "no such file, and Hugging Face dataset ids are"
-        else:
-            what = f"{path.suffix or 'files without a suffix'} is"
-        raise ValueError(f"{path}: {what} not supported yet; convert to .jsonl")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; check the path")
-
-
-def _read_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
-    """Yield number, place (for messages) and JSON value of every row."""
-    if path.suffix.lower() == ".jsonl":
-        with path.open("rb") as file:
-            yield from _read_lines(path, file)
-        return
-    data = path.read_bytes()
-    text = _decode(data, str(path))
-    if not text.strip():
-        return
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            yield from _read_lines(path, data.splitlines())
-            return
-        raise ValueError(
-            f"{path}, line {error.lineno}: broken JSON ({error.msg}, column {error.colno}); "
-            "a .json file holds one list of rows"
-        ) from None
-    except (RecursionError, ValueError) as error:
-        raise ValueError(_unreadable(error, f"{path}, row {_failing_row(text)}")) from None
-    rows = value if isinstance(value, list) else [value]
-    for row, item in enumerate(rows, start=1):
-        yield row, f"{path}, row {row}", item
-
-
-def _read_lines(path: Path, lines: Any) -> Iterator[tuple[int, str, Any]]:
-    """Yield the rows of JSON lines given as bytes; blank lines count but hold no row."""
-    for row, line in enumerate(lines, start=1):
-        where = f"{path}, line {row}"
-        text = _decode(line, where)
-        if not text.strip():
-            continue
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: broken JSON ({error.msg}, column {error.colno}); "
-                "each line holds one row, a list of rows belongs in a .json file"
-            ) from None
-        except (RecursionError, ValueError) as error:
-            raise ValueError(_unreadable(error, where)) from None
-        yield row, where, value
-
-
-def _unreadable(error: Exception, where: str) -> str:
-    """What Python cannot read although it may be JSON."""
-    if isinstance(error, RecursionError):
-        return f"{where}: lists or objects nested too deeply; a row holds strings and messages"
-    return f"{where}: a number with too many digits; write it as a string or remove it"
-
-
-def _failing_row(text: str) -> int:
-    """The row of a JSON list, counted from 1, at which reading fails."""
-    text = text.lstrip()
-    decoder, opening = json.JSONDecoder(), re.compile(r"[^\s,]")
-    place, row = int(text.startswith("[")), 1
-    with suppress(RecursionError, ValueError):
-        while found := opening.search(text, place):
-            _, place = decoder.raw_decode(text, found.start())
-            row += 1
-    return row
-
-
-def _decode(data: bytes, where: str) -> str:
-    """UTF-8 with or without a byte order mark."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: not valid UTF-8 (byte {error.start}); save the file as UTF-8"
-        ) from None
-
-
-def _parse_row(value: Any, row: int, where: str) -> tuple[Preference, str]:
-    """A row as a `Preference`, and the name of its format."""
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: a row must be a JSON object, got {_kind(value)}; {KNOWN}")
+        raise RowFault(f"a row must be a JSON object, got {kind(value)}; {known_formats()}")
+    value = {name: item for name, item in value.items() if item is not None}
+    found = find_format(value)
     for column in UNSUPPORTED_COLUMNS:
         if value.get(column):
-            raise ValueError(f"{where}: the column {column} is not supported yet; remove it")
-    sides = ("chosen", "rejected")
-    source = "conversations" if "conversations" in value else "prompt"
-    if not {source, *sides} <= value.keys():
-        raise ValueError(f"{where}: {_unknown(value)}")
-    for column in PROMPT_COLUMNS if source == "prompt" else ():
-        if value.get(column):
-            raise ValueError(
-                f"{where}: the column {column} beside prompt is not supported yet; "
-                "put it into the prompt"
+            raise RowFault(f"the column {column} is not supported yet; remove it")
+    for column in PROMPT_PARTS:
+        if column not in found.columns + found.parts and value.get(column):
+            raise RowFault(
+                f"the column {column} beside {found.columns[0]} is not supported; put it into the "
+                f"prompt, or set columns {{{found.columns[0]}: {found.columns[0]}}} to leave it out"
             )
-    system = _text(value.get("system") or "", "system", where)
+    prompt, chosen, rejected = found.read(value)
+    system = read_text(value.get("system") or "", "system")
     system = system if system.strip() else ""
-    if source == "prompt" and all(isinstance(value[key], str) for key in (source, *sides)):
-        texts = [_text(value[key], key, where) for key in (source, *sides)]
-        return Preference(texts[0], texts[1], texts[2], row, system), STRINGS
-    messages = _messages(value[source], source, "user", where)
-    chosen, rejected = (_completion(value[side], side, where) for side in sides)
-    if system and messages[0]["role"] == "system":
-        raise ValueError(f"{where}: a system column and a system message; keep one of them")
-    if system:
-        messages = [{"role": "system", "content": system}, *messages]
-    return Preference(messages, chosen, rejected, row), MESSAGES if source == "prompt" else SHAREGPT
+    if system and not isinstance(prompt, str):
+        if has_system(prompt):
+            raise RowFault("a system column and a system message; keep one of them")
+        prompt, system = [{"role": "system", "content": system}, *prompt], ""
+    tools = read_tools(value.get("tools"))
+    variables = read_template_kwargs(value.get("chat_template_kwargs"))
+    return Preference(prompt, chosen, rejected, row, system, tools, variables), found
 
 
-def _unused_columns(value: dict[str, Any], name: str) -> list[str]:
-    """The columns of a row that hold something and are not read."""
-    used = ("conversations" if name == SHAREGPT else "prompt", "chosen", "rejected", "system")
-    empty: tuple[Any, ...] = (None, "", [], {})
-    return [key for key, item in value.items() if key not in used and item not in empty]
+def find_format(value: Columns) -> Format:
+    """The first format that a row has.
 
-
-def _names(keys: Iterable[str]) -> str:
-    """Keys in one line that can be printed."""
-    text = ", ".join(" ".join(key.split()) for key in keys)
-    return text.encode("utf-8", "backslashreplace").decode("utf-8") or "no keys"
-
-
-def _unknown(value: dict[str, Any]) -> str:
-    """Name the format of a row that cannot be read, or what it lacks."""
-    convert = "is not supported yet; convert to .jsonl rows of prompt, chosen and rejected"
-    pair = {"chosen", "rejected"} <= value.keys()
-    if pair and all("\n\nHuman:" in str(value[side]) for side in ("chosen", "rejected")):
-        return f"the Anthropic HH layout (Human: and Assistant: in one string) {convert}"
-    if pair and not value.keys() & {"question", "instruction", "input", "messages"}:
-        return f"chosen and rejected without a prompt (implicit prompt) {convert}"
+    Raises:
+        RowFault: It has none; says what is missing.
+    """
+    for known in FORMATS:
+        if set(known.columns) <= value.keys() and known.holds(value):
+            return known
     if {"completion", "label"} <= value.keys():
-        return f"unpaired preferences (prompt, completion, label) {convert}"
-    missing = ", ".join(key for key in ("prompt", "chosen", "rejected") if key not in value)
-    return f"missing {missing}; found {_names(value)}; {KNOWN}"
-
-
-def _completion(value: Any, name: str, where: str) -> list[Message]:
-    """One side of a pair as messages: the answer alone, ending in an assistant turn."""
-    messages = _messages(value, name, "assistant", where)
-    if messages[0]["role"] in ("system", "developer", "user"):
-        raise ValueError(
-            f"{where}: {name} begins with a {messages[0]['role']} message (whole conversations, as "
-            "UltraFeedback stores them, are not supported yet); keep only the answer in it"
+        raise RowFault(
+            "unpaired preferences (prompt, completion, label) are not supported yet; "
+            "convert to rows of prompt, chosen and rejected"
         )
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: {name} must end with an assistant message")
+    missing = ", ".join(key for key in ("prompt", *SIDES) if key not in value)
+    raise RowFault(
+        f"missing {missing}; found {names(value)}; {known_formats()}; "
+        "name other columns with columns {chosen: NAME}"
+    )
+
+
+def known_formats() -> str:
+    """The columns of every format in one line."""
+    sets = dict.fromkeys(", ".join(known.columns) for known in FORMATS)
+    return "known are " + "; ".join(sets)
+
+
+def formats_table() -> str:
+    """The formats as a Markdown table, for the README."""
+    rows = [f"| {known.name} | `{known.example}` |" for known in FORMATS]
+    return "\n".join(["| format | a row |", "|---|---|", *rows])
+
+
+def _read_strings(row: Columns) -> Sides:
+    prompt, chosen, rejected = (read_text(row[key], key) for key in ("prompt", *SIDES))
+    return prompt, chosen, rejected
+
+
+def _read_message_lists(row: Columns) -> Sides:
+    """A prompt and two answers, each a string, a message or a list of them."""
+    prompt = read_messages(row["prompt"], "prompt", "user")
+    return prompt, _answer(row["chosen"], "chosen"), _answer(row["rejected"], "rejected")
+
+
+def _read_sharegpt(row: Columns) -> Sides:
+    prompt = read_messages(row["conversations"], "conversations", "user")
+    return prompt, _answer(row["chosen"], "chosen"), _answer(row["rejected"], "rejected")
+
+
+def _read_rejected_response(row: Columns) -> Sides:
+    """A conversation whose last answer is the chosen one."""
+    messages = read_messages(row["messages"], "messages", "user")
+    _check_ends_in_answer(messages, "messages")
+    if len(messages) == 1:
+        raise RowFault("messages holds an answer alone; put the user's message before it")
+    rejected = _answer(row["rejected_response"], "rejected_response")
+    return messages[:-1], messages[-1:], rejected
+
+
+def _read_parts(row: Columns, *keys: str) -> Sides:
+    """A prompt in parts: one line each, with the turns before it in history."""
+    parts = [read_text(row[key], key) for key in keys if key in row]
+    prompt = "\n".join(part for part in parts if part)
+    chosen, rejected = row["chosen"], row["rejected"]
+    history = _history(row.get("history"))
+    if not history and isinstance(chosen, str) and isinstance(rejected, str):
+        return prompt, read_text(chosen, "chosen"), read_text(rejected, "rejected")
+    messages = [*history, {"role": "user", "content": prompt}]
+    return messages, _answer(chosen, "chosen"), _answer(rejected, "rejected")
+
+
+def _history(value: Any) -> list[Message]:
+    """Earlier turns: a list of pairs of what the user and the assistant said."""
+    if not value:
+        return []
+    if not isinstance(value, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in value
+    ):
+        raise RowFault("history must be a list of pairs [user, assistant]")
+    return [
+        {"role": role, "content": read_text(text, f"history[{i}]")}
+        for i, pair in enumerate(value)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def _read_conversations(row: Columns) -> Sides:
+    """Two whole conversations; a prompt beside them must be how they begin."""
+    chosen, rejected = (_conversation(row[side], side) for side in SIDES)
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        for name, messages in (("chosen", chosen), ("rejected", rejected)):
+            first = next((m["content"] for m in messages if m["role"] == "user"), None)
+            if first is None or first.strip() != read_text(prompt, "prompt").strip():
+                raise RowFault(f"the first user message of {name} is not the prompt")
+    elif prompt is not None:
+        messages = read_messages(prompt, "prompt", "user")
+        length = len(messages)
+        for name, side in (("chosen", chosen), ("rejected", rejected)):
+            if side[:length] != messages or len(side) == length:
+                raise RowFault(f"{name} is a whole conversation that does not begin with prompt")
+        return messages, chosen[length:], rejected[length:]
+    return _split(chosen, rejected)
+
+
+def _read_hh(row: Columns) -> Sides:
+    """Two conversations, each as one text with the turns marked."""
+    before = read_text(row.get("prompt") or "", "prompt")
+    sides = [read_text(row[side], side) for side in SIDES]
+    texts = [text if text.startswith(before) else before + text for text in sides]
+    chosen, rejected = (_hh_turns(text, side) for text, side in zip(texts, SIDES, strict=True))
+    return _split(chosen, rejected)
+
+
+def _hh_turns(text: str, name: str) -> list[Message]:
+    _, *turns = HH_TURN.split("\n\n" + text.lstrip())
+    messages = [
+        {"role": HH_ROLES[role], "content": content.strip()}
+        for role, content in zip(turns[::2], turns[1::2], strict=True)
+    ]
+    _check_ends_in_answer(messages, name)
     return messages
 
 
-def _messages(value: Any, name: str, role: str, where: str) -> list[Message]:
-    """A string (a turn of `role`), one message or a list of messages, as role/content messages."""
-    if isinstance(value, str):
-        return [{"role": role, "content": _text(value, name, where)}]
-    items = [value] if isinstance(value, dict) else value
-    if not isinstance(items, list):
-        raise ValueError(
-            f"{where}: {name} must be a string or a list of messages, got {_kind(value)}"
+def _split(chosen: list[Message], rejected: list[Message]) -> Sides:
+    """Whole conversations as the messages they share and what follows."""
+    if chosen == rejected:
+        raise RowFault("chosen and rejected are identical; remove the row")
+    shared = common_messages(chosen, rejected)
+    if not any(message["role"] == "user" for message in chosen[:shared]):
+        raise RowFault(
+            "chosen and rejected do not begin with the same user message, so there is no prompt; "
+            "put it into a column prompt, or remove the row"
         )
-    if not items:
-        raise ValueError(f"{where}: {name} is an empty list; it needs at least one message")
-    return [_message(item, f"{name}[{i}]", where) for i, item in enumerate(items)]
+    return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _message(value: Any, name: str, where: str) -> Message:
-    """A message with its keys normalised; further keys with text go to the template as they are."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: {name} must be a message, got {_kind(value)}")
-    keys = ("from", "value") if "from" in value else ("role", "content")
-    for key in keys:
-        if key not in value:
-            raise ValueError(
-                f"{where}: {name} has no {key} (found {_names(value)}); "
-                "a message is role and content, or from and value"
-            )
-    role = _text(value[keys[0]], f"{name}.{keys[0]}", where)
-    if role not in ROLES:
-        raise ValueError(f"{where}: {name} has the role {role!r}; known are {', '.join(ROLES)}")
-    message = {"role": ROLES[role], "content": _text(value[keys[1]], f"{name}.{keys[1]}", where)}
-    for key, item in value.items():
-        if key not in keys and item is not None:
-            message[key] = _text(item, f"{name}.{key}", where)
-    return message
+def _read_joined(row: Columns) -> Sides:
+    """Two texts that begin alike; the answers keep the prompt, as joined text does."""
+    chosen, rejected = (read_text(row[side], side) for side in SIDES)
+    if chosen == rejected:
+        raise RowFault("chosen and rejected are identical; remove the row")
+    limit = min(len(chosen), len(rejected)) - 1
+    shared = next((i for i in range(limit) if chosen[i] != rejected[i]), max(limit, 0))
+    if shared and chosen[shared - 1] == " ":
+        shared -= 1
+    if not chosen[:shared].strip():
+        raise RowFault(
+            "chosen and rejected do not begin with the same text, so there is no prompt; "
+            "put it into a column prompt"
+        )
+    return chosen[:shared], chosen, rejected
 
 
-def _text(value: Any, name: str, where: str) -> str:
-    """A string that can be written as UTF-8."""
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {name} must be a string, got {_kind(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: {name} holds half a character (a lone surrogate, character {error.start}); "
-            "remove it"
-        ) from None
-    return value
+def _conversation(value: Any, name: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise RowFault(f"{name} must be a list of messages like the other side, got {kind(value)}")
+    messages = read_messages(value, name, "user")
+    _check_ends_in_answer(messages, name)
+    return messages
 
 
-def _kind(value: Any) -> str:
-    """The type of a JSON value in words."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
+def _answer(value: Any, name: str) -> list[Message]:
+    """One side of a pair as messages: the answer alone, ending in an assistant turn."""
+    messages = read_messages(value, name, "assistant")
+    if messages[0]["role"] in ("system", "developer", "user"):
+        raise RowFault(
+            f"{name} begins with a {messages[0]['role']} message; keep only the answer in it, or "
+            "whole conversations on both sides"
+        )
+    _check_ends_in_answer(messages, name)
+    return messages
+
+
+def _check_ends_in_answer(messages: list[Message], name: str) -> None:
+    if not messages or messages[-1]["role"] != "assistant":
+        raise RowFault(f"{name} must end with an assistant message")
+
+
+def _all_strings(row: Columns) -> bool:
+    return all(isinstance(row.get(key, ""), str) for key in ("prompt", *SIDES))
+
+
+def _begins_with_prompt(row: Columns) -> bool:
+    """Whether both sides are lists that begin with something other than an answer."""
+    firsts = [row[side][0] for side in SIDES if isinstance(row[side], list) and row[side]]
+    roles = [first.get("role", first.get("from")) for first in firsts if isinstance(first, dict)]
+    return len(roles) == 2 and all(
+        role in ("user", "human", "system", "developer") for role in roles
+    )
+
+
+def _is_hh(row: Columns) -> bool:
+    texts = [row["prompt"]] if row.get("prompt") else [row[side] for side in SIDES]
+    return _all_strings(row) and all(text.lstrip().startswith("Human:") for text in texts)
+
+
+FORMATS = (
+    Format(
+        "ShareGPT ranking",
+        ("conversations", *SIDES),
+        '{"conversations": [{"from": "human", "value": ...}, ...], "chosen": {"from": "gpt", ...}, '
+        '"rejected": ...}',
+        _read_sharegpt,
+    ),
+    Format(
+        "Anthropic HH text",
+        SIDES,
+        r'{"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}',
+        _read_hh,
+        _is_hh,
+        ("prompt",),
+    ),
+    Format(
+        "prompt/chosen/rejected strings",
+        ("prompt", *SIDES),
+        '{"prompt": "...", "chosen": "...", "rejected": "..."}',
+        _read_strings,
+        _all_strings,
+    ),
+    Format(
+        "prompt and whole conversations",
+        ("prompt", *SIDES),
+        '{"prompt": "...", "chosen": [{"role": "user", ...}, {"role": "assistant", ...}], '
+        '"rejected": [...]}',
+        _read_conversations,
+        _begins_with_prompt,
+    ),
+    Format(
+        "message lists",
+        ("prompt", *SIDES),
+        '{"prompt": [{"role": "user", "content": "..."}], "chosen": [...], "rejected": [...]}',
+        _read_message_lists,
+    ),
+    Format(
+        "instruction and input",
+        ("instruction", *SIDES),
+        '{"instruction": "...", "input": "...", "history": [["...", "..."]], "chosen": "...", '
+        '"rejected": "..."}',
+        lambda row: _read_parts(row, "instruction", "input"),
+        parts=("input", "history"),
+    ),
+    Format(
+        "question",
+        ("question", *SIDES),
+        '{"system": "...", "question": "...", "chosen": "...", "rejected": "..."}',
+        lambda row: _read_parts(row, "question"),
+        parts=("history",),
+    ),
+    Format(
+        "input",
+        ("input", *SIDES),
+        '{"input": "...", "chosen": "...", "rejected": "..."}',
+        lambda row: _read_parts(row, "input"),
+        parts=("history",),
+    ),
+    Format(
+        "messages and rejected_response",
+        ("messages", "rejected_response"),
+        '{"messages": [..., {"role": "assistant", "content": "..."}], "rejected_response": "..."}',
+        _read_rejected_response,
+    ),
+    Format(
+        "implicit prompt, whole conversations",
+        SIDES,
+        '{"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}',
+        _read_conversations,
+        lambda row: isinstance(row["chosen"], list) or isinstance(row["rejected"], list),
+    ),
+    Format(
+        "implicit prompt, strings",
+        SIDES,
+        '{"chosen": "What is rain? Water.", "rejected": "What is rain? Wind."}',
+        _read_joined,
+        _all_strings,
+    ),
+)
+# Columns of which a row's prompt is made.
+PROMPT_COLUMNS = {"prompt", "conversations", "messages", "question", *PROMPT_PARTS}
+COLUMNS = tuple(
+    dict.fromkeys([c for known in FORMATS for c in known.columns + known.parts] + [*COMMON_COLUMNS])
+)

@@ -8,14 +8,15 @@ How a template opens a user turn and ends an answer is learnt by rendering a pro
 that rendered prompts and terminators are recognised for any template.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, TemplateError, meta
 
-from lowmem_dpo.data.formats import Message, Preference
+from lowmem_dpo.data.formats import Preference
+from lowmem_dpo.data.messages import Message, has_system, says_nothing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ COMMON_MARKERS = (
     "[INST]",  # Llama 2, Mistral
     "### Instruction:",  # Alpaca
 )
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 USER_PROBE, ASSISTANT_PROBE = "UserProbe", "AssistantProbe"
 # Arguments of apply_chat_template that are set here, or that would change what it returns.
 RESERVED_KWARGS = {
@@ -56,6 +58,8 @@ class TemplateSettings:
     """Longest sequence in tokens."""
     truncate_prompt: bool = False
     """Cut prompts from the left first, down to half of max_length, where a pair is too long."""
+    on_bad_row: str = "error"
+    """What to do about a row that the template refuses: error or skip."""
 
 
 @dataclass(frozen=True)
@@ -131,29 +135,36 @@ class Renderer:
         where = f"row {preference.row}: "
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
             was_rendered = repeats_prompt or self.is_rendered(prompt)
-            if was_rendered and preference.system:
-                raise ValueError(
-                    f"{where}a system column beside a prompt that is already rendered; "
-                    "put its text into the prompt and remove the column"
-                )
+            if was_rendered:
+                _check_text_stands_alone(preference, where)
             if repeats_prompt:
                 chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
             answers = self._without_end(chosen), self._without_end(rejected)
             if not all(answer.strip() for answer in answers):
                 return None
-            if was_rendered or (self.template is None and not preference.system):
+            needs_template = any(getattr(preference, n) for n in ("system", *TEMPLATE_COLUMNS))
+            if was_rendered or (self.template is None and not needs_template):
                 return PairText(prompt, prompt + chosen, prompt + rejected, False, was_rendered)
             chosen, rejected = answers  # the template writes the terminator
         chosen, rejected = _as_messages(chosen, "assistant"), _as_messages(rejected, "assistant")
-        if not all(any(m["content"].strip() for m in answer) for answer in (chosen, rejected)):
+        if says_nothing(chosen) or says_nothing(rejected):
             return None
         messages = self._with_system(prompt, preference.system)
+        variables = _row_variables(preference)
         return PairText(
-            self._render(messages, generate=True, where=where),
-            self._render(messages + chosen, where=where),
-            self._render(messages + rejected, where=where),
+            self._render(messages, variables, generate=True, where=where),
+            self._render(messages + chosen, variables, where=where),
+            self._render(messages + rejected, variables, where=where),
             is_chat=True,
         )
+
+    def reads_column(self, preference: Preference, name: str) -> bool:
+        """Whether a row's tools or chat_template_kwargs change what the template writes."""
+        bare = replace(preference, **{name: type(getattr(preference, name))()})
+        try:
+            return self.pair_text(bare, False) != self.pair_text(preference, False)
+        except ValueError:  # it cannot do without
+            return True
 
     def _without_end(self, text: str) -> str:
         """A plain answer without a terminator written behind it."""
@@ -167,18 +178,25 @@ class Renderer:
             prompt = prompt.removeprefix(self.tokenizer.bos_token or "")
         messages = _as_messages(prompt, "user")
         system = own or self.settings.system_prompt
-        if system is None or any(m["role"] in ("system", "developer") for m in messages):
+        if system is None or has_system(messages):
             return messages
         return [{"role": "system", "content": system}, *messages]
 
-    def _render(self, messages: list[Message], generate: bool = False, where: str = "") -> str:
-        """Messages as text; `generate` opens the answer."""
+    def _render(
+        self,
+        messages: list[Message],
+        variables: dict[str, Any] | None = None,
+        generate: bool = False,
+        where: str = "",
+    ) -> str:
+        """Messages as text, with the row's template variables; `generate` opens the answer."""
         if self.template is None:
             raise ValueError(
                 f"{where}messages need a chat template, and none is in use ({self.choice}); "
                 "name a Jinja file with --chat_template FILE"
             )
-        return _apply(self.tokenizer, self.template, self.settings, messages, generate, where)
+        variables = self.settings.chat_template_kwargs | (variables or {})
+        return _apply(self.tokenizer, self.template, variables, messages, generate, where)
 
 
 def build_renderer(tokenizer: "PreTrainedTokenizerBase", settings: TemplateSettings) -> Renderer:
@@ -218,6 +236,31 @@ def _check_kwargs_are_read(template: str, settings: TemplateSettings) -> None:
         )
 
 
+def _check_not_reserved(variables: Mapping[str, Any], where: str = "") -> None:
+    """Refuse template variables that are set here."""
+    if clash := sorted(RESERVED_KWARGS & variables.keys()):
+        raise ValueError(
+            f"{where}chat_template_kwargs cannot set {', '.join(clash)}; leave them out"
+        )
+
+
+def _check_text_stands_alone(preference: Preference, where: str) -> None:
+    """Refuse columns that would go to the template beside text that needs none."""
+    for column in ("system", *TEMPLATE_COLUMNS):
+        if getattr(preference, column):
+            raise ValueError(
+                f"{where}a {column} column beside a prompt that is already rendered; "
+                "put its text into the prompt and remove the column"
+            )
+
+
+def _row_variables(preference: Preference) -> dict[str, Any]:
+    """What a row gives the template of its own."""
+    variables = preference.chat_template_kwargs
+    _check_not_reserved(variables, f"row {preference.row}: ")
+    return variables | ({"tools": preference.tools} if preference.tools else {})
+
+
 def prompts_are_repeated(preferences: Sequence[Preference]) -> bool:
     """Whether most rows hold joined text: both answers begin with the whole prompt.
 
@@ -238,9 +281,7 @@ def _choose_template(
     tokenizer: "PreTrainedTokenizerBase", settings: TemplateSettings
 ) -> tuple[str | None, str]:
     """Jinja source (None for plain text) and where it comes from, in words."""
-    clash = sorted(RESERVED_KWARGS & settings.chat_template_kwargs.keys())
-    if clash:
-        raise ValueError(f"chat_template_kwargs cannot set {', '.join(clash)}; leave them out")
+    _check_not_reserved(settings.chat_template_kwargs)
     if settings.chat_template == "none":
         return None, "no chat template, as set"
     if settings.chat_template == "auto":
@@ -270,7 +311,8 @@ def _probe(
         {"role": "user", "content": USER_PROBE},
         {"role": "assistant", "content": ASSISTANT_PROBE},
     ]
-    text = _apply(tokenizer, template, settings, probe, generate=False, where="")
+    variables = settings.chat_template_kwargs
+    text = _apply(tokenizer, template, variables, probe, generate=False, where="")
     before, user, rest = text.partition(USER_PROBE)
     _, assistant, ending = rest.rpartition(ASSISTANT_PROBE)
     if not (user and assistant):
@@ -290,7 +332,7 @@ def _probe(
 def _apply(
     tokenizer: "PreTrainedTokenizerBase",
     template: str,
-    settings: TemplateSettings,
+    variables: dict[str, Any],
     messages: list[Message],
     generate: bool,
     where: str,
@@ -302,7 +344,7 @@ def _apply(
             chat_template=template,
             add_generation_prompt=generate,
             tokenize=False,
-            **settings.chat_template_kwargs,
+            **variables,
         )
     except (TemplateError, TypeError, ValueError) as error:
         roles, reason = "/".join(m["role"] for m in messages), " ".join(str(error).split())

@@ -9,10 +9,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from lowmem_dpo.data.formats import Message, Preference
+from lowmem_dpo.data.formats import Preference
+from lowmem_dpo.data.messages import Message, has_system
 from lowmem_dpo.data.rendering import (
+    TEMPLATE_COLUMNS,
     PairText,
     Renderer,
     TemplateSettings,
@@ -34,6 +37,7 @@ __all__ = [
 ]
 
 CHUNK_PAIRS = 1000  # pairs per call of the tokenizer: bounds memory
+CHECKED_ROWS = 10  # on which tools and template variables must show an effect
 MANY_DROPPED = 0.1  # share of the pairs lost to cutting above which a report says what to do
 
 
@@ -71,6 +75,8 @@ class EncodeReport:
         num_prompts_cut: Kept pairs whose prompt lost its beginning.
         num_mismatches: Pairs whose last prompt tokens change where a completion follows.
         num_rendered: Pairs that were already rendered.
+        ignored_columns: Columns for the template that change nothing in what it writes.
+        first_fault: Why the template refused the first of the rows it refused.
         max_length: The limit, in tokens.
     """
 
@@ -82,6 +88,8 @@ class EncodeReport:
     num_prompts_cut: int = 0
     num_mismatches: int = 0
     num_rendered: int = 0
+    ignored_columns: list[str] = field(default_factory=list)
+    first_fault: str = ""
     max_length: int = 0
 
     def lines(self) -> list[str]:
@@ -89,6 +97,12 @@ class EncodeReport:
         lines = [self.template_choice, f"{self.num_pairs} pairs read, {self.num_kept} kept"]
         if self.num_dropped:
             lines.append(f"{self.num_dropped.total()} pairs dropped: {self.reasons()}{self.hint()}")
+        if self.first_fault:
+            lines.append(self.first_fault)
+        lines += [
+            f"the column {name} has no effect: the chat template writes the same without it"
+            for name in self.ignored_columns
+        ]
         if self.num_truncated:
             lines.append(f"{self.num_truncated} of {2 * self.num_kept} sequences cut to max_length")
         if self.num_prompts_cut:
@@ -139,6 +153,7 @@ def encode_pairs(
     lead = _lead_ids(tokenizer)
     report = EncodeReport(num_pairs=len(preferences), max_length=settings.max_length)
     texts = _pair_texts(preferences, renderer, report)
+    report.ignored_columns = _ignored_columns(preferences, renderer)
     pairs: list[TokenPair] = []
     for start in range(0, len(texts), CHUNK_PAIRS):
         for uncut in _tokenize(texts[start : start + CHUNK_PAIRS], renderer, lead, report):
@@ -154,9 +169,10 @@ def encode_pairs(
     report.num_kept = len(pairs)
     report.template_choice = _template_choice(preferences, renderer, report)
     if not pairs:
+        fault = f"; {report.first_fault}" if report.first_fault else ""
         raise ValueError(
             f"no pair is left of {report.num_pairs} (dropped: {report.reasons() or 'none'})"
-            f"{report.hint() or '; check the data'}"
+            f"{report.hint() or fault or '; check the data'}"
         )
     return pairs, report
 
@@ -199,13 +215,32 @@ def _pair_texts(
     for preference in preferences:
         prompt = preference.prompt
         rendered = isinstance(prompt, str) and renderer.is_rendered(prompt)
-        text = renderer.pair_text(preference, (joined or rendered) and repeats_prompt(preference))
+        repeats = (joined or rendered) and repeats_prompt(preference)
+        try:
+            text = renderer.pair_text(preference, repeats)
+        except ValueError as error:
+            if renderer.settings.on_bad_row == "error":
+                raise
+            report.num_dropped["refused by the chat template"] += 1
+            report.first_fault = report.first_fault or str(error)
+            continue
         if text is None:
             report.num_dropped["empty"] += 1
         else:
             report.num_rendered += text.was_rendered
             texts.append((preference.row, text))
     return texts
+
+
+def _ignored_columns(preferences: Sequence[Preference], renderer: Renderer) -> list[str]:
+    """Columns for the template that show no effect on the first rows that have them."""
+    ignored = []
+    for name in TEMPLATE_COLUMNS if renderer.template else ():
+        rows = islice((p for p in preferences if getattr(p, name)), CHECKED_ROWS)
+        effects = [renderer.reads_column(preference, name) for preference in rows]
+        if effects and not any(effects):
+            ignored.append(name)
+    return ignored
 
 
 def _tokenize(
@@ -307,4 +342,11 @@ def _template_choice(
             f"{report.num_rendered} of {report.num_pairs} pairs are already rendered "
             f"and stay as they are{unprompted}"
         )
+    own = [
+        p
+        for p in preferences
+        if p.system or (not isinstance(p.prompt, str) and has_system(p.prompt))
+    ]
+    if renderer.settings.system_prompt and len(own) + report.num_rendered >= report.num_pairs:
+        parts.append("system_prompt has no effect: every row has a system message of its own")
     return "; ".join(parts)

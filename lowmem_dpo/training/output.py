@@ -34,6 +34,12 @@ FREE_TO_CHANGE = {
     "model",
     "data",
     "eval_data",
+    # What they read has a digest of its own.
+    "dataset_config",
+    "dataset_train_split",
+    "dataset_test_split",
+    "columns",
+    "on_bad_row",
     "init_adapter",
 }
 

@@ -10,9 +10,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.formats import read_preferences
 from lowmem_dpo.data.packing import choose_pack_tokens, pack_trees, round_up_tokens
 from lowmem_dpo.data.preview import preview_pair
+from lowmem_dpo.data.reading import is_single_file, read_preferences
 from lowmem_dpo.data.split import prompt_key, split_by_prompt
 from lowmem_dpo.data.templates import TokenPair, encode_pairs
 from lowmem_dpo.data.trees import Tree, build_tree
@@ -48,7 +48,12 @@ class Pairs:
 
 
 def load_pairs(config: TrainConfig, data: str, tokenizer: PreTrainedTokenizerBase) -> Pairs:
-    """Read, tokenise and split the preference files, and say what was done."""
+    """Read, tokenise and split the preference pairs, and say what was done."""
+    sources = [source for source in (data, config.eval_data) if source]
+    if config.dataset_config is not None and all(map(is_single_file, sources)):
+        raise ValueError(
+            f"dataset_config={config.dataset_config} has no effect on the file {data}; leave it out"
+        )
     pairs, facts = _encode(config, data, tokenizer, "data")
     evaluation: list[TokenPair] = []
     if config.eval_data:
@@ -67,14 +72,24 @@ def load_pairs(config: TrainConfig, data: str, tokenizer: PreTrainedTokenizerBas
 
 
 def _encode(
-    config: TrainConfig, path: str, tokenizer: PreTrainedTokenizerBase, title: str
+    config: TrainConfig, source: str, tokenizer: PreTrainedTokenizerBase, title: str
 ) -> tuple[list[TokenPair], dict[str, Any]]:
-    preferences, data_format = read_preferences(path)
+    """The pairs of one source in token ids, and what is noted of them."""
+    is_training = title == "data"
+    preferences, found = read_preferences(
+        source,
+        dataset_config=None if is_single_file(source) else config.dataset_config,
+        split=config.dataset_train_split if is_training else config.dataset_test_split,
+        purpose="train" if is_training else "test",
+        columns=config.columns,
+        on_bad_row=config.on_bad_row,
+    )
+    for i, line in enumerate(found.lines()):
+        say(f"{title}: {line}" if i else f"{title}: {source}: {line}")
     pairs, report = encode_pairs(preferences, tokenizer, template_settings(config))
-    say(f"{title}: {path}: {len(preferences)} pairs, {data_format}")
     for line in report.lines():
         say(f"{title}: {line}")
-    return pairs, {"path": path, "format": data_format, **vars(report)}
+    return pairs, {"path": source, **vars(found), **vars(report)}
 
 
 def self_check(policy: Policy, trees: Sequence[Tree]) -> float:

@@ -3,234 +3,276 @@ import re
 
 import pytest
 
-from lowmem_dpo.data.formats import Preference, read_preferences
-
-STRING_ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
-
-
-def write(tmp_path, rows, name="pairs.jsonl"):
-    path = tmp_path / name
-    text = json.dumps(rows) if name.endswith(".json") else "\n".join(map(json.dumps, rows))
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def turn(role, content):
-    return {"role": role, "content": content}
+from lowmem_dpo.data.formats import (
+    COLUMNS,
+    FORMATS,
+    Preference,
+    find_format,
+    formats_table,
+    known_formats,
+    parse_row,
+)
+from lowmem_dpo.data.messages import RowFault
 
 
-def test_read_preferences_reads_strings(tmp_path):
-    path = write(tmp_path, [STRING_ROW, {**STRING_ROW, "prompt": "q"}])
-    preferences, name = read_preferences(path)
-    assert preferences == [Preference("p", "c", "r", 1), Preference("q", "c", "r", 2)]
-    assert name == "prompt/chosen/rejected strings"
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
 
 
-def test_read_preferences_counts_lines_in_jsonl_and_rows_in_json(tmp_path):
-    lines = tmp_path / "a.jsonl"
-    lines.write_text(f"\n{json.dumps(STRING_ROW)}\r\n\n{json.dumps(STRING_ROW)}\n", newline="")
-    assert [p.row for p in read_preferences(lines)[0]] == [2, 4]
-    listed = write(tmp_path, [STRING_ROW, STRING_ROW], "b.json")
-    assert [p.row for p in read_preferences(listed)[0]] == [1, 2]
+USER, CHOSEN, REJECTED = turn("user", "u"), turn("assistant", "c"), turn("assistant", "r")
+STRINGS = {"prompt": "u", "chosen": "c", "rejected": "r"}
+MESSAGES = {"prompt": [USER], "chosen": "c", "rejected": "r"}
+SHAREGPT = {"conversations": [{"from": "human", "value": "u"}], "chosen": "c", "rejected": "r"}
+WHOLE = {"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}
+HH = {"chosen": "\n\nHuman: u\n\nAssistant: c", "rejected": "\n\nHuman: u\n\nAssistant: r"}
+AS_STRINGS = Preference("u", "c", "r", 1)
+AS_MESSAGES = Preference([USER], [CHOSEN], [REJECTED], 1)
 
 
-def test_read_preferences_reads_json_lines_in_a_json_file(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text(f"{json.dumps(STRING_ROW)}\n{json.dumps(STRING_ROW)}\n")
-    assert [p.row for p in read_preferences(str(path))[0]] == [1, 2]
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        ("prompt/chosen/rejected strings", STRINGS, AS_STRINGS),
+        ("message lists", MESSAGES, AS_MESSAGES),
+        ("message lists", {**STRINGS, "chosen": [CHOSEN]}, AS_MESSAGES),
+        (
+            "message lists",
+            {**STRINGS, "chosen": [{"from": "gpt", "value": "c"}], "rejected": REJECTED},
+            AS_MESSAGES,
+        ),
+        ("ShareGPT ranking", SHAREGPT, AS_MESSAGES),
+        ("prompt and whole conversations", {"prompt": "u", **WHOLE}, AS_MESSAGES),
+        ("prompt and whole conversations", {"prompt": " u\n", **WHOLE}, AS_MESSAGES),
+        ("prompt and whole conversations", {"prompt": [USER], **WHOLE}, AS_MESSAGES),
+        ("implicit prompt, whole conversations", WHOLE, AS_MESSAGES),
+        ("Anthropic HH text", HH, AS_MESSAGES),
+        ("Anthropic HH text", {k: v.strip() for k, v in HH.items()}, AS_MESSAGES),
+        (
+            "Anthropic HH text",
+            {"prompt": "\n\nHuman: u\n\nAssistant:", "chosen": " c", "rejected": " r"},
+            AS_MESSAGES,
+        ),
+        ("Anthropic HH text", {"prompt": "\n\nHuman: u\n\nAssistant:", **HH}, AS_MESSAGES),
+        (
+            "implicit prompt, strings",
+            {"chosen": "Is it? yes", "rejected": "Is it? no"},
+            Preference("Is it?", "Is it? yes", "Is it? no", 1),
+        ),
+        (
+            "instruction and input",
+            {"prompt": None, "instruction": "u", "chosen": "c", "rejected": "r"},
+            AS_STRINGS,
+        ),
+        ("question", {"question": "u", "chosen": "c", "rejected": "r"}, AS_STRINGS),
+        ("input", {"input": "u", "chosen": "c", "rejected": "r"}, AS_STRINGS),
+        (
+            "messages and rejected_response",
+            {"messages": [USER, CHOSEN], "rejected_response": "r"},
+            AS_MESSAGES,
+        ),
+    ],
+)
+def test_parse_row_reads_every_format(name, row, expected):
+    preference, found = parse_row(row, 1)
+    assert found.name == name
+    assert preference == expected
 
 
-def test_read_preferences_accepts_a_byte_order_mark_and_odd_line_separators(tmp_path):
-    row = {**STRING_ROW, "prompt": "one\u2028two\u0085three äß語"}
-    for name, text in (("a.jsonl", json.dumps(row, ensure_ascii=False)), ("a.json", None)):
-        path = tmp_path / name
-        path.write_text(text or json.dumps([row], ensure_ascii=False), encoding="utf-8-sig")
-        assert read_preferences(path)[0][0].prompt == row["prompt"]
-
-
-def test_read_preferences_reads_message_lists_and_mixtures(tmp_path):
-    rows = [
-        {
-            "prompt": [turn("system", "s"), turn("user", "u")],
-            "chosen": [turn("assistant", "c")],
-            "rejected": [turn("assistant", "r")],
-        },
-        {"prompt": [turn("user", "u")], "chosen": "c", "rejected": turn("assistant", "r")},
-        {"prompt": "u", "chosen": [{"from": "gpt", "value": "c"}], "rejected": "r"},
+def test_parse_row_keeps_turns_before_the_answer():
+    conversation = [
+        {"from": "human", "value": "u"},
+        {"from": "gpt", "value": "a"},
+        {"from": "observation", "value": "o"},
     ]
-    preferences, name = read_preferences(write(tmp_path, rows))
-    assert name == "message lists"
-    assert [p.prompt[-1] for p in preferences] == [turn("user", "u")] * 3
-    assert [p.chosen for p in preferences] == [[turn("assistant", "c")]] * 3
-    assert [p.rejected for p in preferences] == [[turn("assistant", "r")]] * 3
+    preference, _ = parse_row({**SHAREGPT, "conversations": conversation}, 1)
+    assert preference.prompt == [USER, turn("assistant", "a"), turn("tool", "o")]
 
 
-def test_read_preferences_reads_sharegpt_ranking(tmp_path):
-    row = {
-        "system": "s",
-        "conversations": [
-            {"from": "human", "value": "u"},
-            {"from": "gpt", "value": "a"},
-            {"from": "observation", "value": "o"},
-        ],
-        "chosen": {"from": "gpt", "value": "c"},
-        "rejected": "r",
-    }
-    preferences, name = read_preferences(write(tmp_path, [row], "a.json"))
-    assert name == "ShareGPT ranking"
-    prompt = [turn("system", "s"), turn("user", "u"), turn("assistant", "a"), turn("tool", "o")]
-    assert preferences == [
-        Preference(prompt, [turn("assistant", "c")], [turn("assistant", "r")], 1)
-    ]
+def test_parse_row_joins_instruction_input_and_history():
+    row = {"instruction": "do", "input": "this", "chosen": "c", "rejected": "r"}
+    assert parse_row(row, 1)[0].prompt == "do\nthis"
+    assert parse_row({**row, "input": ""}, 1)[0].prompt == "do"
+    preference, _ = parse_row({**row, "history": [["a", "b"]]}, 1)
+    before = [turn("user", "a"), turn("assistant", "b")]
+    assert preference.prompt == [*before, turn("user", "do\nthis")]
+    assert (preference.chosen, preference.rejected) == ([CHOSEN], [REJECTED])
 
 
-def test_read_preferences_keeps_the_system_column_of_strings(tmp_path):
-    rows = [STRING_ROW | {"system": "s"}, STRING_ROW | {"system": " "}, STRING_ROW]
-    preferences, name = read_preferences(write(tmp_path, rows))
-    assert [p.system for p in preferences] == ["s", "", ""]
-    assert [(p.prompt, p.chosen, p.rejected) for p in preferences] == [("p", "c", "r")] * 3
-    assert name == "prompt/chosen/rejected strings"
+def test_parse_row_puts_the_system_column_where_it_belongs():
+    assert parse_row({**STRINGS, "system": "s"}, 1)[0] == Preference("u", "c", "r", 1, "s")
+    assert parse_row({**STRINGS, "system": " "}, 1)[0] == AS_STRINGS
+    for row in (MESSAGES, WHOLE, HH, SHAREGPT):
+        preference, _ = parse_row({**row, "system": "s"}, 1)
+        assert (preference.prompt, preference.system) == ([turn("system", "s"), USER], "")
 
 
-def test_read_preferences_puts_the_system_column_before_messages(tmp_path):
-    row = {"system": "s", "prompt": [turn("user", "u")], "chosen": "c", "rejected": "r"}
-    preferences, name = read_preferences(write(tmp_path, [row]))
-    assert preferences[0].prompt == [turn("system", "s"), turn("user", "u")]
-    assert (preferences[0].system, name) == ("", "message lists")
+# Where a whole conversation parts
 
 
-def test_read_preferences_names_the_columns_it_does_not_use(tmp_path):
-    rows = [
-        STRING_ROW | {"score": 0, "history": [], "note": None},
-        STRING_ROW | {"source\n\ud800": "a", "score": 2, "system": "s", "tools": ""},
-        STRING_ROW,
-    ]
-    preferences, name = read_preferences(write(tmp_path, rows))
-    assert len(preferences) == 3
-    expected = "prompt/chosen/rejected strings (columns not used: score, source \\ud800)"
-    assert name == expected
-    row = {"conversations": [turn("user", "u")], "chosen": "c", "rejected": "r", "prompt": "q"}
-    _, name = read_preferences(write(tmp_path, [row]))
-    assert name == "ShareGPT ranking (columns not used: prompt)"
+def test_parse_row_takes_shared_turns_for_the_prompt():
+    more = [USER, turn("assistant", "a"), turn("user", "v")]
+    row = {"chosen": [*more, CHOSEN], "rejected": [*more, REJECTED]}
+    for extra in ({}, {"prompt": "u"}):
+        assert parse_row(row | extra, 1)[0] == Preference(more, [CHOSEN], [REJECTED], 1)
+    system = turn("system", "s")
+    row = {"prompt": "u", "chosen": [system, USER, CHOSEN], "rejected": [system, USER, REJECTED]}
+    assert parse_row(row, 1)[0].prompt == [system, USER]
 
 
-def test_read_preferences_keeps_further_text_of_messages(tmp_path):
-    answer = [turn("assistant", "c") | {"reasoning_content": "why", "tool_calls": None}]
-    path = write(tmp_path, [{"prompt": "p", "chosen": answer, "rejected": "r"}])
-    expected = [{"role": "assistant", "content": "c", "reasoning_content": "why"}]
-    assert read_preferences(path)[0][0].chosen == expected
+def test_parse_row_leaves_at_least_the_last_message_to_each_answer():
+    longer = [USER, CHOSEN, turn("user", "v"), REJECTED]
+    preference, _ = parse_row({"chosen": [USER, CHOSEN], "rejected": longer}, 1)
+    assert preference == Preference([USER], [CHOSEN], longer[1:], 1)
 
 
-MESSAGES_ROW = {"prompt": [turn("user", "u")], "chosen": "c", "rejected": "r"}
-SHAREGPT_ROW = {"conversations": [{"from": "human", "value": "u"}], "chosen": "c", "rejected": "r"}
+def test_parse_row_scores_all_that_follows_where_earlier_turns_differ():
+    text = "\n\nHuman: u\n\nAssistant: {}\n\nHuman: v\n\nAssistant: c"
+    preference, _ = parse_row({"chosen": text.format("a"), "rejected": text.format("b")}, 1)
+    assert preference.prompt == [USER]
+    assert preference.chosen == [turn("assistant", "a"), turn("user", "v"), CHOSEN]
+    assert preference.rejected == [turn("assistant", "b"), turn("user", "v"), CHOSEN]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("Is it? yes", "Is it? no"),
+        ("The sky is blue.", "The sky is black."),
+        ("one two", "one  three"),
+        ("same but longer", "same"),
+        ("same", "same but longer"),
+        ([USER, CHOSEN], [USER, REJECTED]),
+        ([USER, CHOSEN, USER, CHOSEN], [USER, CHOSEN, USER, REJECTED]),
+        ([USER, CHOSEN], [USER, CHOSEN, USER, REJECTED]),
+        ([USER, CHOSEN, turn("user", "x"), CHOSEN], [USER, CHOSEN, turn("user", "y"), CHOSEN]),
+    ],
+)
+def test_parse_row_takes_the_implicit_prompt_that_trl_takes(chosen, rejected):
+    trl = pytest.importorskip("trl")
+    expected = trl.extract_prompt({"chosen": chosen, "rejected": rejected})
+    found, _ = parse_row({"chosen": chosen, "rejected": rejected}, 1)
+    start = len(found.prompt) if isinstance(chosen, str) else 0  # joined text keeps the prompt
+    assert found.prompt == expected["prompt"]
+    assert found.chosen[start:] == expected["chosen"]
+    assert found.rejected[start:] == expected["rejected"]
+
+
+# Tools
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_parse_row_reads_tools_and_template_variables(as_text):
+    tools, variables = [TOOL], {"enable_thinking": False}
+    values = (json.dumps(v) if as_text else v for v in (tools, variables))
+    row = {**STRINGS, **dict(zip(("tools", "chat_template_kwargs"), values, strict=True))}
+    preference, _ = parse_row(row, 1)
+    assert (preference.tools, preference.chat_template_kwargs) == (tools, variables)
+
+
+@pytest.mark.parametrize("empty", [None, "", [], {}])
+def test_parse_row_takes_empty_tools_for_none(empty):
+    assert parse_row({**STRINGS, "tools": empty, "chat_template_kwargs": empty}, 1)[0] == AS_STRINGS
+
+
+@pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}'])
+def test_parse_row_keeps_tool_calls_and_their_null_content(arguments):
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    calling, result = turn("assistant", None, tool_calls=[call]), turn("tool", "2", name="f")
+    without_content = {"role": "assistant", "tool_calls": [call]}
+    for first in (calling, without_content):
+        row = {"prompt": [USER], "chosen": [first, result, CHOSEN], "rejected": "r"}
+        assert parse_row(row, 1)[0].chosen == [calling, result, CHOSEN]
+
+
+def test_parse_row_keeps_further_text_of_messages():
+    answer = [{**CHOSEN, "reasoning_content": "why", "tool_calls": None, "name": None}]
+    preference, _ = parse_row({**STRINGS, "chosen": answer}, 1)
+    assert preference.chosen == [{**CHOSEN, "reasoning_content": "why"}]
+
+
+# What is refused
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ([1], "a row must be a JSON object, got a list; known are"),
+        ([1], "a row must be a JSON object, got a list; known are conversations, chosen, rejected"),
         ({"prompt": "p", "chosen": "c"}, "missing rejected; found prompt, chosen; known are"),
-        ({"question": "p", "chosen": "c", "rejected": "r"}, "missing prompt; found question"),
+        ({"question": "p", "answer": "c"}, "missing prompt, chosen, rejected; found question, ans"),
         ({}, "missing prompt, chosen, rejected; found no keys"),
-        ({"chosen": "c", "rejected": "r"}, "(implicit prompt) is not supported yet; convert"),
-        ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"}, "Anthropic HH"),
+        ({f"k{i}": 1 for i in range(99)}, "k10, k11, ...; known are"),
         ({"prompt": "p", "completion": "c", "label": True}, "unpaired preferences"),
-        (STRING_ROW | {"prompt": 3}, "prompt must be a string or a list of messages, got a number"),
-        (STRING_ROW | {"chosen": None}, "chosen must be a string or a list of messages, got null"),
-        (STRING_ROW | {"chosen": "\ud800"}, "chosen holds half a character"),
-        (STRING_ROW | {"tools": [1]}, "the column tools is not supported yet; remove it"),
-        (STRING_ROW | {"history": [["a", "b"]]}, "the column history beside prompt is not supp"),
-        (STRING_ROW | {"input": "i"}, "the column input beside prompt is not supported yet; put"),
-        (MESSAGES_ROW | {"instruction": "i"}, "the column instruction beside prompt is not"),
-        (STRING_ROW | {"system": ["s"]}, "system must be a string, got a list"),
-        (MESSAGES_ROW | {"prompt": []}, "prompt is an empty list"),
-        (MESSAGES_ROW | {"prompt": ["u"]}, "prompt[0] must be a message, got a string"),
-        (MESSAGES_ROW | {"prompt": [{"role": "user"}]}, "prompt[0] has no content (found role)"),
-        (MESSAGES_ROW | {"prompt": [turn("robot", "u")]}, "prompt[0] has the role 'robot'; known"),
-        (MESSAGES_ROW | {"prompt": [turn("user", [])]}, "prompt[0].content must be a string, got"),
-        (MESSAGES_ROW | {"chosen": [turn("assistant", "c") | {"weight": 1}]}, "chosen[0].weight"),
-        (MESSAGES_ROW | {"chosen": [turn("user", "u")]}, "UltraFeedback"),
-        (MESSAGES_ROW | {"chosen": [turn("tool", "u")]}, "chosen must end with an assistant"),
-        (
-            SHAREGPT_ROW | {"system": "s", "conversations": [{"from": "system", "value": "t"}]},
-            "a system column and a system message",
-        ),
-        (SHAREGPT_ROW | {"system": 1}, "system must be a string, got a number"),
+        (STRINGS | {"prompt": 3}, "prompt must be a string or a list of messages, got a number"),
+        (STRINGS | {"prompt": b"x"}, "prompt must be a string or a list of messages, got a value"),
+        (STRINGS | {"chosen": None}, "missing chosen; found prompt, rejected; known are"),
+        (STRINGS | {"chosen": "\ud800"}, "chosen holds half a character"),
+        (STRINGS | {"images": ["a.png"]}, "the column images is not supported yet; remove it"),
+        (STRINGS | {"history": [["a", "b"]]}, "the column history beside prompt is not supported"),
+        (STRINGS | {"input": "i"}, "the column input beside prompt is not supported; put it"),
+        (MESSAGES | {"instruction": "i"}, "the column instruction beside prompt is not"),
+        (STRINGS | {"system": ["s"]}, "system must be a string, got a list"),
+        (MESSAGES | {"prompt": []}, "prompt is an empty list"),
+        (MESSAGES | {"prompt": ["u"]}, "prompt[0] must be a message, got a string"),
+        (MESSAGES | {"prompt": [{"role": "user"}]}, "prompt[0] has no content (found role)"),
+        (MESSAGES | {"prompt": [turn("robot", "u")]}, "prompt[0] has the role 'robot'; known"),
+        (MESSAGES | {"prompt": [turn("x" * 10**6, "u")]}, "xxx...'; known"),
+        (MESSAGES | {"prompt": [turn("user", [])]}, "prompt[0].content must be a string, got"),
+        (MESSAGES | {"prompt": [turn("user", None)]}, "prompt[0].content must be a string, got"),
+        (MESSAGES | {"chosen": [turn("assistant", "c", weight=1)]}, "chosen[0].weight must be"),
+        (MESSAGES | {"chosen": [USER]}, "chosen begins with a user message; keep only the answer"),
+        (MESSAGES | {"chosen": [turn("tool", "u")]}, "chosen must end with an assistant"),
+        (SHAREGPT | {"system": "s", "conversations": [turn("system", "t")]}, "a system column and"),
+        (WHOLE | {"system": "s", "chosen": [turn("system", "t"), USER, CHOSEN]}, "do not begin"),
+        (SHAREGPT | {"system": 1}, "system must be a string, got a number"),
+        (STRINGS | {"tools": "[1"}, "tools is text, but no JSON (Expecting"),
+        (STRINGS | {"tools": [1]}, "tools must be a list of objects, got a list of other things"),
+        (STRINGS | {"tools": {"a": 1}}, "tools must be a list of objects, got an object"),
+        (STRINGS | {"tools": [{"a": "\ud800"}]}, "tools holds half a character"),
+        (STRINGS | {"tools": [{"a": b"x"}]}, "tools holds something that is neither text"),
+        (STRINGS | {"chat_template_kwargs": [1]}, "chat_template_kwargs must be an object"),
+        (MESSAGES | {"chosen": [turn("assistant", "", tool_calls="f")]}, "chosen[0].tool_calls"),
+        (WHOLE | {"prompt": "v"}, "the first user message of chosen is not the prompt"),
+        (WHOLE | {"prompt": [turn("user", "v")]}, "chosen is a whole conversation that does not"),
+        (WHOLE | {"prompt": [USER, CHOSEN]}, "chosen is a whole conversation that does not begin"),
+        (WHOLE | {"rejected": WHOLE["chosen"]}, "chosen and rejected are identical"),
+        (WHOLE | {"rejected": [turn("user", "v"), REJECTED]}, "the same user message"),
+        (WHOLE | {"rejected": [USER]}, "rejected must end with an assistant message"),
+        (WHOLE | {"rejected": []}, "rejected is an empty list"),
+        (WHOLE | {"rejected": "r"}, "rejected must be a list of messages like the other side"),
+        (HH | {"rejected": HH["chosen"]}, "chosen and rejected are identical"),
+        (HH | {"rejected": "\n\nHuman: u"}, "rejected must end with an assistant message"),
+        ({"chosen": "a", "rejected": "b"}, "do not begin with the same text"),
+        ({"chosen": "", "rejected": "b"}, "do not begin with the same text"),
+        ({"chosen": "ab", "rejected": "ab"}, "chosen and rejected are identical"),
+        ({"messages": [CHOSEN], "rejected_response": "r"}, "messages holds an answer alone"),
+        ({"messages": [USER], "rejected_response": "r"}, "messages must end with an assistant"),
+        ({"input": "q", "chosen": "c", "rejected": "r", "history": "x"}, "history must be a list"),
+        ({"question": "q", "chosen": "c", "rejected": "r", "history": [["a"]]}, "history must be"),
+        ({"question": "q", "chosen": "c", "rejected": "r", "input": "i"}, "column input beside qu"),
     ],
 )
-def test_read_preferences_refuses_a_bad_row_in_one_line_with_its_place(tmp_path, row, message):
-    good = MESSAGES_ROW if "conversations" not in row else SHAREGPT_ROW
-    for name, place in (("a.jsonl", "line 2"), ("a.json", "row 2")):
-        path = write(tmp_path, [good, row], name)
-        with pytest.raises(ValueError, match=re.escape(message)) as error:
-            read_preferences(path)
-        assert str(error.value).startswith(f"{path}, {place}: ")
-        assert "\n" not in str(error.value)
+def test_parse_row_refuses_a_bad_row_in_one_line(row, message):
+    with pytest.raises(RowFault, match=re.escape(message)) as error:
+        parse_row(row, 1)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
-def test_read_preferences_refuses_a_change_of_format(tmp_path):
-    path = write(tmp_path, [STRING_ROW, MESSAGES_ROW])
-    with pytest.raises(ValueError, match=r"line 2: this row is message lists, .* strings .*line 1"):
-        read_preferences(path)
+# One table
 
 
-def test_read_preferences_names_the_line_of_broken_json(tmp_path):
-    lines = tmp_path / "a.jsonl"
-    lines.write_text(json.dumps(STRING_ROW) + '\n{"prompt": \n')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: broken JSON"):
-        read_preferences(lines)
-    listed = tmp_path / "a.json"
-    listed.write_text('[\n{"prompt": "p",}\n]')
-    with pytest.raises(ValueError, match=r"a\.json, line 2: broken JSON"):
-        read_preferences(listed)
-    listed.write_text(json.dumps(STRING_ROW) + "\n{oops}")
-    with pytest.raises(ValueError, match=r"a\.json, line 2: broken JSON"):
-        read_preferences(listed)
+def test_every_format_shows_its_columns():
+    for known in FORMATS:
+        shown = set(re.findall(r'"(\w+)":', known.example))
+        assert shown >= set(known.columns), known.name
+        assert f"| {known.name} | `{known.example}` |" in formats_table()
+        assert ", ".join(known.columns) in known_formats()
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("[" * 100_000 + "]" * 100_000, "lists or objects nested too deeply"),
-        ("1" * 5000, "a number with too many digits"),
-    ],
-)
-def test_read_preferences_names_the_row_that_python_cannot_read(tmp_path, value, message):
-    good = json.dumps(STRING_ROW)
-    bad = f'{good[:-1]}, "score": {value}}}'
-    lines, listed = tmp_path / "a.jsonl", tmp_path / "a.json"
-    for text, path, place in (
-        (f"{good}\n\n{bad}\n", lines, "line 3"),
-        (f" [\n{good},\n{good}, {bad}\n]", listed, "row 3"),
-        (f"{good}\n{bad}", listed, "line 2"),
-        (bad, listed, "row 1"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message) as error:
-            read_preferences(path)
-        assert str(error.value).startswith(f"{path}, {place}: ")
-        assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_read_preferences_refuses_what_is_not_utf8_or_empty(tmp_path, name):
-    path = tmp_path / name
-    path.write_bytes(json.dumps(STRING_ROW).encode() + b"\n\xff\xfe")
-    with pytest.raises(ValueError, match="not valid UTF-8"):
-        read_preferences(path)
-    path.write_bytes(b" \n\n")
-    with pytest.raises(ValueError, match="holds no rows"):
-        read_preferences(path)
-
-
-def test_read_preferences_refuses_other_sources_by_name(tmp_path):
-    for name in ("a.parquet", "a.csv", "a.jsonl.gz", "a"):
-        (tmp_path / name).write_text("x")
-        with pytest.raises(ValueError, match=r"not supported yet; convert to \.jsonl"):
-            read_preferences(tmp_path / name)
-    with pytest.raises(ValueError, match="Hugging Face dataset ids are not supported yet"):
-        read_preferences("trl-lib/ultrafeedback_binarized")
-    with pytest.raises(ValueError, match="no such file"):
-        read_preferences(tmp_path / "missing.jsonl")
-    with pytest.raises(ValueError, match="is a folder"):
-        read_preferences(tmp_path)
+def test_find_format_prefers_the_first_that_fits():
+    row = {**SHAREGPT, "prompt": "u", "question": "u"}
+    assert find_format(row).name == "ShareGPT ranking"
+    assert {"prompt", "conversations", "system", "tools", "history"} <= set(COLUMNS)

@@ -7,34 +7,7 @@ from lowmem_dpo.data.templates import (
     encode_pairs,
     render_prompt,
 )
-
-AUTO = TemplateSettings()
-
-
-def turn(role, content):
-    return {"role": role, "content": content}
-
-
-def chat(chosen="yes", rejected="no", prompt="hi", row=1):
-    return Preference(
-        [turn("user", prompt)], [turn("assistant", chosen)], [turn("assistant", rejected)], row
-    )
-
-
-def encode_one(preference, tokenizer, settings=AUTO):
-    pairs, report = encode_pairs([preference], tokenizer, settings)
-    assert len(pairs) == 1
-    return pairs[0], report
-
-
-def sides(pair, tokenizer):
-    """(prompt, completion) text of chosen, then of rejected."""
-    for ids, start in (
-        (pair.chosen_ids, pair.chosen_start),
-        (pair.rejected_ids, pair.rejected_start),
-    ):
-        yield tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
-
+from tests.data.encoding import AUTO, CHATML_PROMPT, chat, encode_one, ours, sides, trl_pairs, turn
 
 # Chat templates
 
@@ -219,7 +192,6 @@ def test_encode_pairs_needs_an_eos_token_only_where_it_is_appended(build_tokeniz
 
 # Text that is already rendered
 
-CHATML_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 LLAMA3_PROMPT = (
     "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -427,30 +399,6 @@ def test_render_prompt_renders_messages_with_the_system_prompt(build_tokenizer):
     ids = render_prompt(tokenizer, [turn("user", "hi")], settings)
     pair, _ = encode_one(chat(), tokenizer, settings)
     assert ids == list(pair.chosen_ids[: pair.chosen_start])
-
-
-def trl_pairs(rows, tokenizer):
-    """What TRL's own DPO trainer makes of rows: prompt, chosen and rejected ids."""
-    datasets = pytest.importorskip("datasets")
-    dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
-    trainer = object.__new__(dpo_trainer.DPOTrainer)
-    trainer._tokenizer = tokenizer
-    args = dpo_trainer.DPOConfig(max_length=None, use_cpu=True, bf16=False)
-    dataset = datasets.Dataset.from_list(rows)
-    prepared = trainer._prepare_dataset(dataset, tokenizer, args, "train")
-    return [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in prepared]
-
-
-def ours(preferences, tokenizer):
-    pairs, _ = encode_pairs(preferences, tokenizer, AUTO)
-    for pair in pairs:
-        assert pair.chosen_start == pair.rejected_start
-        start = pair.chosen_start
-        yield (
-            list(pair.chosen_ids[:start]),
-            list(pair.chosen_ids[start:]),
-            list(pair.rejected_ids[start:]),
-        )
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "mistral"])

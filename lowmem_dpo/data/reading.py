@@ -1,0 +1,186 @@
+"""From a file, a folder or a Hugging Face data set to preferences, and what was found there.
+
+Here rows get our names of columns, bad rows stop the run or are left out, and all rows are held to
+one format.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowmem_dpo.data.formats import (
+    COLUMNS,
+    COMMON_COLUMNS,
+    PROMPT_COLUMNS,
+    Format,
+    Preference,
+    known_formats,
+    parse_row,
+)
+from lowmem_dpo.data.messages import RowFault, names
+from lowmem_dpo.data.repositories import read_dataset
+from lowmem_dpo.data.rows import READERS, Row, read_rows
+
+SHOWN_FAULTS = 3
+
+
+@dataclass
+class ReadReport:
+    """What a source of pairs holds.
+
+    Attributes:
+        format: Name of the rows' format.
+        unused: Columns that hold something and are not read.
+        num_rows: Rows found.
+        num_skipped: Bad rows that were left out.
+        faults: Place and reason of the first of them.
+    """
+
+    format: str = ""
+    unused: list[str] = field(default_factory=list)
+    num_rows: int = 0
+    num_skipped: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report in words, a line each."""
+        unused = f" (columns not used: {names(self.unused)})" if self.unused else ""
+        lines = [f"{self.num_rows - self.num_skipped} pairs, {self.format}{unused}"]
+        if self.num_skipped:
+            lines.append(f"{self.num_skipped} of {self.num_rows} rows are bad and left out, as set")
+            lines += self.faults
+            if self.num_skipped > len(self.faults):
+                lines.append(f"... and {self.num_skipped - len(self.faults)} more")
+        return lines
+
+
+def is_single_file(source: str | Path) -> bool:
+    """Whether a source is a file of rows; else it is a folder or a data set on the hub."""
+    path = Path(source)
+    return path.suffix.lower() in READERS and not path.is_dir()
+
+
+def read_preferences(
+    source: str | Path,
+    *,
+    dataset_config: str | None = None,
+    split: str | None = None,
+    purpose: str = "train",
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: str = "error",
+) -> tuple[list[Preference], ReadReport]:
+    """Read every row of a source of preference pairs.
+
+    Args:
+        source: A .jsonl, .json, .csv or .parquet file, a folder of them or of `save_to_disk`, or a
+            Hugging Face data set id.
+        dataset_config: Configuration of a data set; not for single files.
+        split: Split of a data set or folder; by default the one named `purpose`, or the only one.
+        purpose: train or test.
+        columns: Our names of columns to the source's.
+        on_bad_row: error stops at the first bad row, skip leaves bad rows out.
+
+    Returns:
+        The rows in the source's order, and what was found.
+
+    Raises:
+        ValueError: The source or a row cannot be read; says which, where and how to mend it.
+    """
+    columns = columns or {}
+    _check_columns(columns)
+    if not is_single_file(source):
+        rows = read_dataset(str(source), dataset_config, split, purpose)
+    elif split is not None:
+        raise ValueError(f"dataset_{purpose}_split={split} has no effect on the file {source}")
+    else:
+        rows = read_rows(Path(source))
+    report = ReadReport()
+    preferences = list(_preferences(rows, columns, on_bad_row, report))
+    if not preferences and report.num_rows:
+        raise ValueError(
+            f"{source}: every one of the {report.num_rows} rows is bad; {report.faults[0]}"
+        )
+    if not preferences:
+        raise ValueError(f"{source}: holds no rows, it is empty; {known_formats()}")
+    return preferences, report
+
+
+def _check_columns(columns: Mapping[str, str]) -> None:
+    """Refuse names that are none of ours, before anything is read."""
+    if unknown := [name for name in columns if name not in COLUMNS]:
+        raise ValueError(
+            f"columns names {names(unknown)}, which no format reads; known are "
+            f"{', '.join(COLUMNS)}; write {{our name: the file's name}}"
+        )
+
+
+def _preferences(
+    rows: Iterator[Row], columns: Mapping[str, str], on_bad_row: str, report: ReadReport
+) -> Iterator[Preference]:
+    """Yield the good rows and write the report."""
+    first: tuple[Format, str] | None = None
+    unused: dict[str, None] = {}
+    for row in rows:
+        report.num_rows += 1
+        try:
+            value = _renamed(row, columns)
+            preference, found = parse_row(value, row.number)
+            if first is None:
+                first = found, row.place
+                report.format = found.name
+            elif found is not first[0]:
+                raise RowFault(
+                    f"this row is {found.name}, but the first was {first[0].name} ({first[1]}); "
+                    "give all rows of a file the same format"
+                )
+        except RowFault as fault:
+            if on_bad_row == "error":
+                raise ValueError(
+                    f"{row.place}: {fault} (on_bad_row skip leaves bad rows out)"
+                ) from None
+            report.num_skipped += 1
+            if len(report.faults) < SHOWN_FAULTS:
+                report.faults.append(f"{row.place}: {fault}")
+            continue
+        unused.update(dict.fromkeys(_unused_columns(row.value, found, columns)))
+        yield preference
+    report.unused = list(unused)
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Any:
+    """A row's value under our names of columns.
+
+    Who names a column of the prompt chooses it: the others are left out.
+
+    Raises:
+        RowFault: The row cannot be read, or lacks a column that was named.
+    """
+    if row.fault:
+        raise RowFault(row.fault)
+    value = row.value
+    if not columns or not isinstance(value, dict):
+        return value
+    for name, theirs in columns.items():
+        if theirs not in value:
+            raise RowFault(
+                f"no column {theirs}, which columns gives for {name}; found {names(value)}"
+            )
+    chosen = PROMPT_COLUMNS if PROMPT_COLUMNS & columns.keys() else set()
+    kept = {
+        name: item
+        for name, item in value.items()
+        if name not in columns.values() and name not in columns and name not in chosen
+    }
+    return kept | {name: value[theirs] for name, theirs in columns.items()}
+
+
+def _unused_columns(
+    value: dict[str, Any], found: Format, columns: Mapping[str, str]
+) -> Iterator[str]:
+    """The columns of a row that hold something and are not read."""
+    read = {columns.get(name, name) for name in found.columns + found.parts + COMMON_COLUMNS}
+    if PROMPT_COLUMNS & columns.keys():
+        read -= PROMPT_COLUMNS - set(columns.values())
+    empty: tuple[Any, ...] = (None, "", [], {})
+    return (name for name, item in value.items() if name not in read and item not in empty)

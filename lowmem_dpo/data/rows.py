@@ -1,0 +1,332 @@
+"""Rows of local files: .jsonl, .json, .csv and .parquet, one at a time.
+
+Every reader yields `Row`s: a value, or what is wrong with that row. What is wrong with one row only
+is told in the row, so that the caller may leave it out and go on; what ends the reading of a file
+is raised. No reader holds more than one row (.parquet: one batch), and a row has an upper limit,
+so a file of a gigabyte without a line break costs one message, not the memory of the machine.
+"""
+
+import codecs
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+MAX_ROW_BYTES = 64 * 2**20  # an answer of a million words has 6 MiB
+CHUNK_BYTES = 2**20
+BATCH_ROWS = 256
+# A message list in a cell as json.dumps writes it, and as Python prints it.
+JSON_MESSAGES = re.compile(r'\[\{\s*"(role|content|from|value)"')
+PYTHON_MESSAGES = re.compile(r"\[\{\s*'(role|content|from|value)'")
+HALF_CHARACTERS = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it stands in its file.
+
+    Attributes:
+        number: Line in a file of lines, else place in the list; counted from 1.
+        place: File and row in words, for messages.
+        value: What it holds; a dict if all is well.
+        fault: Why it cannot be read; empty if it can.
+    """
+
+    number: int
+    place: str
+    value: Any = None
+    fault: str = ""
+
+
+def read_rows(path: Path, max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Row]:
+    """Read the rows of a file, by its suffix.
+
+    Args:
+        path: A file whose suffix is in `READERS`.
+        max_row_bytes: Longest row; in .json and .csv counted in characters.
+
+    Returns:
+        The rows in the file's order; blank lines are none, but count.
+
+    Raises:
+        ValueError: The rest of the file cannot be read; names the file and the place.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; check the path")
+    return READERS[path.suffix.lower()](path, max_row_bytes)
+
+
+def drop_nulls(value: Any) -> Any:
+    """A value without the keys that hold null.
+
+    In columnar files every object of a column has the keys of all; null is how they lack them.
+    """
+    if isinstance(value, dict):
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
+    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _read_jsonl(path: Path, max_row_bytes: int) -> Iterator[Row]:
+    """A row a line."""
+    for number, line in _lines(path, max_row_bytes):
+        place = f"{path}, line {number}"
+        if line is None:
+            yield Row(number, place, fault=_too_long(max_row_bytes))
+        elif not _is_blank(line):
+            yield Row(number, place, *_parse_line(line))
+
+
+def _lines(path: Path, max_row_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+    """Number and bytes of every line; None for one that is too long, whose rest is passed over."""
+    number = 0
+    with path.open("rb") as file:
+        while line := file.readline(max_row_bytes + 1):
+            number += 1
+            if len(line) <= max_row_bytes:
+                yield number, line
+                continue
+            yield number, None
+            while line and not line.endswith(b"\n"):
+                line = file.readline(CHUNK_BYTES)
+
+
+def _too_long(max_row_bytes: int) -> str:
+    return f"longer than {max_row_bytes // 2**20} MiB without an end; give each row its own line"
+
+
+def _is_blank(line: bytes) -> bool:
+    return not line.removeprefix(codecs.BOM_UTF8).strip()
+
+
+def _parse_line(line: bytes) -> tuple[Any, str]:
+    """The JSON value of a line and an empty fault, or None and the fault."""
+    try:
+        return json.loads(line.decode("utf-8-sig")), ""
+    except UnicodeDecodeError as error:
+        return None, f"not valid UTF-8 (byte {error.start} of the line); save the file as UTF-8"
+    except json.JSONDecodeError as error:
+        return None, (
+            f"broken JSON ({error.msg}, column {error.colno}); "
+            "each line holds one row, a list of rows belongs in a .json file"
+        )
+    except (RecursionError, ValueError) as error:
+        return None, _unreadable(error)
+
+
+def _unreadable(error: Exception) -> str:
+    """What Python cannot read although it may be JSON."""
+    if isinstance(error, RecursionError):
+        return "lists or objects nested too deeply; a row holds strings and messages"
+    return "a number with too many digits; write it as a string or remove it"
+
+
+def _read_json(path: Path, max_row_bytes: int) -> Iterator[Row]:
+    """The items of one list, one object, or rows a line that go by the name of .json."""
+    with path.open("rb") as file:
+        first = _first_character(file)
+    if first != b"[":
+        lines = (line for _, line in _lines(path, max_row_bytes) if line and not _is_blank(line))
+        if not _parse_line(next(lines, b""))[1]:
+            yield from _read_jsonl(path, max_row_bytes)
+            return
+    with path.open("rb") as file:
+        yield from _JsonValues(path, file, max_row_bytes, is_list=first == b"[").rows()
+
+
+def _first_character(file: IO[bytes]) -> bytes:
+    """The first byte of a file that is neither byte order mark nor white space."""
+    chunk = file.read(CHUNK_BYTES).removeprefix(codecs.BOM_UTF8)
+    while chunk and not chunk.lstrip():
+        chunk = file.read(CHUNK_BYTES)
+    return chunk.lstrip()[:1]
+
+
+class _JsonValues:
+    """The items of a JSON list that is read piece by piece.
+
+    Args:
+        path: For messages.
+        file: Open at its start.
+        max_row_bytes: Longest item.
+        is_list: Whether the items stand in a list; else there is one.
+    """
+
+    def __init__(self, path: Path, file: IO[bytes], max_row_bytes: int, *, is_list: bool) -> None:
+        self.path, self.file, self.max_row, self.is_list = path, file, max_row_bytes, is_list
+        self.decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self.text = ""  # what is read and not yet used up to `place`
+        self.place = 0
+        self.lines_before = 0  # line breaks in what was dropped from `text`
+        self.at_end = False
+        self.row = 1
+
+    def rows(self) -> Iterator[Row]:
+        """Every item as a row."""
+        if not self._peek():
+            return
+        if self.is_list:
+            self.place += 1
+            if self._peek() == "]":
+                self.place += 1
+                self._expect_end()
+                return
+        while True:
+            yield Row(self.row, f"{self.path}, row {self.row}", self._value())
+            if not self.is_list:
+                break
+            separator = self._peek()
+            if separator not in (",", "]"):
+                raise self._broken("Expecting ',' delimiter" if separator else "The list has no ]")
+            self.place += 1
+            if separator == "]":
+                break
+            self.row += 1
+        self._expect_end()
+
+    def _value(self) -> Any:
+        """The item at `place`; more is read while what there is of it does not parse."""
+        self._peek()
+        num_bytes = CHUNK_BYTES
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self.text, self.place)
+                if end < len(self.text) or self.at_end:  # else a number may go on
+                    self.place = end
+                    return value
+            except json.JSONDecodeError as error:
+                if self.at_end:
+                    raise self._broken(error.msg, error.pos) from None
+            except (RecursionError, ValueError) as error:
+                raise ValueError(f"{self._where()}: {_unreadable(error)}") from None
+            if len(self.text) - self.place > self.max_row:
+                raise ValueError(
+                    f"{self._where()}: longer than {self.max_row // 2**20} MiB without an end, or "
+                    "broken JSON; a .json file holds one list of rows"
+                )
+            self._read(num_bytes)
+            num_bytes = min(2 * num_bytes, self.max_row)  # a long row is parsed a few times only
+
+    def _peek(self) -> str:
+        """Pass over white space; the character behind it, empty at the end."""
+        while True:
+            found = re.compile(r"\S").search(self.text, self.place)
+            self.place = found.start() if found else len(self.text)
+            if found or self.at_end:
+                return found[0] if found else ""
+            self._read(CHUNK_BYTES)
+
+    def _read(self, num_bytes: int) -> None:
+        """Drop what is used up and read on."""
+        self.lines_before += self.text.count("\n", 0, self.place)
+        data = self.file.read(num_bytes)
+        self.at_end = not data
+        try:
+            more = self.decode(data, self.at_end)
+        except UnicodeDecodeError:
+            raise ValueError(f"{self._where()}: not valid UTF-8; save the file as UTF-8") from None
+        self.text, self.place = self.text[self.place :] + more, 0
+
+    def _expect_end(self) -> None:
+        if self._peek():
+            raise self._broken("Extra data")
+
+    def _where(self) -> str:
+        return f"{self.path}, row {self.row}"
+
+    def _broken(self, what: str, position: int | None = None) -> ValueError:
+        line = self.lines_before + self.text.count("\n", 0, position or self.place) + 1
+        return ValueError(
+            f"{self.path}, line {line}: broken JSON ({what}, in row {self.row}); "
+            "a .json file holds one list of rows"
+        )
+
+
+def _read_csv(path: Path, max_row_bytes: int) -> Iterator[Row]:
+    """The records of comma-separated values under a header; a cell may span lines."""
+    lines = _csv_lines(path, max_row_bytes)
+    usual = csv.field_size_limit(max_row_bytes)
+    try:
+        reader = csv.reader(lines, strict=True)
+        header = next(reader, [])
+        if len(set(header)) < len(header) or (header and "" in header[1:]):
+            raise ValueError(f"{path}, line 1: names of columns are empty or stand there twice")
+        while True:
+            number = reader.line_num + 1
+            cells = next(reader, None)
+            if cells is None:
+                return
+            if cells:
+                yield _csv_row(number, f"{path}, line {number}", header, cells)
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.line_num}: broken CSV ({error}); cells are separated by commas, "
+            'those with commas, quotes or line breaks in "...", quotes in them doubled'
+        ) from None
+    finally:
+        csv.field_size_limit(usual)
+
+
+def _csv_lines(path: Path, max_row_bytes: int) -> Iterator[str]:
+    """Lines as text, with line breaks; bytes that are no UTF-8 become half characters."""
+    for number, line in _lines(path, max_row_bytes):
+        if line is None:
+            raise ValueError(f"{path}, line {number}: {_too_long(max_row_bytes)}")
+        encoding = "utf-8-sig" if number == 1 else "utf-8"
+        yield line.decode(encoding, "surrogateescape")
+
+
+def _csv_row(number: int, place: str, header: list[str], cells: list[str]) -> Row:
+    """A record as a row; cells that hold message lists are read as JSON."""
+    if len(cells) != len(header):
+        fault = f"has {len(cells)} cells, the header names {len(header)} columns"
+        return Row(number, place, fault=fault + '; put cells with commas or line breaks in "..."')
+    value: dict[str, Any] = {}
+    for name, cell in zip(header, cells, strict=True):
+        if HALF_CHARACTERS.search(cell):
+            return Row(number, place, fault="not valid UTF-8; save the file as UTF-8")
+        value[name] = cell
+        if PYTHON_MESSAGES.match(cell):
+            fault = "holds messages in Python's notation; write them with json.dumps"
+            return Row(number, place, fault=f"the column {shown(name)} {fault}")
+        if JSON_MESSAGES.match(cell):
+            value[name], fault = _parse_line(cell.encode())
+            if fault:
+                return Row(number, place, fault=f"the column {shown(name)}: {fault}")
+    return Row(number, place, value)
+
+
+def _read_parquet(path: Path, max_row_bytes: int) -> Iterator[Row]:
+    """The rows of a Parquet file, a batch at a time."""
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(number, f"{path}, row {number}", drop_nulls(value))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = shown(str(error))
+        raise ValueError(
+            f"{path}, behind row {number}: no Parquet file, or a broken one ({reason})"
+        ) from None
+
+
+def shown(text: str, length: int = 80) -> str:
+    """Text from a file in one short line that can be printed."""
+    text = " ".join(text[: 4 * length].split())
+    text = text if len(text) <= length else text[: length - 3] + "..."
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+READERS: dict[str, Callable[[Path, int], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
