@@ -8,7 +8,9 @@ import errno
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +122,9 @@ def _run(run: Callable[[Any], int], config: Any) -> int:
     from lowmem_dpo.training.health import RunStopped
 
     disable_progress_bar()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:  # SIGTERM is Ctrl-C
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run(config)
     except KeyboardInterrupt:
@@ -128,6 +133,9 @@ def _run(run: Callable[[Any], int], config: Any) -> int:
     except RunStopped as error:
         print(f"lowmem_dpo: stopped: {error}", file=sys.stderr)
         return 1
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _os_error(error: OSError) -> str:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 from lowmem_dpo.checks import check, check_seed, check_types, check_unused, split_names
 from lowmem_dpo.settings import parse_config
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -65,8 +67,8 @@ class TrainConfig:
     """Number of optimizer steps; overrides num_train_epochs."""
     batch_size: int = 16
     """Pairs per optimizer step. How they are split into micro-batches is the plan's business."""
-    optim: Literal["adamw", "adamw_8bit", "sgd"] = "adamw"
-    """Optimizer: adamw (torch), adamw_8bit (bitsandbytes) or sgd."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"] = "adamw"
+    """adamw (torch), adamw_8bit or paged_adamw_8bit (bitsandbytes; CUDA only), or sgd."""
     adam_beta1: float = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: float = 0.999
@@ -131,6 +133,10 @@ class TrainConfig:
     """Write metrics every so many steps; by default 10, and 1 in runs of fewer than 100 steps."""
     eval_steps: int | None = None
     """Evaluate every so many steps; by default at the end of each epoch."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations in a row that did not lower eval_loss; by default never."""
+    early_stopping_threshold: float = 0.0
+    """An evaluation counts as better if eval_loss falls by more than this."""
     save_strategy: Literal["epoch", "steps", "no"] = "epoch"
     """When to write a checkpoint."""
     save_steps: int | None = None
@@ -138,26 +144,28 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
     resume: str | None = None
-    """auto (output_dir's newest checkpoint; without one, start afresh) or a checkpoint's path."""
+    """auto (output_dir's newest good checkpoint; without one, start afresh) or a checkpoint."""
     cache_dir: str | None = None
     """Folder of the reference cache; by default $LOWMEM_DPO_CACHE or ~/.cache/lowmem_dpo."""
-    report_to: Literal["none"] = "none"
-    """Experiment trackers. None is supported yet; metrics.jsonl holds everything."""
+    report_to: str | list[str] = "none"
+    """Experiment trackers beside metrics.jsonl: none, tensorboard, wandb, trackio, or a list."""
 
     def __post_init__(self) -> None:
         check_types(self)
         split_names(self, "lora_target_modules")
+        self._check_trackers()
         for name in ("beta", "learning_rate", "num_train_epochs", "lora_alpha", "adam_epsilon"):
             check(self, name, getattr(self, name) > 0, "must be > 0")
         for name in ("batch_size", "lora_r", "max_length", "keep_checkpoints"):
             check(self, name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("max_steps", "logging_steps", "eval_steps", "save_steps", "pack_tokens"):
+        optional = ("max_steps", "logging_steps", "eval_steps", "save_steps", "pack_tokens")
+        for name in (*optional, "early_stopping_patience"):
             value = getattr(self, name)
             check(self, name, value is None or value >= 1, "must be at least 1, or left out")
         for name in ("warmup_ratio", "lora_dropout", "eval_fraction", "adam_beta1", "adam_beta2"):
             check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         check(self, "warmup_steps", (self.warmup_steps or 0) >= 0, "must be >= 0, or left out")
-        for name in ("weight_decay", "max_grad_norm"):
+        for name in ("weight_decay", "max_grad_norm", "early_stopping_threshold"):
             check(self, name, getattr(self, name) >= 0, "must be >= 0")
         check_seed(self)
         for name, most in (("lora_r", 8192), ("pack_tokens", 2**24)):
@@ -166,6 +174,21 @@ class TrainConfig:
         self._check_combinations()
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
+
+    @property
+    def trackers(self) -> list[str]:
+        """`report_to` as names; empty for none."""
+        names = self.report_to
+        if isinstance(names, str):
+            names = [part.strip() for part in names.strip("[]").split(",")]
+        return [name for name in names if name not in ("", "none")]
+
+    def _check_trackers(self) -> None:
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ValueError(
+                    f"report_to must be none or of {', '.join(TRACKERS)}, got {name!r}"
+                )
 
     def _check_combinations(self) -> None:
         """Refuse settings that would have no effect beside the others."""
@@ -197,6 +220,13 @@ class TrainConfig:
             raise ValueError(
                 "eval_steps needs something to evaluate on: set eval_data or eval_fraction"
             )
+        if self.early_stopping_patience is not None and not (self.eval_data or self.eval_fraction):
+            raise ValueError(
+                "early_stopping_patience needs something to evaluate on: "
+                "set eval_data or eval_fraction"
+            )
+        if self.early_stopping_patience is None:
+            check_unused(self, "early_stopping_patience", "early_stopping_threshold")
         if self.save_strategy == "steps" and self.save_steps is None:
             raise ValueError("save_strategy steps needs save_steps, for example save_steps 200")
         if self.save_strategy != "steps" and self.save_steps is not None:

@@ -1,15 +1,26 @@
-"""Writing so that a file or folder with its final name is always whole."""
+"""Writing so that a file or folder with its final name is always whole.
 
+What is being written or deleted is hidden: `.NAME....part`, and `.NAME.old` for a folder that is
+being replaced. After a kill, `recover` puts back what a replacement had moved aside and deletes the
+rest.
+"""
+
+import contextlib
 import importlib
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that it holds the old bytes or the new ones, never half of them."""
+    """Write a file so that it holds the old bytes or the new ones, never half of them.
+
+    Raises:
+        OSError: Naming the file; what it held before is still there.
+    """
     temporary = path.with_name(f".{path.name[:64]}.{os.getpid()}.{id(data)}.part")
     try:
         with temporary.open("wb") as file:
@@ -17,29 +28,81 @@ def replace_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):  # a full disk does not say which file it was
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add to a file's end, in one write; a kill or a full disk may leave the first part of it.
+
+    Raises:
+        OSError: Naming the file.
+    """
+    try:
+        with path.open("ab") as file:
+            file.write(data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Write a folder under a temporary name, then put it in `target`'s place.
 
-    The old folder is moved aside first and deleted last, so that a kill leaves one of them.
+    The old folder is moved aside first and deleted last, so that a kill leaves one of them whole:
+    under its name, or for `recover` to put back.
     """
-    new, old = (target.with_name(f".{target.name}.{kind}") for kind in ("part", "old"))
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _recover(target)
+    new, old = _hidden(target, "part"), _hidden(target, "old")
     new.mkdir(parents=True)
     try:
         write(new)
+        for path in (*new.rglob("*"), new):
+            _sync(path)
         if target.exists():
             os.replace(target, old)
         os.replace(new, target)
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        _recover(target)
         raise
+    _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that it is never seen in part under its name."""
+    hidden = _hidden(path, "part")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def recover(directory: Path, *names: str) -> None:
+    """Clear away what a killed process left half done; nobody else may be writing there.
+
+    Args:
+        directory: The folder.
+        names: How the files and folders begin that are written here.
+    """
+    for name in names:
+        for old in directory.glob(f".{name}*.old"):
+            _recover(old.with_name(old.name[1:-4]))
+        for part in directory.glob(f".{name}*.part"):
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                part.unlink(missing_ok=True)
+
+
+def remove_stale_parts(directory: Path, older_than_seconds: float) -> None:
+    """Delete what killed processes left in a folder that others may be writing to right now."""
+    for part in directory.glob(".*.part"):
+        with contextlib.suppress(OSError):  # another run was faster, or may delete here alone
+            if time.time() - part.stat().st_mtime > older_than_seconds:
+                part.unlink()
 
 
 def lock_file(path: Path) -> IO[bytes] | None:
@@ -60,3 +123,26 @@ def lock_file(path: Path) -> IO[bytes] | None:
         file.close()
         return None
     return file
+
+
+def _hidden(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}")
+
+
+def _recover(target: Path) -> None:
+    """Put an old folder back if its replacement never arrived; delete what is left over."""
+    old = _hidden(target, "old")
+    if old.exists() and not target.exists():
+        os.replace(old, target)
+    for leftover in (_hidden(target, "part"), old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Let a file's content, or the names in a folder, outlast a power cut."""
+    with contextlib.suppress(OSError):  # Windows syncs neither through a handle for reading
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

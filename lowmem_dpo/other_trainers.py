@@ -102,6 +102,7 @@ _OPTIMIZERS = {
     "adamw_torch_fused": "adamw",
     "adamw_hf": "adamw",
     "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw_bnb_8bit": "paged_adamw_8bit",
 }
 _ALGORITHM = ("beta", "reference_free", "label_smoothing", "loss_type")
 

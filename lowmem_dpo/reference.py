@@ -11,7 +11,7 @@ options; a pair's key covers its token ids and scored positions. So an edited da
 changed pairs only, and another beta, loss, learning rate or seed costs nothing. Shards are written
 one by one under a temporary name and renamed when whole: a killed pass goes on where it stopped. A
 shard's name is the digest of its content, so a damaged one is found when it is read, and two runs
-never write the same name with different content.
+never write the same name with different content: any number of them may share a cache.
 
 Beside the key stands the fingerprint: everything else that can move a log-prob's last bits (device,
 versions, dtype, micro-batch size). Numbers of the same fingerprint are reproduced exactly.
@@ -20,7 +20,6 @@ versions, dtype, micro-batch size). Numbers of the same fingerprint are reproduc
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,11 +29,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lowmem_dpo.files import replace_file
+from lowmem_dpo.files import remove_stale_parts, replace_file
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+STALE_SECONDS = 3600.0  # no shard takes that long to write: what is older, a kill has left
 Fingerprint = dict[str, Any]
 
 
@@ -109,13 +109,17 @@ class ReferenceCache:
         Args:
             logps: Pair key to its token log-probs, [T] fp32 on the CPU.
             fingerprint: Of this run.
+
+        Raises:
+            OSError: If it cannot be written; what was written before is whole.
         """
         self._parsed = None
         self.directory.mkdir(parents=True, exist_ok=True)
+        remove_stale_parts(self.directory, STALE_SECONDS)
         manifest = self.directory / "manifest.json"
         if not manifest.exists():
             record = {"schema_version": SCHEMA_VERSION, "identity": self.identity}
-            replace_file(manifest, json.dumps(record, indent=2).encode())
+            replace_file(manifest, json.dumps(record, indent=2, allow_nan=False).encode())
         keys = sorted(logps)
         tensors = {
             "keys": torch.frombuffer(bytearray.fromhex("".join(keys)), dtype=torch.uint8),
@@ -132,17 +136,35 @@ class ReferenceCache:
             return self._parsed
         shards = []
         for path in sorted(self.directory.glob("*.safetensors")):
-            try:
-                content = path.read_bytes()
-            except FileNotFoundError:  # another run has just set it aside
-                continue
-            if hashlib.sha256(content).hexdigest() != path.stem:
-                logger.warning("%s is damaged and set aside; its pairs are scored again", path)
-                os.replace(path, path.with_suffix(".damaged"))
-                continue
-            shards.append(_parse_shard(content))
+            content = _read_whole(path)
+            if content is not None:
+                shards.append(_parse_shard(content))
         self._parsed = shards
         return shards
+
+
+def _read_whole(path: Path) -> bytes | None:
+    """A shard's content; None, and set aside, if it is not what was written."""
+    try:
+        content = path.read_bytes()
+        if _is_whole(content, path):
+            return content
+        aside = path.with_suffix(".damaged")
+        path.replace(aside)
+        # Another run may have set it aside and written it again since it was read here.
+        if _is_whole(content := aside.read_bytes(), path):
+            aside.replace(path)
+            return content
+        logger.warning("%s is damaged and set aside; its pairs are scored again", path)
+    except FileNotFoundError:  # another run has just set it aside
+        pass
+    except OSError as error:  # unreadable, or in a folder that cannot be written
+        logger.warning("%s is left out: %s; its pairs are scored again", path, error.strerror)
+    return None
+
+
+def _is_whole(content: bytes, path: Path) -> bool:
+    return hashlib.sha256(content).hexdigest() == path.stem
 
 
 def _parse_shard(content: bytes) -> tuple[Fingerprint, dict[str, Tensor]]:

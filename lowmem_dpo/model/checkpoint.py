@@ -172,10 +172,11 @@ def file_digest(path: Path, cache_dir: Path | None = None) -> str:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if memory:
-        memory.parent.mkdir(parents=True, exist_ok=True)
         # Read again: another process may have added to it meanwhile. What is lost is redone.
         entries = _read_digests(memory) | {key: [*stamp, digest]}
-        replace_file(memory, json.dumps(entries, indent=0).encode())
+        with contextlib.suppress(OSError):  # a full disk, a folder that cannot be written
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(memory, json.dumps(entries, indent=0).encode())
     return digest
 
 

@@ -3,11 +3,12 @@
 A checkpoint is a folder `checkpoints/step-000200/` with the adapter in PEFT's format (so it can be
 used by itself), the optimizer's tensors, the generators' states and a JSON record of the rest. It
 is written under a temporary name and renamed when whole, so a folder with a checkpoint's name is
-always a checkpoint. Nothing is pickled.
+always a checkpoint. Its SHA256SUMS (what `sha256sum --check` reads) tells a damaged one: no run
+goes on from it, and no older one is deleted in its favour. Nothing is pickled.
 """
 
+import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from lowmem_dpo.files import replace_file, replace_folder
+from lowmem_dpo.files import remove_folder, replace_file, replace_folder
+from lowmem_dpo.training.console import warn
+from lowmem_dpo.training.optimizers import page_state
 
 STATE_FILE = "trainer_state.json"
 TENSOR_FILE = "trainer_state.safetensors"
-SCHEMA_VERSION = 1
+DIGESTS_FILE = "SHA256SUMS"
+SCHEMA_VERSION = 2
 
 
 @dataclass
@@ -38,8 +42,10 @@ class TrainingState:
         step: Optimizer steps done.
         num_tokens: Tokens seen.
         best_eval_loss: Lowest evaluation loss so far.
+        num_evaluations_without_improvement: In a row, to the last one.
+        num_skipped_in_a_row: Steps skipped for a loss or gradient that is not finite, to the last.
         unlogged: Metrics of the steps since the last logged line.
-        last_metrics: Of the last step.
+        last_metrics: Of the last step that was not skipped.
         eval_metrics: Of the last evaluation, with its step.
     """
 
@@ -50,12 +56,23 @@ class TrainingState:
     step: int = 0
     num_tokens: int = 0
     best_eval_loss: float | None = None
+    num_evaluations_without_improvement: int = 0
+    num_skipped_in_a_row: int = 0
     unlogged: list[dict[str, float]] = field(default_factory=list)
     last_metrics: dict[str, float] = field(default_factory=dict)
     eval_metrics: dict[str, float] = field(default_factory=dict)
 
 
-PLAIN = ("step", "num_tokens", "best_eval_loss", "unlogged", "last_metrics", "eval_metrics")
+PLAIN = (
+    "step",
+    "num_tokens",
+    "best_eval_loss",
+    "num_evaluations_without_improvement",
+    "num_skipped_in_a_row",
+    "unlogged",
+    "last_metrics",
+    "eval_metrics",
+)
 
 
 def save_checkpoint(
@@ -87,7 +104,8 @@ def save_checkpoint(
             "facts": facts,
         }
         replace_file(folder / TENSOR_FILE, save(tensors))
-        replace_file(folder / STATE_FILE, json.dumps(record, indent=1).encode())
+        replace_file(folder / STATE_FILE, json.dumps(record, indent=1, allow_nan=False).encode())
+        replace_file(folder / DIGESTS_FILE, _digests(folder).encode())
 
     replace_folder(directory / f"step-{state.step:06d}", write)
 
@@ -102,6 +120,7 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
     try:
         tensors = load((directory / TENSOR_FILE).read_bytes())
         state.optimizer.load_state_dict(_put_tensors(record["optimizer"], tensors))
+        page_state(state.optimizer)
         state.schedule.load_state_dict(record["schedule"])
         state.scaler.load_state_dict(record["scaler"])
         for name in PLAIN:
@@ -124,34 +143,99 @@ def read_record(directory: Path) -> dict[str, Any]:
         if record["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"{directory} was written by another version; start afresh")
         record["facts"], record["step"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise _damaged(directory, error) from None
     return record
 
 
-def _damaged(directory: Path, error: Exception) -> ValueError:
-    older = [path.name for path in list_checkpoints(directory.parent) if path < directory]
-    hint = f"resume from {directory.parent / older[-1]}" if older else "start afresh"
-    why = f"{type(error).__name__}: {error}"
+def check_undamaged(directory: Path) -> None:
+    """Refuse a checkpoint that is not what was written.
+
+    Raises:
+        ValueError: Naming the file, and an older checkpoint that is good.
+    """
+    if damage := find_damage(directory):
+        raise _damaged(directory, damage)
+
+
+def _damaged(directory: Path, why: Exception | str) -> ValueError:
+    siblings = reversed(list_checkpoints(directory.parent))
+    older = (p for p in siblings if p.name < directory.name and not find_damage(p))
+    good = next(older, None)
+    hint = "start afresh in another output_dir" if good is None else f"resume from {good}"
+    why = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
     return ValueError(f"{directory} is no checkpoint that can be resumed ({why}); {hint}")
+
+
+def find_damage(directory: Path) -> str | None:
+    """Hold every file of a checkpoint against its digest.
+
+    Returns:
+        Which file is damaged, missing or not listed; None if all are as they were written.
+    """
+    try:
+        listed = (directory / DIGESTS_FILE).read_bytes()
+        if listed == _digests(directory).encode():
+            return None
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    ours = set(_digests(directory).encode().splitlines())
+    names = [line.partition(b"  ")[2] for line in sorted(ours ^ set(listed.splitlines()))]
+    return f"{names[0].decode(errors='replace') if names else DIGESTS_FILE} is damaged"
+
+
+def _digests(directory: Path) -> str:
+    """A line with digest and name for every file, as `sha256sum` writes them."""
+    lines = []
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name != DIGESTS_FILE:
+            with path.open("rb") as file:
+                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines)
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(path for path in directory.glob("step-*") if (path / STATE_FILE).exists())
+    return sorted(path for path in directory.glob("step-*") if path.is_dir())
+
+
+def newest_good_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; damaged ones are said and passed over.
+
+    Raises:
+        ValueError: If there are checkpoints and every one is damaged.
+    """
+    checkpoints = list_checkpoints(directory)
+    for path in reversed(checkpoints):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        warn(f"checkpoint {path} is passed over: {damage}")
+    if checkpoints:
+        raise ValueError(
+            f"every checkpoint in {directory} is damaged; start afresh in another output_dir"
+        )
+    return None
 
 
 def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for path in list_checkpoints(directory)[:-keep]:
-        shutil.rmtree(path)
+    """Delete all but the newest `keep` checkpoints, once the newest is known to be good."""
+    checkpoints = list_checkpoints(directory)
+    if not checkpoints[:-keep]:
+        return
+    if damage := find_damage(checkpoints[-1]):
+        warn(f"checkpoint {checkpoints[-1]} is not what was written ({damage}); all are kept")
+        return
+    for path in checkpoints[:-keep]:
+        remove_folder(path)
 
 
 def drop_checkpoints_after(directory: Path, step: int) -> None:
     """Delete the checkpoints ahead of where a run goes on from: they are another future's."""
     for path in list_checkpoints(directory):
         if path.name > f"step-{step:06d}":
-            shutil.rmtree(path)
+            remove_folder(path)
 
 
 def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

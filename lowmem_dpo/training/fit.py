@@ -1,9 +1,10 @@
 """What surrounds the training loop: logging, evaluation, checkpoints, the adapters it leaves."""
 
+import math
 import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,22 @@ from lowmem_dpo.training.checkpoints import (
     read_record,
     save_checkpoint,
 )
-from lowmem_dpo.training.console import ProgressBar, duration, say, size, speed
-from lowmem_dpo.training.health import check_adapter_moves, check_finite, check_weights_finite
+from lowmem_dpo.training.console import ProgressBar, duration, say, size, speed, warn
+from lowmem_dpo.training.health import check_adapter_moves, check_weights_finite
 from lowmem_dpo.training.interrupt import Interrupt
 from lowmem_dpo.training.loop import StepResult, evaluate, predicted_fill, train_steps
-from lowmem_dpo.training.metrics import Metrics, mean_metrics, with_friendly_names
+from lowmem_dpo.training.metrics import (
+    Metrics,
+    mean_metrics,
+    with_friendly_names,
+    without_pairs,
+)
 from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
 from lowmem_dpo.training.output import RunFolder, check_resumable, resume_facts
 from lowmem_dpo.training.plots import draw_plots
 from lowmem_dpo.training.schedule import Schedule
 from lowmem_dpo.training.setup import Run
+from lowmem_dpo.training.trackers import Trackers
 from lowmem_dpo.version import __version__
 
 FEW_STEPS_TO_LOG_ALL = 100
@@ -42,8 +49,8 @@ class TrainResult:
     """What `fit` returns.
 
     Attributes:
-        final_loss: Loss of the last step.
-        metrics: The last step's metrics, with the last evaluation's (eval_*).
+        final_loss: Loss of the last step that was not skipped.
+        metrics: That step's metrics, with the last evaluation's (eval_*).
         num_steps: Optimizer steps of the whole run.
         output_dir: The run's folder.
     """
@@ -100,68 +107,106 @@ class Fit:
         self.folder.start(self.config, self.state.step)
         self._note_start()
         begun, start = time.perf_counter(), self.state.step
-        self._train()
-        check_adapter_moves(self.parameters, self.state.step)
-        self._save_adapters()
-        draw_plots(self.folder.metrics, self.folder.root / "plots")
+        self.trackers = Trackers(
+            self.config.trackers,
+            self.folder.root,
+            asdict(self.config),
+            start,
+            self.folder.record.get("trackers", {}),
+        )
+        self.folder.note(trackers=self.trackers.run_ids)
+        try:
+            with Interrupt() as interrupt:
+                self._train(interrupt)
+                check_adapter_moves(self.parameters, self.state.step)
+                self._save_adapters()
+        finally:
+            self.trackers.finish()
+        self._draw_plots()
         seconds = time.perf_counter() - begun
         steps = self.state.step - start
         session = {"from_step": start, "to_step": self.state.step, "seconds": seconds}
-        self.folder.note(sessions=[*self.folder.record["sessions"], session], finished=True)
+        self.folder.note(
+            sessions=[*self.folder.record["sessions"], session],
+            stopped_early=self._stops_early(),
+            finished=True,
+        )
         adapter = self.folder.root / "adapter"
         say(f"done: {steps} steps in {duration(seconds)}; the adapter is in {adapter}")
         return TrainResult(
-            final_loss=self.state.last_metrics["loss"],
+            final_loss=self.state.last_metrics.get("loss", math.nan),
             metrics=self.state.eval_metrics | self.state.last_metrics,
             num_steps=self.state.step,
             output_dir=self.folder.root,
         )
 
-    def _train(self) -> None:
+    def _train(self, interrupt: Interrupt) -> None:
         num_steps = self.schedule.num_steps
         bar = ProgressBar("training", num_steps, "steps", done=self.state.step, lines=False)
-        with Interrupt() as interrupt, bar:
+        if self._stops_early():  # a resumed run that had stopped
+            return
+        with bar:
             for result in train_steps(self.run, self.state, self.schedule):
-                metrics = with_friendly_names(result.metrics)
-                self.state.unlogged.append(result.metrics)
-                self.state.last_metrics = metrics
+                metrics = self._take(result)
                 if result.step == 1:
                     self.folder.note(step_zero=self.run.step_zero)
                 bar.advance(1, _summary(metrics))
-                if result.step % self.logging_steps == 0 or result.step == num_steps:
-                    self._log(bar)
                 is_last = result.step == num_steps
+                if result.step % self.logging_steps == 0 or is_last:
+                    self._log(bar)
                 if self.run.pairs.evaluation and (result.step % self.eval_steps == 0 or is_last):
                     self._evaluate()
-                if self._is_save_step(result.step) or interrupt.requested:
+                    is_last = is_last or self._stops_early()
+                if is_last and self.state.unlogged:
+                    self._log(bar)
+                if self._is_save_step(result.step, is_last) or interrupt.requested:
                     self._save_checkpoint()
                 for callback in self.callbacks:
                     callback(StepResult(result.step, metrics))
                 if interrupt.requested:
                     say(f"interrupted after step {result.step}; go on with --resume auto")
                     raise KeyboardInterrupt
+                if is_last:
+                    return
+
+    def _take(self, result: StepResult) -> Metrics:
+        """Keep a step's metrics for the next line; of a skipped step, those that are numbers."""
+        metrics = with_friendly_names(result.metrics)
+        if "skipped_steps" in metrics:
+            self.state.unlogged.append(without_pairs(result.metrics))
+        else:
+            self.state.unlogged.append(result.metrics)
+            self.state.last_metrics = metrics
+        return metrics
+
+    def _stops_early(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and (self.state.num_evaluations_without_improvement >= patience)
 
     def _log(self, bar: ProgressBar) -> None:
         metrics = mean_metrics(self.state.unlogged)
         self.state.unlogged.clear()
-        self.folder.log(metrics)
+        self._write(metrics)
         if bar.bar is None:
             step, num_steps = int(metrics["step"]), self.schedule.num_steps
             say(f"step {step}/{num_steps}: {_summary(metrics)}, {bar.time_left} left")
 
-    def _is_save_step(self, step: int) -> bool:
+    def _write(self, metrics: Mapping[str, float]) -> None:
+        self.folder.log(metrics)
+        self.trackers.log(metrics)
+
+    def _is_save_step(self, step: int, is_last: bool) -> bool:
         if self.config.save_strategy == "steps":
             return step % (self.config.save_steps or 1) == 0
-        ends_epoch = step % self.schedule.steps_per_epoch == 0 or step == self.schedule.num_steps
+        ends_epoch = step % self.schedule.steps_per_epoch == 0 or is_last
         return self.config.save_strategy == "epoch" and ends_epoch
 
     def _evaluate(self) -> None:
+        check_weights_finite(self.parameters, self.state.step)
         metrics = evaluate(self.run, self.run.pairs.evaluation)
         loss = metrics["eval_loss"]
-        check_weights_finite(self.parameters, self.state.step)
-        check_finite(loss, 0.0, [tree.row for tree in self.run.pairs.evaluation], self.state.step)
         self.state.eval_metrics = {"step": self.state.step, **metrics}
-        self.folder.log(self.state.eval_metrics)
+        self._write(self.state.eval_metrics)
         say(
             f"evaluation at step {self.state.step}: loss {loss:.4f}, margin "
             f"{metrics['eval_rewards/margins']:+.3f}, accuracy "
@@ -169,9 +214,16 @@ class Fit:
         )
         best = self.folder.root / "best"
         lowest = self.state.best_eval_loss
+        if lowest is None or lowest - loss > self.config.early_stopping_threshold:
+            self.state.num_evaluations_without_improvement = 0
+        else:
+            self.state.num_evaluations_without_improvement += 1
         if lowest is None or loss < lowest or not best.exists():
             self.state.best_eval_loss = loss
             replace_folder(best, self.run.policy.save)
+        if self._stops_early():
+            times = self.state.num_evaluations_without_improvement
+            say(f"stopped early: the last {times} evaluations did not improve on {lowest:.4f}")
 
     def _save_checkpoint(self) -> None:
         check_weights_finite(self.parameters, self.state.step)
@@ -185,6 +237,12 @@ class Fit:
         replace_folder(self.folder.root / "adapter", self.run.policy.save)
         if not self.run.pairs.evaluation or not best.exists():
             replace_folder(best, self.run.policy.save)
+
+    def _draw_plots(self) -> None:
+        try:
+            draw_plots(self.folder.metrics, self.folder.root / "plots")
+        except OSError as error:  # the run itself is saved by now
+            warn(f"the plots could not be drawn: {error}")
 
     def _note_start(self) -> None:
         run, policy = self.run, self.run.policy
@@ -217,6 +275,8 @@ class Fit:
 
 def _summary(metrics: Metrics) -> str:
     """Loss, margin, accuracy, speed and memory in one line."""
+    if "loss" not in metrics or not math.isfinite(metrics["loss"]):
+        return "skipped"
     text = (
         f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.3f}, "
         f"accuracy {metrics['rewards/accuracies']:.2f}, "

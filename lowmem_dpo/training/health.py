@@ -6,7 +6,7 @@ policy and reference are the same function: every margin must be 0 and the loss 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.losses import zero_margin_loss
 
 LOSS_TOLERANCE = 0.02
+MAX_SKIPPED_IN_A_ROW = 3
 STEPS_UNTIL_LORA_B_MOVES = 20
 
 
@@ -76,18 +77,44 @@ def check_step_zero(
     return record, warning
 
 
-def check_finite(loss: float, grad_norm: float, rows: list[int], step: int) -> None:
-    """Stop at a loss or gradient that is not a number.
+def name_rows(rows: Iterable[int]) -> str:
+    """Data rows for a message, in order, the first 32 of them: `data rows 3, 17`."""
+    ordered = sorted(set(rows))
+    named = ", ".join(map(str, ordered[:32])) + (" and more" if len(ordered) > 32 else "")
+    return f"data row{'s' if len(ordered) > 1 else ''} {named}"
+
+
+def describe_non_finite(
+    loss: float, grad_norm: float, bad_rows: Sequence[int], rows: Sequence[int]
+) -> str:
+    """What of a step is not a number, and which pairs to look at.
+
+    Args:
+        loss: Of the step.
+        grad_norm: Of the step.
+        bad_rows: Data rows of the pairs whose own loss or log-prob is not finite.
+        rows: All of the step: where every loss is finite, the gradient does not tell whose it is.
+    """
+    if bad_rows:
+        return f"the loss of {name_rows(bad_rows)} is not finite"
+    if not math.isfinite(loss):  # finite numbers whose mean is not
+        return f"loss {loss}, of {name_rows(rows)}"
+    return f"gradient norm {grad_norm}, of {name_rows(rows)}"
+
+
+def check_skipped(num_in_a_row: int, what: str, step: int) -> str:
+    """What to tell of a step whose loss or gradient is not a number; it is skipped.
 
     Raises:
-        RunStopped: Naming the data rows of the step.
+        RunStopped: If it is the third in a row.
     """
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        named = ", ".join(map(str, sorted(rows)[:32])) + (" and more" if len(rows) > 32 else "")
-        raise RunStopped(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; the step's pairs are data rows "
-            f"{named}; look at these, or lower the learning rate"
-        )
+    if num_in_a_row < MAX_SKIPPED_IN_A_ROW:
+        return f"step {step} is skipped: {what}; look at it, or lower the learning rate"
+    raise RunStopped(
+        f"step {step}: {what}; {num_in_a_row} steps in a row had a loss or gradient that is not "
+        "finite, the adapter was not changed by them: look at these pairs, or lower the learning "
+        "rate"
+    )
 
 
 def check_adapter_moves(parameters: Mapping[str, Tensor], step: int) -> None:

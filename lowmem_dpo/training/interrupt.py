@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM end a run after the step they fall into, so that it can save first."""
 
+import contextlib
+import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -32,4 +33,5 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nfinishing this step, then saving; Ctrl-C again stops now", file=sys.stderr)
+        with contextlib.suppress(OSError):  # print() may be what was interrupted
+            os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops now\n")

@@ -25,11 +25,14 @@ from lowmem_dpo.training.checkpoints import TrainingState
 from lowmem_dpo.training.console import say, warn
 from lowmem_dpo.training.health import (
     STEPS_UNTIL_LORA_B_MOVES,
+    RunStopped,
     check_adapter_moves,
-    check_finite,
     check_loss_scale,
+    check_skipped,
     check_step_zero,
+    describe_non_finite,
     has_step_zero,
+    name_rows,
     rms_difference,
 )
 from lowmem_dpo.training.metrics import Metrics, PairStats, peak_memory_bytes
@@ -72,7 +75,8 @@ def train_steps(run: Run, state: TrainingState, schedule: Schedule) -> Iterator[
         begun = time.perf_counter()
         stats, worst_rms, tokens = PairStats(), 0.0, 0
         trees = [run.pairs.train[i] for i in batch]
-        for pack in pack_trees(trees, run.pack_tokens):
+        packs = pack_trees(trees, run.pack_tokens)
+        for pack in packs:
             with dropout_live(run.policy.loaded.model):
                 logps = score(parts, pack)
                 pairs = pair_logps(run, pack, logps)
@@ -89,8 +93,9 @@ def train_steps(run: Run, state: TrainingState, schedule: Schedule) -> Iterator[
         if state.step == 0:
             _judge_first_step(run, metrics["loss"], worst_rms)
         metrics["learning_rate"] = float(state.schedule.get_last_lr()[0])
-        rows = [tree.row for tree in trees]
-        metrics |= _update(config, state, parameters, metrics["loss"], rows)
+        rows = [tree.row for pack in packs for tree in pack.trees]
+        bad_rows = [rows[i] for i in stats.bad_pairs()]
+        metrics |= _update(config, state, parameters, metrics["loss"], bad_rows, rows)
         state.step += 1
         state.num_tokens += tokens
         if state.step == STEPS_UNTIL_LORA_B_MOVES:
@@ -117,23 +122,43 @@ def _update(
     state: TrainingState,
     parameters: dict[str, nn.Parameter],
     loss: float,
+    bad_rows: list[int],
     rows: list[int],
 ) -> Metrics:
     """Clip the gradients, step the optimizer and the schedule.
 
-    A float16 gradient that overflowed has no norm: the scaler skips the step, lowers its scale.
+    A step whose loss or gradient is not finite leaves optimizer and adapter as they are; the
+    schedule moves on, so that every later step has the rate it was planned with. A float16 gradient
+    that overflowed is no fault of a pair: the scaler lowers its scale, and nothing is said.
+
+    Args:
+        config: The settings.
+        state: Optimizer, schedule, scaler and counters.
+        parameters: Of the adapter.
+        loss: Mean loss of the step.
+        bad_rows: Data rows of the pairs with a loss or log-prob that is not finite.
+        rows: Of all pairs of the step.
     """
     state.scaler.unscale_(state.optimizer)
     limit = config.max_grad_norm or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), limit).item()
-    overflowed = state.scaler.is_enabled() and not math.isfinite(grad_norm)
-    check_finite(loss, 0.0 if overflowed else grad_norm, rows, state.step + 1)
-    state.scaler.step(state.optimizer)
+    usable = math.isfinite(loss) and not bad_rows
+    overflowed = usable and state.scaler.is_enabled() and not math.isfinite(grad_norm)
+    skipped = not overflowed and not (usable and math.isfinite(grad_norm))
+    if skipped:
+        state.num_skipped_in_a_row += 1
+        what = describe_non_finite(loss, grad_norm, bad_rows, rows)
+        warn(check_skipped(state.num_skipped_in_a_row, what, state.step + 1))
+    else:
+        state.num_skipped_in_a_row = 0
+        state.scaler.step(state.optimizer)
     state.scaler.update()
     if state.scaler.is_enabled():
         check_loss_scale(state.scaler.get_scale(), state.step + 1)
     state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
+    if skipped:
+        return {"skipped_steps": 1}
     return {} if overflowed else {"grad_norm": grad_norm}
 
 
@@ -144,12 +169,24 @@ def evaluate(run: Run, trees: Sequence[Tree]) -> Metrics:
     Args:
         run: Policy and reference.
         trees: The held-out pairs.
+
+    Raises:
+        RunStopped: If a pair's numbers are not finite. The weights are no longer to be trusted
+            then: `best/` and early stopping would be decided by what is left.
     """
     config, stats = run.config, PairStats()
-    for pack in pack_trees(trees, run.pack_tokens):
+    packs = pack_trees(trees, run.pack_tokens)
+    for pack in packs:
         pairs = pair_logps(run, pack, score(run.policy.parts, pack))
         losses = LOSSES[config.loss_type](pairs, config.beta, config.label_smoothing)
         stats.add(pairs, losses, config.beta)
+    if bad := set(stats.bad_pairs()):
+        in_order = [tree.row for pack in packs for tree in pack.trees]
+        rows = name_rows(row for i, row in enumerate(in_order) if i in bad)
+        raise RunStopped(
+            f"evaluation: the loss of {rows} (of the pairs held out) is not finite; look at it, or "
+            "lower the learning rate; earlier checkpoints are intact"
+        )
     return {f"eval_{name}": value for name, value in stats.means().items()}
 
 

@@ -52,6 +52,11 @@ class PairStats:
         ]
         self.blocks.append(torch.stack(rows).detach())
 
+    def bad_pairs(self) -> list[int]:
+        """Places, in the order taken in, of the pairs with a number that is not finite."""
+        finite = torch.cat(self.blocks, dim=1).isfinite().all(dim=0)
+        return (~finite).nonzero().flatten().tolist()
+
     def means(self) -> Metrics:
         """The mean of each number over all pairs taken in."""
         values = torch.cat(self.blocks, dim=1).double().mean(dim=1).tolist()
@@ -59,14 +64,24 @@ class PairStats:
 
 
 def mean_metrics(steps: Iterable[Mapping[str, float]]) -> Metrics:
-    """Mean over steps of the per-pair means and the gradient norm; the rest is the last step's."""
+    """Mean over steps of the per-pair means and the gradient norm; the rest is the last step's.
+
+    Steps that were skipped are counted (`skipped_steps`) and give nothing to the means.
+    """
     steps = list(steps)
     result = dict(steps[-1])
     for name in (*PER_PAIR, "grad_norm"):
         values = [step[name] for step in steps if name in step]
         if values:  # a step whose float16 gradient overflowed has no norm
             result[name] = sum(values) / len(values)
+    if skipped := sum(step.get("skipped_steps", 0) for step in steps):
+        result["skipped_steps"] = skipped
     return result
+
+
+def without_pairs(metrics: Mapping[str, float]) -> Metrics:
+    """The metrics of a skipped step that may be written: not those of its pairs and gradient."""
+    return {n: value for n, value in metrics.items() if n not in (*PER_PAIR, "grad_norm")}
 
 
 def with_friendly_names(metrics: Mapping[str, float]) -> Metrics:

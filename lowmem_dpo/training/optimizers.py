@@ -26,11 +26,29 @@ def make_optimizer(
         "eps": config.adam_epsilon,
         "weight_decay": config.weight_decay,
     }
-    if config.optim == "adamw_8bit":
+    if config.optim in ("adamw_8bit", "paged_adamw_8bit"):
         import bitsandbytes as bnb
 
-        return bnb.optim.AdamW8bit(list(parameters), **settings)
+        is_paged = config.optim == "paged_adamw_8bit"
+        return bnb.optim.AdamW8bit(list(parameters), **settings, is_paged=is_paged)
     return torch.optim.AdamW(parameters, **settings, fused=True)
+
+
+def page_state(optimizer: torch.optim.Optimizer) -> None:
+    """Put a paged optimizer's moments, loaded from a checkpoint, into paged memory again.
+
+    bitsandbytes loads them into plain device memory, where they would stay.
+    """
+    if not getattr(optimizer, "is_paged", False):
+        return
+    new_buffer = optimizer.get_state_buffer  # type: ignore[attr-defined]
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            loaded = state[name]
+            paged = new_buffer(parameter, dtype=loaded.dtype)
+            if parameter.device.type == "cuda":
+                torch.cuda.synchronize(parameter.device)  # the buffer is zeroed asynchronously
+            state[name] = paged.copy_(loaded)
 
 
 def make_schedule(

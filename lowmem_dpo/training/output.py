@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.files import lock_file, replace_file
+from lowmem_dpo.files import append, lock_file, recover, replace_file
 from lowmem_dpo.settings import to_yaml
-from lowmem_dpo.training.checkpoints import list_checkpoints, read_record
+from lowmem_dpo.training.checkpoints import check_undamaged, newest_good_checkpoint, read_record
 
 SCHEMA_VERSION = 1
 
@@ -21,6 +21,8 @@ FREE_TO_CHANGE = {
     "logging_steps",
     "save_strategy",
     "save_steps",
+    "early_stopping_patience",
+    "early_stopping_threshold",
     "keep_checkpoints",
     "resume",
     "cache_dir",
@@ -44,7 +46,9 @@ FREE_TO_CHANGE = {
 }
 
 
+# What tells that a folder holds a run, and what else it writes there.
 RUN_FILES = ("config.yaml", "adapter", "best", "checkpoints")
+RECORD_FILES = ("run.json", "metrics.jsonl")
 
 
 class RunFolder:
@@ -78,18 +82,14 @@ class RunFolder:
                 "or choose another --output_dir"
             )
         checkpoint = None
-        if config.resume == "auto":
-            checkpoint = next(reversed(list_checkpoints(self.checkpoints)), None)
-        elif config.resume is not None:
-            checkpoint = Path(config.resume)
+        if config.resume not in (None, "auto"):
+            checkpoint = Path(str(config.resume))
             if holds_run and checkpoint.resolve().parent != self.checkpoints.resolve():
                 raise ValueError(
                     f"{self.root} holds a run and {checkpoint} is not its checkpoint; "
                     "choose another --output_dir"
                 )
-        if checkpoint is not None:
-            recorded = read_record(checkpoint)["facts"]
-            check_resumable(resume_facts(config), recorded, checkpoint)
+            check_undamaged(checkpoint)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = lock_file(self.root / ".lock")
@@ -97,13 +97,22 @@ class RunFolder:
             raise ValueError(f"cannot write output_dir {self.root}: {error.strerror}") from None
         if self._lock is None:
             raise ValueError(f"another run is writing to {self.root}; choose another --output_dir")
+        try:
+            recover(self.root, *RUN_FILES, *RECORD_FILES)
+            recover(self.checkpoints, "step-")
+            if config.resume == "auto":
+                checkpoint = newest_good_checkpoint(self.checkpoints)
+            if checkpoint is not None:
+                check_resumable(resume_facts(config), read_record(checkpoint)["facts"], checkpoint)
+        except BaseException:
+            self.close()
+            raise
         return checkpoint
 
     def close(self) -> None:
-        """Let other runs have the folder."""
+        """Let other runs have the folder. The lock's file stays: its name must not change hands."""
         if self._lock is not None:
             self._lock.close()
-            (self.root / ".lock").unlink(missing_ok=True)
             self._lock = None
 
     def start(self, config: TrainConfig, resumed_step: int) -> None:
@@ -111,11 +120,11 @@ class RunFolder:
         replace_file(self.root / "config.yaml", to_yaml(replace(config, resume=None)).encode())
         kept = []
         if self.metrics.exists():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            for line in self.metrics.read_text("utf-8", errors="replace").splitlines():
                 try:
                     if json.loads(line)["step"] <= resumed_step:
                         kept.append(line + "\n")
-                except (json.JSONDecodeError, KeyError):
+                except (json.JSONDecodeError, KeyError, TypeError):  # cut short by a kill
                     continue
         replace_file(self.metrics, "".join(kept).encode())
         if resumed_step:
@@ -125,13 +134,13 @@ class RunFolder:
     def note(self, **facts: Any) -> None:
         """Add facts to run.json."""
         self.record.update(facts)
-        text = json.dumps(self.record, indent=2, default=str) + "\n"
+        text = json.dumps(self.record, indent=2, default=str, allow_nan=False) + "\n"
         replace_file(self.root / "run.json", text.encode())
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(metrics)) + "\n")
+        line = {"schema_version": SCHEMA_VERSION, **metrics}
+        append(self.metrics, (json.dumps(line, allow_nan=False) + "\n").encode())
 
 
 def check_resumable(

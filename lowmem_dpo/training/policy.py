@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -103,8 +104,14 @@ class Policy:
         save_adapter(directory, self.loaded.model, base_model=self.source, settings=self.adapter)
         own = self.tokenizer.chat_template
         self.tokenizer.chat_template = self.chat_template
-        self.tokenizer.save_pretrained(directory)
-        self.tokenizer.chat_template = own
+        try:
+            self.tokenizer.save_pretrained(directory)
+        except Exception as error:  # tokenizers has no type for what the system refused
+            if code := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(directory)) from None
+            raise
+        finally:
+            self.tokenizer.chat_template = own
 
     def fingerprint(self, pack_tokens: int) -> Fingerprint:
         """Everything else that can move the last bits of a log-prob."""
@@ -176,6 +183,8 @@ def read_source(config: TrainConfig) -> Source:
         say(line)
     if config.layer_inputs == "host" and device.type != "cuda":
         raise ValueError(f"layer_inputs host has no effect on {device.type}; leave it out")
+    if config.optim == "paged_adamw_8bit" and device.type != "cuda":
+        raise ValueError(f"optim paged_adamw_8bit cannot page on {device.type}; use adamw_8bit")
     if config.memory_limit is not None:
         limit_memory(config.memory_limit, device)
     if config.head_weight == "host" and device.type != "cuda":

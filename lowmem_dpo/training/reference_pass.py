@@ -16,7 +16,8 @@ from lowmem_dpo.data.packing import Pack, pack_trees
 from lowmem_dpo.data.trees import Tree
 from lowmem_dpo.reference import Fingerprint, ReferenceCache, fingerprint_difference
 from lowmem_dpo.training.console import ProgressBar, duration, say, warn
-from lowmem_dpo.training.health import RunStopped, rms_difference
+from lowmem_dpo.training.health import RunStopped, name_rows, rms_difference
+from lowmem_dpo.training.interrupt import Interrupt
 
 WINDOW = 256  # pairs packed together; sorting by length within a window fills packs well
 SECONDS_PER_SHARD = 30.0
@@ -34,12 +35,14 @@ class Reference:
         num_scored: How many pairs this run had to score.
         recheck_rms: Difference of the re-scored sample, nat rms per token; None if nothing was
             cached.
+        cache_error: Why not all of them could be written to the cache.
     """
 
     logps: dict[str, Tensor]
     same_fingerprint: bool
     num_scored: int
     recheck_rms: float | None
+    cache_error: OSError | None = None
 
     def of(self, pack: Pack) -> Tensor:
         """[T] the reference log-probs of a pack, in the order of its rows."""
@@ -90,12 +93,14 @@ def prepare_reference(
             seconds = _seconds_per_pair(by_key, score, pack_tokens) * len(found.other)
             needed = duration(seconds)
             say(f"reference: {len(found.other)} pairs are scored again, about {needed} ({changed})")
-    known.update(_score_missing(missing, score, cache, fingerprint, pack_tokens))
+    scored, unwritten = _score_missing(missing, score, cache, fingerprint, pack_tokens)
+    known.update(scored)
     return Reference(
         logps=known,
         same_fingerprint=not (accept_other and found.other),
         num_scored=len(missing),
         recheck_rms=recheck,
+        cache_error=unwritten,
     )
 
 
@@ -105,26 +110,79 @@ def _score_missing(
     cache: ReferenceCache,
     fingerprint: Fingerprint,
     pack_tokens: int,
-) -> dict[str, Tensor]:
-    """Score pairs the cache lacks, writing a shard every half minute."""
+) -> tuple[dict[str, Tensor], OSError | None]:
+    """Score pairs the cache lacks, writing a shard every half minute.
+
+    A signal ends the pass after the micro-batch it falls into; what was scored is written first.
+
+    Returns:
+        The numbers, and why the last of them are not in the cache, if they are not.
+    """
     scored: dict[str, Tensor] = {}
-    unwritten: dict[str, Tensor] = {}
-    written_at = time.perf_counter()
+    writer = _ShardWriter(cache, fingerprint)
     try:
-        with ProgressBar("reference", len(missing), "pairs") as bar:
+        with Interrupt() as interrupt, ProgressBar("reference", len(missing), "pairs") as bar:
             for start in range(0, len(missing), WINDOW):
                 for pack in pack_trees(missing[start : start + WINDOW], pack_tokens):
                     logps = _by_tree(pack, score(pack).cpu())
+                    _check_finite(pack, logps)
                     scored.update(logps)
-                    unwritten.update(logps)
+                    writer.add(logps)
                     bar.advance(len(pack.trees))
-                    if time.perf_counter() - written_at > SECONDS_PER_SHARD:
-                        cache.write(unwritten, fingerprint)
-                        unwritten, written_at = {}, time.perf_counter()
-    finally:  # an interrupt costs nothing that was scored
-        if unwritten:
-            cache.write(unwritten, fingerprint)
-    return scored
+                    if interrupt.requested:
+                        raise KeyboardInterrupt
+    finally:
+        writer.write()
+    return scored, writer.error
+
+
+class _ShardWriter:
+    """Writes a shard every half minute; a full disk is said once, and tried again each time.
+
+    Attributes:
+        error: Why the numbers since the last shard are not written.
+    """
+
+    def __init__(self, cache: ReferenceCache, fingerprint: Fingerprint) -> None:
+        self.cache, self.fingerprint = cache, fingerprint
+        self.unwritten: dict[str, Tensor] = {}
+        self.tried_at = time.perf_counter()
+        self.error: OSError | None = None
+
+    def add(self, logps: dict[str, Tensor]) -> None:
+        self.unwritten.update(logps)
+        if time.perf_counter() - self.tried_at > SECONDS_PER_SHARD:
+            self.write()
+
+    def write(self) -> None:
+        if not self.unwritten:
+            return
+        try:
+            self.cache.write(self.unwritten, self.fingerprint)
+            self.unwritten, self.error = {}, None
+        except OSError as error:
+            if self.error is None:
+                warn(
+                    f"cannot write the reference cache in {self.cache.directory}: "
+                    f"{error.strerror}; the numbers are kept in memory, and are lost with this "
+                    "run unless there is room before the pass ends"
+                )
+            self.error = error
+        self.tried_at = time.perf_counter()
+
+
+def _check_finite(pack: Pack, logps: dict[str, Tensor]) -> None:
+    """Stop at reference log-probs that are not finite: such a pair cannot be trained on.
+
+    Raises:
+        RunStopped: Naming the data rows.
+    """
+    bad = [tree.row for tree in pack.trees if not logps[tree.digest()].isfinite().all()]
+    if bad:
+        raise RunStopped(
+            f"the reference log-probs of {name_rows(bad)} are not finite: look at these pairs, "
+            "and at the dtype (float16 overflows where bfloat16 does not)"
+        )
 
 
 def _by_tree(pack: Pack, logps: Tensor) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from lowmem_dpo.training.output import RunFolder, check_resumable
 from lowmem_dpo.training.policy import Policy, load_policy, template_settings
 from lowmem_dpo.training.schedule import Schedule, warn_of_few_steps
 from lowmem_dpo.training.setup import Pairs, prepare_run
+from lowmem_dpo.training.trackers import check_installed
 
 
 class Trainer:
@@ -39,15 +40,21 @@ class Trainer:
 
         Returns:
             How many pairs were scored.
+
+        Raises:
+            OSError: If the cache could not take them all.
         """
         if self.config.reference_free:
             raise ValueError("precompute has nothing to do with reference_free; leave one out")
         usual, ours = TrainConfig(), self.config
-        unused = [n for n in ("output_dir", "resume") if getattr(ours, n) != getattr(usual, n)]
+        names = ("output_dir", "resume", "report_to")
+        unused = [name for name in names if getattr(ours, name) != getattr(usual, name)]
         if unused:
             warn(f"precompute writes to the cache only: {', '.join(unused)} has no effect")
         run = prepare_run(self.config, self._data(data), only_reference=True)
         assert run.reference is not None
+        if run.reference.cache_error is not None:
+            raise run.reference.cache_error
         return run.reference.num_scored
 
     def fit(
@@ -69,6 +76,7 @@ class Trainer:
         if data_format != "preferences":
             raise ValueError(f"data_format must be preferences, got {data_format!r}")
         config = replace(self.config, data=self._data(prompts))
+        check_installed(config.trackers)
         folder = RunFolder(config)
         checkpoint = folder.open(config)
         resumed = None if checkpoint is None else read_record(checkpoint)["facts"]

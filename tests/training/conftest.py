@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,3 +28,10 @@ def read_metrics(output: Path) -> list[dict[str, float]]:
 def read_record(output: Path) -> dict[str, Any]:
     """A run's run.json."""
     return json.loads((output / "run.json").read_text(encoding="utf-8"))
+
+
+def environment() -> dict[str, str]:
+    """Of a process that imports these packages."""
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "kernels")])
+    return {**os.environ, "PYTHONPATH": paths}

@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.training.output import RunFolder
 from lowmem_dpo.training.trainer import Trainer
+from tests.training.conftest import environment
 
 EXACT = ("loss", "grad_norm", "learning_rate", "rewards/margins", "logps/chosen", "num_tokens")
 
@@ -115,12 +115,6 @@ def slow_log(self, metrics):
 fit.RunFolder.log = slow_log
 sys.exit(main(sys.argv[1:]))
 """
-
-
-def environment() -> dict[str, str]:
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "kernels")])
-    return {**os.environ, "PYTHONPATH": paths}
 
 
 def test_resume_auto_without_a_checkpoint_starts_afresh(config, tmp_path, capsys):
