@@ -1,4 +1,4 @@
-# make demo | test | lint | check        make TORCH=keep uses the torch that the system's Python has
+# make demo | test | lint | check | crash        make TORCH=keep uses the torch that the system's Python has
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= pinned
@@ -12,7 +12,7 @@ VENV_FLAGS =
 CONSTRAINTS = constraints.txt
 endif
 
-.PHONY: demo test lint check format clean
+.PHONY: demo test lint check crash format clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m lowmem_dpo demo
@@ -26,6 +26,11 @@ lint: $(VENV)/.developer
 	$(RUN) -m mypy
 
 check: lint test
+
+# kill -9 at random moments; CRASHES=n kills n times, CRASH_SEED=n repeats a failure
+crash: export CRASHES ?= 300
+crash: $(VENV)/.developer
+	$(RUN) -m pytest -q -s tests/training/test_crash.py
 
 format: $(VENV)/.developer
 	$(RUN) -m ruff check --fix .

@@ -128,3 +128,12 @@ def test_random_model_draws_the_same_weights_for_both_wrappers(train_step):
         dense = ours.get_submodule(path).weight.dequantize(torch.float32)
         assert torch.equal(dense, weight.dequantize(torch.float32))
         assert dense.std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.2)
+
+
+def test_write_record_knows_no_nan(train_step, tmp_path):
+    import _common
+
+    results = [{"ms": math.nan, "steps_ms": [1.0, math.inf]}]
+    _common.write_record(tmp_path / "x.json", "op", torch.device("cpu"), {}, results)
+    record = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert record["results"] == [{"ms": None, "steps_ms": [1.0, None]}]

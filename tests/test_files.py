@@ -1,9 +1,20 @@
+import errno
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from lowmem_dpo.files import lock_file, replace_file, replace_folder
+from lowmem_dpo.files import (
+    append,
+    lock_file,
+    recover,
+    remove_stale_parts,
+    replace_file,
+    replace_folder,
+)
 
 
 def interrupted(*arguments):
@@ -48,3 +59,118 @@ def test_lock_file_holds_against_another_process_until_it_is_closed(tmp_path):
     assert refused()
     lock.close()
     assert not refused()
+
+
+def die_at(number: int) -> None:
+    """Let this process end, as by kill -9, before its n-th change to the file system."""
+    left = number
+
+    def hook(event, arguments):
+        nonlocal left
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def killed(action, number: int) -> bool:
+    """Whether an action in a fork of this process reached its n-th change, and died there."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            die_at(number)
+            action()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_change_leaves_one_whole_folder_once_recovered(tmp_path):
+    def write(text):
+        def files(folder):
+            for name in ("a", "b"):
+                replace_file(folder / name, text)
+
+        return files
+
+    seen, number = set(), 0
+    while number < 50:
+        number += 1
+        root = tmp_path / str(number)
+        root.mkdir()
+        replace_folder(root / "best", write(b"old"))
+        if not killed(lambda root=root: replace_folder(root / "best", write(b"new")), number):
+            break
+        if number % 2:  # the next replacement recovers by itself
+            recover(root, "best")
+            assert [path.name for path in root.iterdir()] == ["best"]
+            a, b = ((root / "best" / name).read_bytes() for name in ("a", "b"))
+            assert a == b
+            seen.add(a)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                replace_folder(root / "best", interrupted)
+            assert [path.name for path in root.iterdir()] == ["best"]
+            seen.add((root / "best" / "a").read_bytes())
+    assert seen == {b"old", b"new"} and 8 < number < 50
+
+
+def test_replace_folder_puts_the_old_one_back_if_the_new_one_cannot_be_moved(tmp_path, monkeypatch):
+    target = tmp_path / "best"
+    replace_folder(target, lambda folder: (folder / "a").write_text("old"))
+    replace = os.replace
+
+    def failing(source, to):
+        if str(source).endswith(".part"):
+            raise OSError(5, "Input/output error")
+        replace(source, to)
+
+    monkeypatch.setattr("os.replace", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        replace_folder(target, lambda folder: (folder / "a").mkdir())
+    assert (target / "a").read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_recover_leaves_what_is_not_its_own(tmp_path):
+    for name in (".bashrc.old", ".mine.part"):
+        (tmp_path / name).write_text("precious")
+    (tmp_path / ".best.part").mkdir()
+    (tmp_path / ".run.json.12.34.part").write_text("half")
+    recover(tmp_path, "best", "run.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".bashrc.old", ".mine.part"]
+
+
+def test_remove_stale_parts_leaves_young_ones_to_their_writers(tmp_path):
+    old, young = tmp_path / ".a.1.2.part", tmp_path / ".b.1.2.part"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    remove_stale_parts(tmp_path, 60.0)
+    assert list(tmp_path.iterdir()) == [young]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_append_to_a_full_disk_names_the_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        append(path, b"line\n")
+    assert caught.value.filename == str(path)
+
+
+def test_replace_file_on_a_full_disk_names_the_file_and_keeps_the_old_bytes(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    replace_file(path, b"old")
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left") as caught:
+        replace_file(path, b"new")
+    assert caught.value.filename == str(path) and caught.value.errno == errno.ENOSPC
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def full_disk(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")

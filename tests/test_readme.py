@@ -1,12 +1,15 @@
+import json
 import re
 import shlex
 from pathlib import Path
 
+import torch
 import yaml
 
 from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.settings import parse_config
 from lowmem_dpo.settings_table import CONFIGS, with_tables
+from lowmem_dpo.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,6 +33,48 @@ def test_readme_commands_are_understood():
     for verb, words in commands:
         cls = CONFIGS["TrainConfig" if verb == "train" else "GenerateConfig"]
         parse_config(cls, shlex.split(words.replace("\\\n", " ")))
+
+
+def documented_keys() -> dict[str, set[str]]:
+    """The keys in the README's table, by file."""
+    table = README.partition("<!-- keys -->")[2].partition("<!-- end keys -->")[0]
+    keys: dict[str, set[str]] = {}
+    for line in table.strip().splitlines()[2:]:
+        file, names = (cell.strip() for cell in line.split("|")[1:3])
+        keys[file or last] = keys.get(file or last, set()) | set(re.findall(r"`([^`]+)`", names))
+        last = file or last
+    return keys
+
+
+def test_readme_names_every_key_that_a_run_writes(llama_dir, pairs_file, tmp_path, monkeypatch):
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def one_without_end(parameters, limit):
+        calls.append(1)
+        return torch.tensor(torch.inf) if len(calls) == 2 else clip(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", one_without_end)
+    monkeypatch.setattr("lowmem_dpo.training.fit.draw_plots", lambda *paths: [])
+    settings = {"eval_fraction": 0.3, "batch_size": 2, "max_steps": 3, "learning_rate": 1e-3}
+    config = TrainConfig(
+        model=str(llama_dir), data=str(pairs_file(8)), output_dir=str(tmp_path / "out"), **settings
+    )
+    output = Trainer(config).fit().output_dir
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    keys = documented_keys()
+    common = keys["all three"]
+    assert {key for line in lines for key in json.loads(line)} == keys["metrics.jsonl"] | common
+    assert record.keys() == keys["run.json"] | common
+
+
+def test_readme_names_every_key_of_the_recorded_benchmarks():
+    written = set()
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        written |= record.keys() | {key for result in record["results"] for key in result}
+    keys = documented_keys()
+    assert written == keys["benchmarks/\\*.json"] | keys["all three"]
 
 
 def test_readme_links_lead_somewhere():

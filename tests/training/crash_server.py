@@ -20,8 +20,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork
 import torch
 
 from lowmem_dpo import cli
-from lowmem_dpo.training import fit, reference_pass, trainer  # noqa: F401: what a run imports late
+from lowmem_dpo.training import fit, reference_pass
+from lowmem_dpo.training.trainer import Trainer
 
+assert Trainer  # all that a run would import, so that a fork has it
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 

@@ -7,11 +7,13 @@ from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.training.health import (
     RunStopped,
     check_adapter_moves,
-    check_finite,
     check_loss_scale,
+    check_skipped,
     check_step_zero,
     check_weights_finite,
+    describe_non_finite,
     has_step_zero,
+    name_rows,
 )
 
 LN2 = math.log(2)
@@ -41,10 +43,27 @@ def test_has_step_zero(changes, expected):
     assert has_step_zero(TrainConfig(**changes)) is expected
 
 
-@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf)])
-def test_check_finite_names_the_rows(loss, norm):
-    with pytest.raises(RunStopped, match="data rows 3, 17"):
-        check_finite(loss, norm, [17, 3], 5)
+@pytest.mark.parametrize(
+    ("loss", "norm", "bad", "said"),
+    [
+        (math.nan, math.nan, [17, 3], "the loss of data rows 3, 17 is not finite"),
+        (1.0, math.inf, [], "gradient norm inf, of data rows 1, 3, 17"),
+        (math.inf, 1.0, [], "loss inf, of data rows 1, 3, 17"),
+    ],
+)
+def test_describe_non_finite_names_the_rows_it_can_blame(loss, norm, bad, said):
+    assert describe_non_finite(loss, norm, bad, [17, 3, 1]) == said
+
+
+def test_check_skipped_stops_at_the_third_in_a_row():
+    assert "step 5 is skipped: why" in check_skipped(2, "why", 5)
+    with pytest.raises(RunStopped, match="step 5: why; 3 steps in a row"):
+        check_skipped(3, "why", 5)
+
+
+def test_name_rows_is_short():
+    assert name_rows([4]) == "data row 4"
+    assert name_rows(range(99)).endswith("30, 31 and more")
 
 
 def test_check_adapter_moves_stops_if_every_lora_b_is_zero():

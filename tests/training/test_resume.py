@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.training.checkpoints import find_damage
 from lowmem_dpo.training.output import RunFolder
 from lowmem_dpo.training.trainer import Trainer
 from tests.training.conftest import environment
@@ -131,6 +132,7 @@ def test_resume_auto_without_a_checkpoint_starts_afresh(config, tmp_path, capsys
         ({"beta": 0.2}, "beta 0.1 -> 0.2"),
         ({"learning_rate": 1e-4}, "learning_rate 0.001 -> 0.0001"),
         ({"max_length": 20}, "max_length 1024 -> 20"),
+        ({"optim": "sgd"}, "optim adamw -> sgd"),
     ],
 )
 def test_resume_refuses_a_changed_setting_and_names_it(config, change, named):
@@ -221,14 +223,41 @@ def test_resume_keeps_the_micro_batch_size_whatever_the_cache_holds_now(config, 
     assert Trainer(other).fit().final_loss == whole.final_loss
 
 
-@pytest.mark.parametrize("damage", ["tensors", "record"])
-def test_resume_from_a_damaged_checkpoint_names_an_older_one(config, tmp_path, damage):
+@pytest.mark.parametrize(
+    "name", ["trainer_state.safetensors", "trainer_state.json", "adapter_model.safetensors"]
+)
+def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_by_auto(
+    config, tmp_path, name, capsys
+):
     Trainer(config).fit()
+    before = rows(config.output_dir)
     folder = tmp_path / "whole" / "checkpoints" / "step-000010"
-    name = {"tensors": "trainer_state.safetensors", "record": "trainer_state.json"}[damage]
-    (folder / name).write_bytes(b"{}")
-    with pytest.raises(ValueError, match="step-000008"):
-        Trainer(replace(config, resume="auto")).fit()
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is damaged.*resume from .*step-000008"):
+        Trainer(replace(config, resume=str(folder))).fit()
+    Trainer(replace(config, resume="auto")).fit()
+    printed = capsys.readouterr().out
+    assert "step-000010 is passed over" in printed and "resumed from" in printed
+    assert rows(config.output_dir) == before and find_damage(folder) is None
+
+
+def test_resume_auto_refuses_to_start_afresh_over_damaged_checkpoints(config, tmp_path):
+    Trainer(replace(config, save_steps=5)).fit()
+    for folder in (tmp_path / "whole" / "checkpoints").iterdir():
+        (folder / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+        Trainer(replace(config, save_steps=5, resume="auto")).fit()
+
+
+def test_a_line_cut_short_by_a_full_disk_is_forgotten_on_resume(config, tmp_path):
+    Trainer(config).fit()
+    before = rows(config.output_dir)
+    path = tmp_path / "whole" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"schema_version": 1, "step": 10, "lo')
+    Trainer(replace(config, resume="auto")).fit()
+    assert rows(config.output_dir) == before
 
 
 def test_a_folder_with_somebodys_adapter_is_not_written_to(config, tmp_path):
