@@ -106,23 +106,37 @@ def remove_stale_parts(directory: Path, older_than_seconds: float) -> None:
 
 
 def lock_file(path: Path) -> IO[bytes] | None:
-    """Hold a file until it is closed or the process ends, however it ends.
+    """Hold a file until `unlock_file`, or until the process ends, however it ends.
 
     Returns:
         The open file; None if another process holds it.
     """
-    file = path.open("ab")
-    try:
-        if os.name == "nt":
-            msvcrt = importlib.import_module("msvcrt")
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl = importlib.import_module("fcntl")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    while True:
+        file = path.open("ab")
+        try:
+            if os.name == "nt":
+                msvcrt = importlib.import_module("msvcrt")
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl = importlib.import_module("fcntl")
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # its holder deleted it between our opening and our locking it
+
+
+def unlock_file(file: IO[bytes]) -> None:
+    """Let go of what `lock_file` gave, and delete it."""
+    path = Path(file.name)
+    if os.name == "nt":  # an open file cannot be deleted there
         file.close()
-        return None
-    return file
+    with contextlib.suppress(OSError):
+        path.unlink()
+    file.close()
 
 
 def _hidden(target: Path, kind: str) -> Path:

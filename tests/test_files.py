@@ -14,6 +14,7 @@ from lowmem_dpo.files import (
     remove_stale_parts,
     replace_file,
     replace_folder,
+    unlock_file,
 )
 
 
@@ -57,8 +58,8 @@ def test_lock_file_holds_against_another_process_until_it_is_closed(tmp_path):
 
     lock = lock_file(path)
     assert refused()
-    lock.close()
-    assert not refused()
+    unlock_file(lock)
+    assert not path.exists() and not refused()
 
 
 def die_at(number: int) -> None:
@@ -86,6 +87,26 @@ def killed(action, number: int) -> bool:
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be deleted there")
+def test_lock_file_is_not_content_with_a_file_that_its_holder_deleted(tmp_path, monkeypatch):
+    path = tmp_path / ".lock"
+    opened = Path.open
+    holders = [lock_file(path)]
+
+    def open_before_the_holder_lets_go(self, mode):
+        file = opened(self, mode)
+        if holders:
+            unlock_file(holders.pop())
+        return file
+
+    monkeypatch.setattr(Path, "open", open_before_the_holder_lets_go)
+    lock = lock_file(path)
+    monkeypatch.undo()
+    assert os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    assert lock_file(path) is None
+    lock.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

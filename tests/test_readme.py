@@ -39,10 +39,11 @@ def documented_keys() -> dict[str, set[str]]:
     """The keys in the README's table, by file."""
     table = README.partition("<!-- keys -->")[2].partition("<!-- end keys -->")[0]
     keys: dict[str, set[str]] = {}
+    file = ""
     for line in table.strip().splitlines()[2:]:
-        file, names = (cell.strip() for cell in line.split("|")[1:3])
-        keys[file or last] = keys.get(file or last, set()) | set(re.findall(r"`([^`]+)`", names))
-        last = file or last
+        cell, names = (cell.strip() for cell in line.split("|")[1:3])
+        file = cell or file
+        keys[file] = keys.get(file, set()) | set(re.findall(r"`([^`]+)`", names))
     return keys
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.files import append, lock_file, recover, replace_file
+from lowmem_dpo.files import append, lock_file, recover, replace_file, unlock_file
 from lowmem_dpo.settings import to_yaml
 from lowmem_dpo.training.checkpoints import check_undamaged, newest_good_checkpoint, read_record
 
@@ -110,9 +110,9 @@ class RunFolder:
         return checkpoint
 
     def close(self) -> None:
-        """Let other runs have the folder. The lock's file stays: its name must not change hands."""
+        """Let other runs have the folder."""
         if self._lock is not None:
-            self._lock.close()
+            unlock_file(self._lock)
             self._lock = None
 
     def start(self, config: TrainConfig, resumed_step: int) -> None:

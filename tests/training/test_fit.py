@@ -136,11 +136,11 @@ def test_three_skipped_steps_in_a_row_stop_the_run_even_across_a_resume(
     Trainer(config).fit()
     poison(monkeypatch, 3, 5, 8)
     config = replace(config, output_dir=str(tmp_path / "stopped"))
-    with pytest.raises(RunStopped, match="step 4: the loss of data row 8.*3 steps in a row"):
+    with pytest.raises(RunStopped, match=r"step 4: the loss of data row 8.*3 steps in a row"):
         Trainer(config).fit()
     checkpoints = list_checkpoints(tmp_path / "stopped" / "checkpoints")
     assert [path.name for path in checkpoints][-1] == "step-000003"
-    with pytest.raises(RunStopped, match="step 4: .*3 steps in a row"):
+    with pytest.raises(RunStopped, match=r"step 4: .*3 steps in a row"):
         Trainer(replace(config, resume="auto")).fit()
 
 
@@ -148,7 +148,7 @@ def test_a_non_finite_evaluation_stops_and_names_its_rows(config, monkeypatch):
     config = replace(config, eval_fraction=0.3, eval_steps=1)
     poison(monkeypatch, *range(1, 13))
     monkeypatch.setattr(fit, "train_steps", lambda *arguments: iter([loop.StepResult(1, LINE)]))
-    with pytest.raises(RunStopped, match="evaluation: the loss of data rows .* is not finite"):
+    with pytest.raises(RunStopped, match=r"evaluation: the loss of data rows .* is not finite"):
         Trainer(config).fit()
 
 

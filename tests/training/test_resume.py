@@ -247,7 +247,7 @@ def test_resume_auto_refuses_to_start_afresh_over_damaged_checkpoints(config, tm
     Trainer(replace(config, save_steps=5)).fit()
     for folder in (tmp_path / "whole" / "checkpoints").iterdir():
         (folder / "SHA256SUMS").unlink()
-    with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         Trainer(replace(config, save_steps=5, resume="auto")).fit()
 
 
