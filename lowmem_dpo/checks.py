@@ -84,7 +84,12 @@ def split_names(config: Any, name: str) -> None:
     """Turn "q_proj,v_proj" into a list, and the word "all" in any list into "all"."""
     value = getattr(config, name)
     if isinstance(value, str) and value != "all":
-        value = [part.strip() for part in value.strip("[]").split(",") if part.strip()]
+        value = split_list(value)
     if not value:
         raise ValueError(f"{name} is empty; use all, or names such as q_proj,v_proj")
     object.__setattr__(config, name, value)
+
+
+def split_list(text: str) -> list[str]:
+    """The names in "a,b" or "[a, b]"."""
+    return [part.strip() for part in text.strip("[] ").split(",") if part.strip()]

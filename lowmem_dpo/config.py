@@ -5,7 +5,8 @@ config that exists is valid: `__post_init__` checks bounds and combinations and 
 what is wrong. Whether a file exists or a card is there is not a matter of settings and is checked
 where it is used.
 
-Of this package only `settings` and `checks` are imported here, which serve any such dataclass.
+Of this package only `settings` and `checks` are imported here, which serve any such dataclass, and
+`loss_checks`, the checks of the loss settings.
 """
 
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowmem_dpo.checks import check, check_seed, check_types, check_unused, split_names
+from lowmem_dpo.loss_checks import check_loss_settings
 from lowmem_dpo.settings import parse_config
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -44,10 +46,26 @@ class TrainConfig:
 
     beta: float = 0.1
     """Weight of the KL term: small lets the policy move far from the reference, large holds it."""
-    loss_type: Literal["sigmoid", "ipo", "hinge", "apo_zero"] = "sigmoid"
-    """Preference loss: sigmoid (DPO; cDPO with label_smoothing), ipo, hinge or apo_zero."""
+    loss_type: str | list[str] = "sigmoid"
+    """Loss, such as sigmoid (DPO), or several: [sigmoid, bco_pair, sft]; the README lists them."""
+    loss_weights: list[float] | None = None
+    """Weights of several losses, such as [0.8, 0.2, 1.0] (MPO); by default 1 each."""
+    rpo_alpha: float = 0.0
+    """Weight of the chosen answers' negative log-likelihood beside a loss (RPO)."""
     label_smoothing: float = 0.0
-    """Probability that a label is flipped, in [0, 0.5): cDPO. Only for loss_type sigmoid."""
+    """Probability that a label is flipped, in [0, 0.5): sigmoid (cDPO), robust, exo_pair, ..."""
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        "reverse_kl"
+    )
+    """Distance that holds the policy near the reference (f-DPO); reverse_kl is DPO's."""
+    f_alpha_divergence_coef: float = 0.5
+    """Order of alpha_divergence, in [0, 2]: 0 is forward KL, towards 1 reverse KL."""
+    ld_alpha: float | None = None
+    """Weight in [0, 1] of tokens beyond the shorter answer's length (LD-DPO); by default 1."""
+    discopop_tau: float = 0.05
+    """Temperature of discopop's mixture."""
+    simpo_gamma: float = 0.5
+    """Margin that simpo asks for; it is not multiplied by beta."""
     reference_free: bool = False
     """Leave the reference out (a uniform one). Less stable; there is no step-zero check then."""
     reference: Literal["auto", "accept"] = "auto"
@@ -170,7 +188,7 @@ class TrainConfig:
         check_seed(self)
         for name, most in (("lora_r", 8192), ("pack_tokens", 2**24)):
             check(self, name, (getattr(self, name) or 0) <= most, f"must be at most {most}")
-        check(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "must be in [0, 0.5)")
+        check_loss_settings(self)
         self._check_combinations()
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
@@ -192,11 +210,6 @@ class TrainConfig:
 
     def _check_combinations(self) -> None:
         """Refuse settings that would have no effect beside the others."""
-        if self.label_smoothing and self.loss_type != "sigmoid":
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing} has no effect with "
-                f"loss_type={self.loss_type}; use loss_type sigmoid or leave label_smoothing out"
-            )
         if self.lr_scheduler_type == "constant":
             check_unused(self, "lr_scheduler_type", "warmup_steps")
             if self.warmup_ratio > 0:
@@ -207,8 +220,6 @@ class TrainConfig:
             check_unused(self, "optim", "adam_beta1", "adam_beta2", "adam_epsilon")
         if self.save_strategy == "no":
             check_unused(self, "save_strategy", "keep_checkpoints")
-        if self.reference_free and self.reference == "accept":
-            raise ValueError("reference accept has no effect with reference_free; leave one out")
         if self.head_quantization != "none" and self.head_weight == "host":
             raise ValueError(
                 f"head_quantization={self.head_quantization} keeps the head on the device; "

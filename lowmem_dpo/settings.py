@@ -111,6 +111,11 @@ def _split_arguments(
     """
     names = {f.name for f in dataclasses.fields(cls)}
     booleans = {f.name for f in dataclasses.fields(cls) if f.type in (bool, "bool")}
+    lists = {
+        f.name
+        for f in dataclasses.fields(cls)
+        if any(get_origin(kind) is list for kind in get_args(f.type))
+    }
     path: str | None = None
     words: list[str] = []
     foreign: dict[str, Any] = {}
@@ -132,6 +137,8 @@ def _split_arguments(
                 value = rest.pop(0)
             else:
                 raise ValueError(f"--{name} needs a value; one that begins with -- as --{name}=...")
+        if name in lists and "," in value and "[" not in value:
+            value = f"[{value}]"
         if name == "config":
             path = value
         elif is_foreign:

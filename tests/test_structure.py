@@ -22,7 +22,8 @@ ORDER = [
     {"memory"},
     {"lowmem_dpo_kernels"},
     {"config"},
-    {"checks"},
+    {"loss_checks"},
+    {"loss_types", "checks"},
     {"settings", "files", "version"},
     {"other_trainers"},
 ]

@@ -64,7 +64,9 @@ def pack_trees(trees: Sequence[Tree], num_tokens: int) -> list[Pack]:
     return [_build_pack(trees, indices, num_tokens) for indices in bins]
 
 
-def sequence_logps(token_logps: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+def sequence_logps(
+    token_logps: Tensor, pack: Pack, ld_alpha: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum the log-probs of a pack's scored tokens by sequence.
 
     Sums of slices, no atomics: equal log-probs in an equal layout give equal bits.
@@ -72,15 +74,38 @@ def sequence_logps(token_logps: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
     Args:
         token_logps: [T] in the order of `pack.rows`, in nats.
         pack: The pack they belong to.
+        ld_alpha: Weight of a completion's tokens beyond the length of the shorter completion.
 
     Returns:
         Chosen and rejected sums, [P] each, in pack order; differentiable.
+
+    Source: The weight is that of LD-DPO, Liu et al. 2024, https://arxiv.org/abs/2409.06411.
     """
     lengths = [length for counts in pack.counts for length in counts]
-    sums = [run.sum() for run in token_logps.split(lengths)]
+    runs = token_logps.split(lengths)
+    if ld_alpha is not None:
+        return _weighted_sums(runs, pack, ld_alpha)
+    sums = [run.sum() for run in runs]
     chosen = [shared + own for shared, own in zip(sums[0::3], sums[1::3], strict=True)]
     rejected = [shared + own for shared, own in zip(sums[0::3], sums[2::3], strict=True)]
     return torch.stack(chosen), torch.stack(rejected)
+
+
+def _weighted_sums(runs: Sequence[Tensor], pack: Pack, ld_alpha: float) -> tuple[Tensor, Tensor]:
+    """The sums of each sequence, its tail weighed by `ld_alpha`."""
+    sums: list[Tensor] = []
+    for i, tree in enumerate(pack.trees):
+        shared, own_chosen, own_rejected = runs[3 * i : 3 * i + 3]
+        shorter = min(tree.num_chosen_tokens, tree.num_rejected_tokens)
+        for own, start, other_start in (
+            (own_chosen, tree.chosen_start, tree.rejected_start),
+            (own_rejected, tree.rejected_start, tree.chosen_start),
+        ):
+            # Where this side's prompt ends first, some of its own tokens come before the shared.
+            before = max(0, min(other_start, len(tree.trunk)) - start)
+            tokens = torch.cat([own[:before], shared, own[before:]])
+            sums.append(tokens[:shorter].sum() + ld_alpha * tokens[shorter:].sum())
+    return torch.stack(sums[0::2]), torch.stack(sums[1::2])
 
 
 def epoch_order(num_pairs: int, seed: int, epoch: int) -> list[int]:

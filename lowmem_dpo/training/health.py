@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.loss_types import needs_reference
 from lowmem_dpo.losses import zero_margin_loss
 
 LOSS_TOLERANCE = 0.02
@@ -25,7 +26,7 @@ class RunStopped(RuntimeError):
 
 def has_step_zero(config: TrainConfig) -> bool:
     """Whether policy and reference must agree at the first step of this run."""
-    return not config.reference_free and config.lora_dropout == 0
+    return needs_reference(config) and config.lora_dropout == 0
 
 
 def rms_difference(a: Tensor, b: Tensor) -> float:
@@ -40,7 +41,7 @@ def check_step_zero(
 
     Args:
         config: The run's settings.
-        loss: Mean loss of the first step.
+        loss: Mean loss of the first step, without its likelihood terms.
         rms_per_token: Difference between policy and reference log-probs, in nats.
         tolerance: Largest rms difference between two correct computations.
         same_fingerprint: Whether the reference was scored under this run's numerics.
@@ -52,7 +53,7 @@ def check_step_zero(
     Raises:
         RunStopped: If policy and reference differ by more than rounding.
     """
-    expected = zero_margin_loss(config.loss_type, config.beta, config.label_smoothing)
+    expected = zero_margin_loss(config)
     allowed = LOSS_TOLERANCE * max(1.0, expected)
     exact = rms_per_token == 0.0
     record = {

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.packing import Pack, fill, pack_trees, sequence_logps
+from lowmem_dpo.data.packing import Pack, fill, pack_trees
 from lowmem_dpo.data.trees import Tree
-from lowmem_dpo.losses import LOSSES, PairLogps
+from lowmem_dpo.loss_types import couples_pairs, nll_weight
+from lowmem_dpo.losses import join_pairs, pair_losses
 from lowmem_dpo.model.lora import dropout_live, lora_parameters
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.selfcheck import logp_tolerance
@@ -36,6 +37,7 @@ from lowmem_dpo.training.health import (
     rms_difference,
 )
 from lowmem_dpo.training.metrics import Metrics, PairStats, peak_memory_bytes
+from lowmem_dpo.training.objective import coupled_slopes, pair_logps, share_of_loss
 from lowmem_dpo.training.schedule import Schedule
 from lowmem_dpo.training.setup import Run
 
@@ -76,22 +78,25 @@ def train_steps(run: Run, state: TrainingState, schedule: Schedule) -> Iterator[
         stats, worst_rms, tokens = PairStats(), 0.0, 0
         trees = [run.pairs.train[i] for i in batch]
         packs = pack_trees(trees, run.pack_tokens)
-        for pack in packs:
+        slopes = coupled_slopes(run, packs, stats) if couples_pairs(config) else None
+        for i, pack in enumerate(packs):
             with dropout_live(run.policy.loaded.model):
                 logps = score(parts, pack)
                 pairs = pair_logps(run, pack, logps)
-                losses = LOSSES[config.loss_type](pairs, config.beta, config.label_smoothing)
-                state.scaler.scale(losses.sum() / len(batch)).backward()
-            stats.add(pairs, losses, config.beta)
+                if slopes is None:
+                    objective = share_of_loss(pairs, config, len(batch), stats)
+                else:
+                    objective = slopes[i].dot(pairs)
+                state.scaler.scale(objective).backward()
             if state.step == 0 and run.reference:
                 rms = rms_difference(logps.detach().cpu(), run.reference.of(pack))
                 worst_rms = max(worst_rms, rms)
             tokens += sum(num_sequence_tokens(tree) for tree in pack.trees)
-            del logps, pairs, losses  # or their graph would live into the next micro-batch
+            del logps, pairs, objective  # or their graph would live into the next micro-batch
 
         metrics = stats.means()
         if state.step == 0:
-            _judge_first_step(run, metrics["loss"], worst_rms)
+            _judge_first_step(run, metrics, worst_rms)
         metrics["learning_rate"] = float(state.schedule.get_last_lr()[0])
         rows = [tree.row for pack in packs for tree in pack.trees]
         bad_rows = [rows[i] for i in stats.bad_pairs()]
@@ -174,12 +179,10 @@ def evaluate(run: Run, trees: Sequence[Tree]) -> Metrics:
         RunStopped: If a pair's numbers are not finite. The weights are no longer to be trusted
             then: `best/` and early stopping would be decided by what is left.
     """
-    config, stats = run.config, PairStats()
+    stats = PairStats()
     packs = pack_trees(trees, run.pack_tokens)
-    for pack in packs:
-        pairs = pair_logps(run, pack, score(run.policy.parts, pack))
-        losses = LOSSES[config.loss_type](pairs, config.beta, config.label_smoothing)
-        stats.add(pairs, losses, config.beta)
+    pairs = join_pairs([pair_logps(run, pack, score(run.policy.parts, pack)) for pack in packs])
+    stats.add(pairs, pair_losses(pairs, run.config), run.config)
     if bad := set(stats.bad_pairs()):
         in_order = [tree.row for pack in packs for tree in pack.trees]
         rows = name_rows(row for i, row in enumerate(in_order) if i in bad)
@@ -190,35 +193,16 @@ def evaluate(run: Run, trees: Sequence[Tree]) -> Metrics:
     return {f"eval_{name}": value for name, value in stats.means().items()}
 
 
-def pair_logps(run: Run, pack: Pack, logps: torch.Tensor) -> PairLogps:
-    """Sum a pack's token log-probs into its pairs, beside the reference's.
-
-    Both are summed by the same function over the same layout, so equal tokens give equal sums.
-    """
-    policy_chosen, policy_rejected = sequence_logps(logps, pack)
-    if run.reference is None:
-        reference_chosen = reference_rejected = torch.zeros_like(policy_chosen)
-    else:
-        reference = run.reference.of(pack).to(logps.device)
-        reference_chosen, reference_rejected = sequence_logps(reference, pack)
-    return PairLogps(
-        policy_chosen,
-        policy_rejected,
-        reference_chosen,
-        reference_rejected,
-        policy_chosen.new_tensor([tree.num_chosen_tokens for tree in pack.trees]),
-        policy_chosen.new_tensor([tree.num_rejected_tokens for tree in pack.trees]),
-    )
-
-
 def num_sequence_tokens(tree: Tree) -> int:
     """Tokens of both sequences of a pair, the trunk counted twice."""
     return 2 * len(tree.trunk) + len(tree.chosen) + len(tree.rejected)
 
 
-def _judge_first_step(run: Run, loss: float, rms_per_token: float) -> None:
+def _judge_first_step(run: Run, metrics: Metrics, rms_per_token: float) -> None:
+    """Hold the first step, without its likelihood terms, against zero margin."""
     if run.reference is None or not has_step_zero(run.config):
         return
+    loss = metrics["loss"] - nll_weight(run.config) * metrics.get("nll_loss", 0.0)
     tolerance = logp_tolerance(run.policy.dtype)
     run.step_zero, warning = check_step_zero(
         run.config, loss, rms_per_token, tolerance, run.reference.same_fingerprint

@@ -1,17 +1,20 @@
 """Metrics under TRL's names, gathered over the pairs of a step.
 
-`rewards/*` is the mean of beta * (policy - reference), `logps/*` the mean log-prob summed over a
-completion, `num_tokens` the tokens of both sequences of every pair seen, prompts counted twice as
-TRL does.
+`rewards/*` is the mean of beta * (policy - reference), without a reference see `losses.rewards`;
+`logps/*` the mean log-prob summed over a completion, `num_tokens` the tokens of both sequences of
+every pair seen, prompts counted twice as TRL does.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_dpo.losses import PairLogps
+from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.loss_types import couples_pairs, loss_terms
+from lowmem_dpo.losses import PairLogps, log_odds_ratios, rewards
 
 Metrics = dict[str, float]
 
@@ -25,6 +28,9 @@ PER_PAIR = (
     "logps/rejected",
 )
 
+# Of some losses only.
+EXTRA_PER_PAIR = ("nll_loss", "log_odds_ratio", "log_odds_chosen")
+
 FRIENDLY_NAMES = {
     "chosen_reward": "rewards/chosen",
     "rejected_reward": "rewards/rejected",
@@ -36,11 +42,13 @@ FRIENDLY_NAMES = {
 class PairStats:
     """The per-pair numbers of any number of micro-batches."""
 
-    blocks: list[Tensor] = field(default_factory=list)
+    blocks: list[dict[str, Tensor]] = field(default_factory=list)
+    by_rank: bool = False  # the losses, if they couple pairs; all else is by pair
 
-    def add(self, logps: PairLogps, losses: Tensor, beta: float) -> None:
-        """Take in one micro-batch of P pairs."""
-        chosen, rejected = beta * logps.chosen_ratios, beta * logps.rejected_ratios
+    def add(self, logps: PairLogps, losses: Tensor, config: TrainConfig) -> None:
+        """Take in one micro-batch of P pairs and their losses."""
+        self.by_rank = couples_pairs(config)
+        chosen, rejected = rewards(logps, config)
         rows = [
             losses,
             chosen,
@@ -50,17 +58,36 @@ class PairStats:
             logps.policy_chosen,
             logps.policy_rejected,
         ]
-        self.blocks.append(torch.stack(rows).detach())
+        block = dict(zip(PER_PAIR, rows, strict=True)) | _extra_rows(logps, config)
+        self.blocks.append({name: row.detach() for name, row in block.items()})
 
     def bad_pairs(self) -> list[int]:
         """Places, in the order taken in, of the pairs with a number that is not finite."""
-        finite = torch.cat(self.blocks, dim=1).isfinite().all(dim=0)
-        return (~finite).nonzero().flatten().tolist()
+        _, columns = self._columns(("loss",) if self.by_rank else ())
+        return (~columns.isfinite().all(dim=0)).nonzero().flatten().tolist()
 
     def means(self) -> Metrics:
         """The mean of each number over all pairs taken in."""
-        values = torch.cat(self.blocks, dim=1).double().mean(dim=1).tolist()
-        return dict(zip(PER_PAIR, values, strict=True))
+        names, columns = self._columns(())
+        return dict(zip(names, columns.double().mean(dim=1).tolist(), strict=True))
+
+    def _columns(self, without: Collection[str]) -> tuple[list[str], Tensor]:
+        """Names and [names, pairs] numbers of all blocks."""
+        names = [name for name in self.blocks[0] if name not in without]
+        blocks = [torch.stack([block[name] for name in names]) for block in self.blocks]
+        return names, torch.cat(blocks, dim=1)
+
+
+def _extra_rows(logps: PairLogps, config: TrainConfig) -> dict[str, Tensor]:
+    """[P] each: what TRL logs of likelihood terms, and of ORPO's odds."""
+    names = [name for name, _ in loss_terms(config)]
+    rows = {}
+    if "sft" in names or "orpo" in names:
+        rows["nll_loss"] = logps.nll
+    if "orpo" in names:
+        rows["log_odds_chosen"] = log_odds_ratios(logps)
+        rows["log_odds_ratio"] = F.logsigmoid(rows["log_odds_chosen"])
+    return rows
 
 
 def mean_metrics(steps: Iterable[Mapping[str, float]]) -> Metrics:
@@ -70,7 +97,7 @@ def mean_metrics(steps: Iterable[Mapping[str, float]]) -> Metrics:
     """
     steps = list(steps)
     result = dict(steps[-1])
-    for name in (*PER_PAIR, "grad_norm"):
+    for name in (*PER_PAIR, *EXTRA_PER_PAIR, "grad_norm"):
         values = [step[name] for step in steps if name in step]
         if values:  # a step whose float16 gradient overflowed has no norm
             result[name] = sum(values) / len(values)
@@ -81,7 +108,8 @@ def mean_metrics(steps: Iterable[Mapping[str, float]]) -> Metrics:
 
 def without_pairs(metrics: Mapping[str, float]) -> Metrics:
     """The metrics of a skipped step that may be written: not those of its pairs and gradient."""
-    return {n: value for n, value in metrics.items() if n not in (*PER_PAIR, "grad_norm")}
+    left_out = {*PER_PAIR, *EXTRA_PER_PAIR, "grad_norm"}
+    return {name: value for name, value in metrics.items() if name not in left_out}
 
 
 def with_friendly_names(metrics: Mapping[str, float]) -> Metrics:

@@ -16,6 +16,8 @@ from lowmem_dpo.data.reading import is_single_file, read_preferences
 from lowmem_dpo.data.split import prompt_key, split_by_prompt
 from lowmem_dpo.data.templates import TokenPair, encode_pairs
 from lowmem_dpo.data.trees import Tree, build_tree
+from lowmem_dpo.loss_checks import unusual_values
+from lowmem_dpo.loss_types import couples_pairs, needs_reference
 from lowmem_dpo.model.loading import storage_table
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.model.scoring import score
@@ -192,14 +194,25 @@ def prepare_run(
     num_trainable = sum(p.numel() for p in lora_parameters(policy.loaded.model).values())
     say(f"adapter: rank {policy.adapter.rank}, {num_trainable / 1e6:.2f}M trainable parameters")
     say(f"plan: micro-batches of {run.pack_tokens} tokens, {config.batch_size} pairs a step")
+    say_about_losses(config)
+    if needs_reference(config):
+        run.reference = score_reference(run, cache)
+    return run
+
+
+def say_about_losses(config: TrainConfig) -> None:
+    """Say what is unusual about the losses of a run, and what they cost."""
+    for line in unusual_values(config):
+        warn(line)
     if config.reference_free:
         warn(
             "reference_free: no reference holds the policy near its start; training is less "
             "stable, and there is no check at step zero"
         )
-        return run
-    run.reference = score_reference(run, cache)
-    return run
+    elif not needs_reference(config):
+        say(f"loss {config.loss_type}: without a reference, so without a check at step zero")
+    if couples_pairs(config):
+        say(f"loss {config.loss_type}: compares the pairs of a step, one more forward pass a step")
 
 
 def check_token_ids(pairs: Pairs, model_config: PretrainedConfig) -> None:

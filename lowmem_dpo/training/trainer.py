@@ -6,6 +6,7 @@ from typing import Any
 
 from lowmem_dpo.config import GenerateConfig, TrainConfig
 from lowmem_dpo.data.templates import render_prompt
+from lowmem_dpo.loss_types import needs_reference
 from lowmem_dpo.model.generation import Sampling, generate_text
 from lowmem_dpo.model.source import ADAPTER_CONFIG_FILE
 from lowmem_dpo.training.checkpoints import read_record
@@ -46,6 +47,11 @@ class Trainer:
         """
         if self.config.reference_free:
             raise ValueError("precompute has nothing to do with reference_free; leave one out")
+        if not needs_reference(self.config):
+            raise ValueError(
+                f"precompute has nothing to do: loss_type {self.config.loss_type} needs no "
+                "reference; train without it"
+            )
         usual, ours = TrainConfig(), self.config
         names = ("output_dir", "resume", "report_to")
         unused = [name for name in names if getattr(ours, name) != getattr(usual, name)]

@@ -1,0 +1,114 @@
+"""From a pack's token log-probs to what is differentiated.
+
+Most losses are sums over pairs: each micro-batch contributes its share and is forgotten. A loss
+that couples pairs (`aot` sorts them) needs the log-probs of the whole step at once, and a step is
+many micro-batches. It reaches the model through a few sums a pair all the same, so a first pass
+without gradient collects these sums, the loss is differentiated with respect to them, and a second
+pass takes the gradient of slopes times sums, micro-batch by micro-batch: the same gradient, for one
+more forward pass.
+
+Shapes: P pairs, T scored tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.data.packing import Pack, sequence_logps
+from lowmem_dpo.losses import PairLogps, join_pairs, pair_losses
+from lowmem_dpo.model.lora import dropout_live
+from lowmem_dpo.model.scoring import score
+from lowmem_dpo.training.metrics import PairStats
+from lowmem_dpo.training.setup import Run
+
+
+def pair_logps(run: Run, pack: Pack, logps: Tensor) -> PairLogps:
+    """Sum a pack's token log-probs [T] into its pairs, beside the reference's.
+
+    Both are summed by the same function over the same layout, so equal tokens give equal sums.
+    """
+    ld_alpha = run.config.ld_alpha
+    policy_chosen, policy_rejected = sequence_logps(logps, pack, ld_alpha)
+    if run.reference is None:
+        reference_chosen = reference_rejected = torch.zeros_like(policy_chosen)
+    else:
+        reference = run.reference.of(pack).to(logps.device)
+        reference_chosen, reference_rejected = sequence_logps(reference, pack, ld_alpha)
+    return PairLogps(
+        policy_chosen,
+        policy_rejected,
+        reference_chosen,
+        reference_rejected,
+        policy_chosen.new_tensor([tree.num_chosen_tokens for tree in pack.trees]),
+        policy_chosen.new_tensor([tree.num_rejected_tokens for tree in pack.trees]),
+        None if ld_alpha is None else sequence_logps(logps, pack)[0],
+    )
+
+
+def share_of_loss(
+    logps: PairLogps, config: TrainConfig, num_pairs: int, stats: PairStats
+) -> Tensor:
+    """The share of a step's mean loss that the pairs of one micro-batch have.
+
+    Args:
+        logps: The pairs.
+        config: The losses.
+        num_pairs: Pairs of the step.
+        stats: Takes in the pairs and their losses.
+    """
+    losses = pair_losses(logps, config)
+    stats.add(logps, losses, config)
+    return losses.sum() / num_pairs
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """dL/d(sum) of the pairs of one pack, L the loss of the whole step.
+
+    Attributes:
+        sums: Policy sums by their name in `PairLogps`, [P] each.
+    """
+
+    sums: dict[str, Tensor]
+
+    def dot(self, logps: PairLogps) -> Tensor:
+        """Slopes times sums: a scalar whose gradient is this pack's part of the loss's."""
+        products = [slope * getattr(logps, name) for name, slope in self.sums.items()]
+        return torch.stack(products).sum()
+
+
+def coupled_slopes(run: Run, packs: Sequence[Pack], stats: PairStats) -> list[Slopes]:
+    """Score a step without gradient and differentiate its loss with respect to the sums.
+
+    Args:
+        run: Policy and reference.
+        packs: The packs of the step.
+        stats: Takes in the pairs and their losses.
+
+    Returns:
+        The slopes of each pack.
+    """
+    device = run.policy.device
+    # The second pass must draw the dropout of the first again.
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.no_grad(),
+        dropout_live(run.policy.loaded.model),
+    ):
+        blocks = [pair_logps(run, pack, score(run.policy.parts, pack)) for pack in packs]
+    pairs = join_pairs(blocks)
+    names = ["policy_chosen", "policy_rejected"]
+    if pairs.policy_chosen_full is not None:
+        names.append("policy_chosen_full")
+    leaves = {name: getattr(pairs, name).clone().requires_grad_() for name in names}
+    pairs = replace(pairs, **leaves)
+    losses = pair_losses(pairs, run.config)
+    stats.add(pairs, losses, run.config)
+    slopes = torch.autograd.grad(
+        losses.mean(), list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
+    parts = [slope.split([len(pack.trees) for pack in packs]) for slope in slopes]
+    return [Slopes(dict(zip(names, part, strict=True))) for part in zip(*parts, strict=True)]
