@@ -142,6 +142,12 @@ def _check_combinations(config: Any) -> None:
         )
     if "exo_pair" in names and not config.label_smoothing:
         raise ValueError("loss_type exo_pair needs label_smoothing > 0, usually 0.001; set it")
+    sided = [n for n in names if n != "sft" and "f_divergence_type" not in LOSS_TYPES[n].reads]
+    if sided and config.f_divergence_type != "reverse_kl":  # only in margins does log Z cancel
+        raise ValueError(
+            f"f_divergence_type={config.f_divergence_type} has no meaning for {', '.join(sided)}, "
+            "which reads more than a pair's margin; use reverse_kl"
+        )
     if config.reference_free and config.f_divergence_type != "reverse_kl":
         raise ValueError(
             f"f_divergence_type={config.f_divergence_type} measures the distance to a reference, "

@@ -120,7 +120,7 @@ LOSS_TYPES: dict[str, LossType] = {
         needs_reference=False,
     ),
     "orpo": LossType(
-        "-p/n - β log s(odds(p/n) - odds(q/m)), odds(x) = x - log(1-e^x)",
+        "-p/n - β log s(o(p/n) - o(q/m)), o(x) = x - log(1-e^x)",
         "no reference; from a base model, supervised training and preferences in one",
         {"beta"},
         usual_beta=(0.05, 1.0),

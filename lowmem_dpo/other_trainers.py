@@ -35,6 +35,9 @@ RENAMED = {
     "save_total_limit": "keep_checkpoints",
     "pref_beta": "beta",
     "pref_loss": "loss_type",
+    "pref_ftx": "rpo_alpha",
+    "cpo_alpha": "rpo_alpha",
+    "dpo_label_smoothing": "label_smoothing",
 }
 
 _PLAN = "how a step is split and what is recomputed is the plan's business"
@@ -77,6 +80,7 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_dora": ((False, None), "DoRA is not supported"),
     "loftq_config": ((None, {}), "LoftQ is not supported"),
     "layers_to_transform": ((None, []), "every decoder layer gets an adapter"),
+    "use_weighting": ((False, None), "WPO's weights are not supported"),
     "ref_model": ((None,), "the reference is the policy at the start of the run: leave it out"),
     "sync_ref_model": ((False, None), "the reference stays what it was at the start"),
     "load_in_8bit": ((False, None), "the base is stored in 4 bits or 16; set quantization"),

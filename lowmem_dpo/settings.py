@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 # Names that a newcomer may try and whose nearest name here would be a wrong hint, or none.
-_ALIASES = {"lr": "learning_rate", "rank": "lora_r"}
+_ALIASES = {"lr": "learning_rate", "rank": "lora_r", "alpha": "lora_alpha"}
 
 logger = logging.getLogger(__name__)
 

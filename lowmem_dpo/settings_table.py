@@ -1,7 +1,7 @@
 """The tables of settings and formats in the docs, made by `python -m lowmem_dpo.settings_table`.
 
-The text between the markers `<!-- settings NAME -->` or `<!-- formats -->` and `<!-- end -->` is
-replaced; NAME is a config's, or that of a table of other trainers' names.
+The text between the markers `<!-- settings NAME -->`, `<!-- formats -->` or `<!-- losses -->` and
+`<!-- end -->` is replaced; NAME is a config's, or that of a table of other trainers' names.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lowmem_dpo.config import DemoConfig, GenerateConfig, TrainConfig
 from lowmem_dpo.data.formats import formats_table
+from lowmem_dpo.loss_types import losses_table
 from lowmem_dpo.other_trainers import FIXED, NO_EFFECT, RENAMED, RULES
 from lowmem_dpo.settings import type_name
 
@@ -61,16 +62,15 @@ def with_tables(text: str) -> str:
     """A document with its tables brought up to date."""
 
     def table(match: re.Match[str]) -> str:
-        cls = CONFIGS.get(match[2])
-        if match[2] is None:
-            content = formats_table()
+        kind, name = match[2], match[3]
+        if kind == "settings":
+            content = settings_table(CONFIGS[name]) if name in CONFIGS else foreign_table(name)
         else:
-            content = settings_table(cls) if cls else foreign_table(match[2])
+            content = formats_table() if kind == "formats" else losses_table()
         return f"{match[1]}\n{content}\n<!-- end -->"
 
-    return re.sub(
-        r"(<!-- (?:settings (\w+)|formats) -->)\n.*?<!-- end -->", table, text, flags=re.DOTALL
-    )
+    marker = r"(<!-- (settings|formats|losses) ?(\w*) -->)"
+    return re.sub(marker + r"\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_parse_config_reads_template_variables():
         (["--learningrate", "1"], "did you mean learning_rate?"),
         (["--beta", "x"], "beta must be float, got x"),
         (["--beta", "-1"], "beta must be > 0, got -1.0; the usual value is 0.1"),
-        (["--loss_type", "dpo"], "loss_type must be one of sigmoid, ipo, hinge, apo_zero, got dpo"),
+        (["--loss_type", "dpo"], "got dpo; did you mean sigmoid?"),
         (["--label_smoothing", "0.5"], "label_smoothing must be in [0, 0.5)"),
         (["--label_smoothing", "0.1", "--loss_type", "ipo"], "has no effect with loss_type=ipo"),
         (["--save_steps", "5"], "has no effect with save_strategy=epoch"),

@@ -60,6 +60,7 @@ def demo(config: DemoConfig) -> bool:
     say(f"   {pairs} pairs in {root / 'preferences.jsonl'}")
 
     say(f"3. training on them: python -m lowmem_dpo train --config {root / 'run' / 'config.yaml'}")
+    say("   (at a learning rate above the usual range, which so small a model needs)")
     trainer = Trainer(
         TrainConfig(
             model=str(root / "model"),

@@ -7,7 +7,7 @@ from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.data.packing import pack_trees, sequence_logps
 from lowmem_dpo.data.templates import TokenPair
 from lowmem_dpo.data.trees import build_tree
-from lowmem_dpo.losses import LOSSES, PairLogps
+from lowmem_dpo.losses import LOSSES, LossParameters, PairLogps
 from lowmem_dpo.model.lora import linear_layers, lora_parameters
 from lowmem_dpo.model.scoring import attention, score, score_plain
 from lowmem_dpo.training.policy import load_policy
@@ -38,7 +38,7 @@ def packed_loss(policy, trees, num_tokens):
         chosen, rejected = sequence_logps(score(policy.parts, pack), pack)
         ones = torch.ones_like(chosen)
         logps = PairLogps(chosen, rejected, ones * REFERENCE[0], ones * REFERENCE[1], ones, ones)
-        loss = LOSSES["sigmoid"](logps, 0.1, 0.0).sum() / len(trees)
+        loss = LOSSES["sigmoid"](logps, LossParameters(0.1)).sum() / len(trees)
         loss.backward()
         total += loss.item()
     return total

@@ -37,7 +37,13 @@ def test_check_step_zero_stops_beyond_the_tolerances(loss, rms):
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [({}, True), ({"reference_free": True}, False), ({"lora_dropout": 0.1}, False)],
+    [
+        ({}, True),
+        ({"reference_free": True}, False),
+        ({"lora_dropout": 0.1}, False),
+        ({"loss_type": "simpo"}, False),
+        ({"loss_type": ["sigmoid", "sft"]}, True),
+    ],
 )
 def test_has_step_zero(changes, expected):
     assert has_step_zero(TrainConfig(**changes)) is expected

@@ -20,7 +20,7 @@ from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.data.packing import pack_trees, sequence_logps
 from lowmem_dpo.data.templates import TokenPair
 from lowmem_dpo.data.trees import Tree, build_tree, scored
-from lowmem_dpo.losses import LOSSES, PairLogps
+from lowmem_dpo.losses import LOSSES, LossParameters, PairLogps
 from lowmem_dpo.model.adapters import save_adapter
 from lowmem_dpo.model.lora import LoraLinear, lora_layers, lora_parameters
 from lowmem_dpo.model.scoring import score
@@ -41,6 +41,8 @@ Row = dict[str, str]
 Gradients = dict[str, Tensor]
 ONE_PACK = 1024  # tokens: the pairs of a step fit together
 SMALL_PACKS = 128  # one or two pairs each
+EVEN_AT_ZERO = ("sigmoid", "ipo", "hinge", "apo_zero")  # pull both answers equally hard there
+MPO = ["sigmoid", "bco_pair", "sft"]
 
 
 def config_for(model: Path, output: Path, **settings: Any) -> TrainConfig:
@@ -157,15 +159,17 @@ def test_gradient_at_zero_margin_is_half_beta_times_that_of_cross_entropy(prepar
     assert_close(step_gradients(run), wanted)
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", [*EVEN_AT_ZERO, "aot", "aot_unpaired", "orpo", MPO], ids=str)
 def test_gradient_of_many_packs_is_that_of_one(prepare, loss_type):
     settings = {"loss_type": loss_type, "beta": 0.5, "max_steps": 2}
+    if loss_type in ("aot", MPO):
+        settings["ld_alpha"] = 0.5
     many = prepare(random_pairs(9), pack_tokens=SMALL_PACKS, **settings)
     one = prepare(random_pairs(9), pack_tokens=ONE_PACK, **settings)
     assert len(pack_trees(one.pairs.train, one.pack_tokens)) == 1
     assert len(pack_trees(many.pairs.train, many.pack_tokens)) >= 4
     for run in (many, one):  # away from zero margin, where all pairs would pull equally hard
-        assert take_steps(run, learning_rate=0.003)[-1]["rewards/margins"] > 0.05
+        assert take_steps(run, learning_rate=0.003)[-1]["rewards/margins"] > 0.01
     assert_close(step_gradients(many, first_step=1), step_gradients(one, first_step=1), 1e-4)
 
 
@@ -192,7 +196,7 @@ def test_fit_in_many_packs_logs_what_it_logs_in_one(llama_dir, tmp_path):
     assert runs[0][-1]["rewards/margins"] > 0.1
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", EVEN_AT_ZERO)
 def test_gradient_of_swapped_answers_at_zero_margin_is_the_negative(prepare, loss_type):
     rows = random_pairs(5)
     gradients = step_gradients(prepare(rows, loss_type=loss_type))
@@ -220,7 +224,7 @@ def test_rewards_of_swapped_answers_change_sides(prepare, tmp_path):
     assert swap["eval_rewards/accuracies"] == 1 - straight["eval_rewards/accuracies"]
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", EVEN_AT_ZERO)
 def test_gradient_of_identical_answers_is_exactly_zero(prepare, loss_type):
     run = prepare(random_pairs(3))
     ids = tuple(range(4, 30))
@@ -228,7 +232,7 @@ def test_gradient_of_identical_answers_is_exactly_zero(prepare, loss_type):
     chosen, rejected = sequence_logps(score(run.policy.parts, pack), pack)
     tokens, reference = torch.full((1,), 17.0), chosen.detach() - 3.0
     logps = PairLogps(chosen, rejected, reference, reference, tokens, tokens)
-    LOSSES[loss_type](logps, 0.1, 0.0).sum().backward()
+    LOSSES[loss_type](logps, LossParameters(0.1)).sum().backward()
     for name, parameter in lora_parameters(run.policy.loaded.model).items():
         assert parameter.grad is not None and not parameter.grad.any(), name
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.losses import LOSSES
 from lowmem_dpo.model.adapters import ADAPTER_WEIGHTS_FILE, save_adapter
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.training.policy import load_policy
@@ -136,21 +135,22 @@ def train_both(
 ) -> Callable[..., tuple[Outcome, Outcome]]:
     def train(
         rows: list[Row],
-        loss_type: str,
+        loss_type: str | list[str],
         *,
         start: str = "fresh",
         micro_batches: int = 1,
         model: Path | None = None,
         attention: str = "sdpa",
+        **settings: Any,
     ) -> tuple[Outcome, Outcome]:
         data = write_rows(tmp_path / "pairs.jsonl", rows)
         folder = (save_starts(model, tmp_path) if model else starts)[start]
         model = model or llama_dir
         init = None if start == "fresh" else str(folder)
-        config = config_for(model, tmp_path / "ours", loss_type=loss_type, init_adapter=init)
-        theirs = train_with_trl(
-            model, folder, [as_messages(row) for row in rows], loss_type, micro_batches, attention
-        )
+        settings["loss_type"] = loss_type
+        config = config_for(model, tmp_path / "ours", init_adapter=init, **settings)
+        messages = [as_messages(row) for row in rows]
+        theirs = train_with_trl(model, folder, messages, micro_batches, attention, settings)
         return train_with_ours(config, data), theirs
 
     return train
@@ -168,9 +168,9 @@ def train_with_trl(
     model: Path,
     start: Path,
     rows: list[Row],
-    loss_type: str,
     micro_batches: int,
     attention: str,
+    loss: dict[str, Any],
 ) -> Outcome:
     """TRL takes a copy of the adapter it is given as the reference."""
     base = AutoModelForCausalLM.from_pretrained(
@@ -179,7 +179,6 @@ def train_with_trl(
     policy = peft.PeftModel.from_pretrained(base, start, is_trainable=True)
     settings = trl.DPOConfig(
         output_dir=str(start.parent / "trl"),
-        loss_type=[loss_type],
         per_device_train_batch_size=BATCH_SIZE // micro_batches,
         gradient_accumulation_steps=micro_batches,
         num_train_epochs=1,
@@ -193,6 +192,7 @@ def train_with_trl(
         bf16=False,
         gradient_checkpointing=False,
         **SHARED,
+        **loss,
     )
     trainer = OfflineDPOTrainer(
         model=policy,
@@ -226,9 +226,15 @@ def assert_equal_outcomes(ours: Outcome, theirs: Outcome) -> None:
         assert error < 1e-3, (name, error)
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+# Every loss alone is held against TRL's code in tests/test_losses_trl.py.
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "apo_zero", "aot_unpaired"])
 def test_fit_on_plain_strings_equals_trl_at_every_step(train_both, loss_type):
     assert_equal_outcomes(*train_both(random_pairs(NUM_PAIRS), loss_type))
+
+
+def test_fit_with_weighted_losses_and_tails_equals_trl_at_every_step(train_both):
+    settings = {"loss_weights": [0.8, 0.2], "ld_alpha": 0.5}
+    assert_equal_outcomes(*train_both(random_pairs(NUM_PAIRS), ["sigmoid", "bco_pair"], **settings))
 
 
 def test_fit_on_conversations_equals_trl_at_every_step(train_both):
