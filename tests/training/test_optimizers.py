@@ -30,7 +30,7 @@ def test_make_schedule_leaves_a_last_step_that_trains():
 
 
 def test_warmup_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(ValueError, match="warmup_ratio=0.2 has no effect with warmup_steps=5"):
+    with pytest.raises(ValueError, match=r"warmup_ratio=0\.2 has no effect with warmup_steps=5"):
         TrainConfig(warmup_steps=5, warmup_ratio=0.2)
     with pytest.raises(ValueError, match="warmup_steps=5 has no effect with lr_scheduler_type"):
         TrainConfig(warmup_steps=5, lr_scheduler_type="constant")
