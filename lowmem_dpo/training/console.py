@@ -20,12 +20,19 @@ SECONDS_BETWEEN_LINES = 10.0
 
 def say(message: Any = "") -> None:
     """Print a line, or anything that rich can draw; square brackets are left as they are."""
+    if isinstance(message, str):
+        message = printable(message)
     console.print(message, markup=False)
 
 
 def warn(message: str) -> None:
     """Print a line that the user should not miss."""
-    console.print(f"warning: {message}", style="yellow", markup=False)
+    console.print(printable(f"warning: {message}"), style="yellow", markup=False)
+
+
+def printable(text: str) -> str:
+    """Text with escapes for what the terminal cannot show: a path or a prompt stops no run."""
+    return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
 
 
 class ProgressBar:
