@@ -139,7 +139,7 @@ class TrainConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type. auto: bfloat16 where the card has it, else float16; float32 on a CPU."""
     device: str = "auto"
-    """auto (the CUDA card where there is one, else the CPU), cpu, cuda or cuda:N."""
+    """auto (the CUDA card; the CPU only where there is none), cpu, cuda or cuda:N."""
     memory_limit: str | None = None
     """Use no more GPU memory than this, such as 8GB or 7.5GiB. CUDA only."""
     pack_tokens: int | None = None
@@ -308,7 +308,7 @@ class GenerateConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type. auto: bfloat16 where the card has it, else float16; float32 on a CPU."""
     device: str = "auto"
-    """auto (the CUDA card where there is one, else the CPU), cpu, cuda or cuda:N."""
+    """auto (the CUDA card; the CPU only where there is none), cpu, cuda or cuda:N."""
     cache_dir: str | None = None
     """Folder of the digests of model files; by default $LOWMEM_DPO_CACHE or ~/.cache/lowmem_dpo."""
 

@@ -30,7 +30,7 @@ def resolve_device(name: str, machine: Machine | None = None) -> tuple[torch.dev
     """Turn the setting `device` into a torch device that is ready.
 
     Args:
-        name: auto (the CUDA card where there is one, else the CPU), cpu, cuda or cuda:N.
+        name: auto (the CUDA card; the CPU only where there is none), cpu, cuda or cuda:N.
         machine: What there is; by default the machine is looked at.
 
     Returns:

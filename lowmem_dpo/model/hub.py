@@ -1,4 +1,4 @@
-"""The Hugging Face hub: everything that is asked of it or downloaded from it goes through here.
+"""Models on the Hugging Face hub: what is asked or downloaded of them goes through here.
 
 What it refuses becomes one line that says what to do: which page to accept, which variable holds
 the token, what is in the local cache. Whether a model can be read at all, and whether there is room

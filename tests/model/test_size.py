@@ -13,7 +13,8 @@ def test_model_size_counts_what_the_model_has(family):
     size = ModelSize.of(model.config)
     assert size.total == sum(parameter.numel() for parameter in model.parameters())
     assert size.head == model.lm_head.weight.numel()
-    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    named = model.model.layers.named_parameters()
+    matrices = [p for name, p in named if name.endswith("proj.weight")]
     assert size.linears == sum(matrix.numel() for matrix in matrices)
     assert size.forward_flops(10) == 20 * (size.linears + size.head)
 
