@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+# On Windows nothing is replaced while a virus scanner or an indexer reads it, which is soon over.
+_PATIENCE_SECONDS = 2.0 if os.name == "nt" else 0.0
+
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that it holds the old bytes or the new ones, never half of them.
@@ -27,7 +30,7 @@ def replace_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _move(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -63,8 +66,8 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         for path in (*new.rglob("*"), new):
             _sync(path)
         if target.exists():
-            os.replace(target, old)
-        os.replace(new, target)
+            _move(target, old)
+        _move(new, target)
     except BaseException:
         _recover(target)
         raise
@@ -76,7 +79,7 @@ def remove_folder(path: Path) -> None:
     """Delete a folder so that it is never seen in part under its name."""
     hidden = _hidden(path, "part")
     shutil.rmtree(hidden, ignore_errors=True)
-    os.replace(path, hidden)
+    _move(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
@@ -139,6 +142,18 @@ def unlock_file(file: IO[bytes]) -> None:
     file.close()
 
 
+def _move(source: Path, target: Path) -> None:
+    """Give a file or folder another name, and wait for those who look into it on Windows."""
+    begun = time.monotonic()
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() - begun >= _PATIENCE_SECONDS:
+                raise
+            time.sleep(0.05)
+
+
 def _hidden(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{kind}")
 
@@ -147,7 +162,7 @@ def _recover(target: Path) -> None:
     """Put an old folder back if its replacement never arrived; delete what is left over."""
     old = _hidden(target, "old")
     if old.exists() and not target.exists():
-        os.replace(old, target)
+        _move(old, target)
     for leftover in (_hidden(target, "part"), old):
         shutil.rmtree(leftover, ignore_errors=True)
 

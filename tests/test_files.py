@@ -195,3 +195,41 @@ def test_replace_file_on_a_full_disk_names_the_file_and_keeps_the_old_bytes(tmp_
 
 def full_disk(*arguments):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_replace_file_closes_before_it_replaces(tmp_path, monkeypatch):
+    """An open file cannot be replaced on Windows."""
+    opened, real_open, real_replace = [], Path.open, os.replace
+
+    def open_file(path, *arguments, **settings):
+        opened.append(real_open(path, *arguments, **settings))
+        return opened[-1]
+
+    def replace(source, target):
+        assert opened and all(file.closed for file in opened)
+        real_replace(source, target)
+
+    monkeypatch.setattr(Path, "open", open_file)
+    monkeypatch.setattr("os.replace", replace)
+    replace_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("patience", [0.0, 5.0])
+def test_replace_file_waits_where_a_scanner_may_hold_the_target(tmp_path, monkeypatch, patience):
+    real, refusals = os.replace, [PermissionError(13, "in use"), PermissionError(13, "in use")]
+
+    def replace(source, target):
+        if refusals:
+            raise refusals.pop()
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", replace)
+    monkeypatch.setattr("lowmem_dpo.files._PATIENCE_SECONDS", patience)
+    if patience:
+        replace_file(tmp_path / "file", b"new")
+        assert (tmp_path / "file").read_bytes() == b"new"
+    else:
+        with pytest.raises(PermissionError):
+            replace_file(tmp_path / "file", b"new")
+        assert list(tmp_path.iterdir()) == []

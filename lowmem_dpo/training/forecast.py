@@ -12,6 +12,7 @@ import torch
 
 from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.data.trees import Tree
+from lowmem_dpo.loss_types import couples_pairs, needs_reference
 from lowmem_dpo.model.size import ModelSize
 from lowmem_dpo.training.console import duration, say
 from lowmem_dpo.training.policy import Source
@@ -64,12 +65,13 @@ def forward_tokens(
     """Tokens of a run, each as often as it takes the work of a forward pass."""
     tokens_per_epoch = sum(tree.num_tokens for tree in train)
     tokens = 0
-    if not config.reference_free:
+    if needs_reference(config):
         tokens += tokens_per_epoch + sum(tree.num_tokens for tree in evaluation)
     if not only_reference:
         schedule = Schedule.of(config, len(train))
         epochs = schedule.num_steps / schedule.steps_per_epoch
-        tokens += math.ceil(FORWARDS_OF_A_STEP * epochs * tokens_per_epoch)
+        forwards = FORWARDS_OF_A_STEP + couples_pairs(config)  # which score a step's pairs twice
+        tokens += math.ceil(forwards * epochs * tokens_per_epoch)
     return tokens
 
 

@@ -16,7 +16,7 @@ PAIRS = [
 
 
 def tokens(evaluation=(), only_reference=False, **settings) -> int:
-    config = TrainConfig(batch_size=1, **settings)
+    config = TrainConfig(**{"batch_size": 1, **settings})
     return forward_tokens(config, PAIRS, evaluation, only_reference=only_reference)
 
 
@@ -25,6 +25,8 @@ def test_forward_tokens_counts_the_reference_once_and_three_passes_a_step():
     assert tokens(num_train_epochs=2) == 200 + 3 * 400
     assert tokens(max_steps=1) == 200 + 3 * 100
     assert tokens(reference_free=True) == 3 * 200
+    assert tokens(loss_type="simpo") == 3 * 200
+    assert tokens(loss_type="aot", batch_size=2) == 200 + 4 * 200
     assert tokens(PAIRS[:1]) == 300 + 3 * 200
     assert tokens(PAIRS[:1], only_reference=True) == 300
 
