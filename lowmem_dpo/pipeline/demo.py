@@ -56,7 +56,7 @@ def demo(config: DemoConfig) -> bool:
 
     say("2. preference pairs from its own answers: one sentence is preferred to several")
     policy = load_policy(TrainConfig(model=str(root / "model"), device=config.device))
-    pairs = _write_pairs(policy, root / "preferences.jsonl", config.seed)
+    pairs = write_pairs(policy, root / "preferences.jsonl", config.seed)
     say(f"   {pairs} pairs in {root / 'preferences.jsonl'}")
 
     say(f"3. training on them: python -m lowmem_dpo train --config {root / 'run' / 'config.yaml'}")
@@ -128,7 +128,7 @@ def _start_accuracy(metrics: dict[str, float]) -> float:
     return 0.5 if is_tie else metrics["rewards/accuracies"]
 
 
-def _answers(policy: Policy, num_samples: int, seed: int) -> dict[str, list[str]]:
+def answers_of(policy: Policy, num_samples: int, seed: int) -> dict[str, list[str]]:
     """Sample answers to every question."""
     prompts = [question for question in questions() for _ in range(num_samples)]
     ids = [render_prompt(policy.tokenizer, prompt, TemplateSettings()) for prompt in prompts]
@@ -140,11 +140,11 @@ def _answers(policy: Policy, num_samples: int, seed: int) -> dict[str, list[str]
     return answers
 
 
-def _write_pairs(policy: Policy, path: Path, seed: int) -> int:
+def write_pairs(policy: Policy, path: Path, seed: int) -> int:
     """Pair short right answers with long ones to the same question; returns the number of pairs."""
     rng = random.Random(seed)
     rows = []
-    for question, answers in _answers(policy, SAMPLES_PER_QUESTION, seed).items():
+    for question, answers in answers_of(policy, SAMPLES_PER_QUESTION, seed).items():
         short = sorted({a for a in answers if is_short(a) and is_right(question, a)})
         long = sorted({a for a in answers if not is_short(a)})
         both = [(chosen, rejected) for chosen in short for rejected in long]
@@ -157,9 +157,9 @@ def _write_pairs(policy: Policy, path: Path, seed: int) -> int:
 def _report(policy: Policy, accuracies: tuple[float, float], seed: int) -> bool:
     """Show samples and figures from before and after; returns whether the model learned."""
     accuracy_before, accuracy = accuracies
-    after = _answers(policy, FRESH_SAMPLES, seed)
+    after = answers_of(policy, FRESH_SAMPLES, seed)
     with adapters_disabled(policy.loaded.model):
-        before = _answers(policy, FRESH_SAMPLES, seed)
+        before = answers_of(policy, FRESH_SAMPLES, seed)
     samples = Table("question", "before", "after", show_lines=True)
     for question in random.Random(seed).sample(list(before), NUM_SHOWN):
         samples.add_row(question, before[question][0], after[question][0])
