@@ -1,9 +1,9 @@
 """What does beta do? The demo's model and pairs, trained once for every beta.
 
-For each beta: KL(pi || pi_ref) in nats per answer, estimated on the policy's own samples as the mean
-of log pi - log pi_ref; the held-out margin, as log-ratio difference h (nats) and as reward (beta h);
-held-out loss and accuracy; and, of fresh answers, how many are short (what was asked for) and how
-many still right (what must not be lost).
+For each beta: KL(pi || pi_ref) in nats per answer, estimated on the policy's own samples as the
+mean of log pi - log pi_ref; the held-out margin, as log-ratio difference h (nats) and as reward
+(beta h); held-out loss and accuracy; and, of fresh answers, how many are short (what was asked for)
+and how many still right (what must not be lost).
 
     python benchmarks/beta_sweep.py
 """

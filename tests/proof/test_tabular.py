@@ -13,9 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.proof.losses import pair_losses
+from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.losses import PairLogps, pair_losses
 
 NUM_PROMPTS, NUM_ANSWERS, BETA = 6, 12, 0.5
+
+
+def losses_of(
+    config: TrainConfig, chosen: tuple[Tensor, Tensor], rejected: tuple[Tensor, Tensor]
+) -> Tensor:
+    """A loss on pairs of one-token answers, each side as (policy, reference) log-probs."""
+    ones = torch.ones_like(chosen[0])
+    logps = PairLogps(chosen[0], rejected[0], chosen[1], rejected[1], ones, ones)
+    return pair_losses(logps, config)
 
 
 def world(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -52,11 +62,12 @@ def fit(reference: Tensor, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
 
 def dpo_loss(reference: Tensor, wins: Tensor, beta: float) -> Callable[[Tensor], Tensor]:
     """The mean DPO loss of weighted pairs; `wins` [prompts, i, j] weighs i chosen over j."""
+    config = TrainConfig(beta=beta)
 
     def loss(policy: Tensor) -> Tensor:
         chosen = policy[:, :, None].expand_as(wins), reference[:, :, None].expand_as(wins)
         rejected = policy[:, None, :].expand_as(wins), reference[:, None, :].expand_as(wins)
-        losses = pair_losses("sigmoid", chosen, rejected, beta=beta)
+        losses = losses_of(config, chosen, rejected)
         return (losses * wins).sum() / wins.sum()
 
     return loss
@@ -142,12 +153,13 @@ def test_smaller_beta_moves_further_from_the_reference_and_gains_more_reward():
 
 def descend(loss_type: str, steps: int, rate: float, **settings: float) -> tuple[float, float]:
     """Log-ratios a, b of one prompt's chosen and rejected after plain gradient descent."""
+    config = TrainConfig(loss_type=loss_type, **settings)
     reference = F.log_softmax(torch.tensor([-1.0, -1.0, 3.0], dtype=torch.float64), dim=0)
     logits = reference.clone().requires_grad_()
     for _ in range(steps):
         policy = F.log_softmax(logits, dim=0)
         sides = [(policy[i : i + 1], reference[i : i + 1]) for i in (0, 1)]
-        (gradient,) = torch.autograd.grad(pair_losses(loss_type, *sides, **settings).sum(), logits)
+        (gradient,) = torch.autograd.grad(losses_of(config, *sides).sum(), logits)
         with torch.no_grad():
             logits -= rate * gradient
     ratios = (F.log_softmax(logits.detach(), dim=0) - reference)[:2]
