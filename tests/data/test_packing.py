@@ -127,6 +127,36 @@ def test_sequence_logps_sums_each_sequence_with_the_shared_tokens_in_both():
     assert token_logps.grad.tolist() == expected
 
 
+def test_sequence_logps_weigh_what_lies_beyond_the_shorter_completion():
+    trees = [
+        Tree(1, (5, 6, 7), (8, 9, 3, 3), (4,), 2, 2),  # chosen 7 8 9 3 3, rejected 7 4
+        Tree(2, (5, 6, 7, 8), (9,), (), 1, 3),  # chosen 6 7 8 9, rejected 8: shared, in the tail
+        Tree(3, (5, 6), (), (1, 2, 3), 1, 1),  # chosen 6, rejected 6 1 2 3
+    ]
+    (pack,) = pack_trees(trees, 32)
+    wanted = {1: ([7, 8], [9, 3, 3], [7, 4], []), 2: ([6], [7, 8, 9], [8], [])}
+    wanted[3] = ([6], [], [6], [1, 2, 3])
+    token_logps = -torch.arange(1.0, len(pack.rows) + 1).square()
+    chosen, rejected = sequence_logps(token_logps, pack, 0.25)
+    start = 0
+    for i, (tree, counts) in enumerate(zip(pack.trees, pack.counts, strict=True)):
+        run = slice(start, start + sum(counts))
+        by_token = {}
+        for token, logp in zip(pack.targets[run].tolist(), token_logps[run].tolist(), strict=True):
+            by_token.setdefault(token, []).append(logp)
+        start = run.stop
+        head_w, tail_w, head_l, tail_l = (
+            sum(logp for token in dict.fromkeys(tokens) for logp in by_token[token])
+            for tokens in wanted[tree.row]
+        )
+        assert chosen[i].item() == head_w + 0.25 * tail_w
+        assert rejected[i].item() == head_l + 0.25 * tail_l
+    for ours, plain in zip(
+        sequence_logps(token_logps, pack, 1.0), sequence_logps(token_logps, pack), strict=True
+    ):
+        torch.testing.assert_close(ours, plain)
+
+
 def test_sequence_logps_of_unscored_runs_are_zero():
     (pack,) = pack_trees([Tree(1, (1, 2), (3,), (), 1, 2)], 8)
     chosen, rejected = sequence_logps(torch.tensor([-1.0, -2.0]), pack)

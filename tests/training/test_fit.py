@@ -12,7 +12,7 @@ import torch
 
 from lowmem_dpo.cli import main
 from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.training import fit, loop
+from lowmem_dpo.training import fit, loop, objective
 from lowmem_dpo.training.checkpoints import list_checkpoints, load_checkpoint
 from lowmem_dpo.training.health import RunStopped
 from lowmem_dpo.training.trainer import Trainer
@@ -47,6 +47,7 @@ def poison(monkeypatch, *rows: int) -> None:
         return replace(pairs, policy_chosen=pairs.policy_chosen * factor)
 
     monkeypatch.setattr(loop, "pair_logps", poisoned)
+    monkeypatch.setattr(objective, "pair_logps", poisoned)
 
 
 def weights(output: Path, step: int) -> bytes:
@@ -65,6 +66,13 @@ def moments(output: Path, step: int) -> list[torch.Tensor]:
     load_checkpoint(output / "checkpoints" / f"step-{step:06d}", state)  # type: ignore[arg-type]
     values = state.optimizer.state.values()
     return [item[name] for item in values for name in ("step", "exp_avg", "exp_avg_sq")]
+
+
+@pytest.mark.parametrize("row", [5, 6])  # one is first in its step; NaN is sorted last
+def test_a_loss_that_couples_pairs_names_the_right_one(config, monkeypatch, capsys, row):
+    poison(monkeypatch, row)
+    Trainer(replace(config, loss_type="aot_unpaired", max_steps=3)).fit()
+    assert f"step 3 is skipped: the loss of data row {row} is not" in capsys.readouterr().out
 
 
 def test_a_non_finite_loss_names_its_pair_and_skips_the_step_once(config, monkeypatch, capsys):

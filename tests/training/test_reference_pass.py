@@ -218,6 +218,26 @@ def test_cached_micro_batch_size_is_used_again(config):
     assert again.pack_tokens == 448 and again.reference.num_scored == 0
 
 
+@pytest.mark.parametrize("loss_type", ["simpo", ["simpo", "sft"]], ids=str)
+def test_losses_without_a_reference_score_nothing_and_say_so(config, forwards, capsys, loss_type):
+    settings = {"loss_type": loss_type, "beta": 2.0}
+    result = Trainer(replace(config, **settings)).fit()
+    assert f"loss {loss_type}: without a reference" in capsys.readouterr().out
+    assert forwards.count(False) == 5  # the self-check
+    assert json.loads((result.output_dir / "run.json").read_text())["step_zero"] is None
+    assert not (cache_directory(None) / "reference").exists()
+    with pytest.raises(ValueError, match="precompute has nothing to do: loss_type"):
+        Trainer(replace(config, **settings)).precompute()
+
+
+def test_run_says_once_what_is_unusual_and_what_the_loss_costs(config, capsys):
+    Trainer(replace(config, loss_type="aot", beta=3.0, learning_rate=0.5)).fit()
+    printed = capsys.readouterr().out
+    assert printed.count("warning: beta 3 is outside 0.01 to 0.5, usual for aot\n") == 1
+    assert printed.count("warning: learning_rate 0.5 is outside 1e-06 to 5e-05") == 1
+    assert printed.count("one more forward pass a step") == 1
+
+
 def test_reference_free_scores_nothing_and_warns(config, forwards, capsys):
     result = Trainer(replace(config, reference_free=True)).fit()
     assert "less stable" in capsys.readouterr().out
