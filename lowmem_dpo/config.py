@@ -136,6 +136,8 @@ class TrainConfig:
     """Where the output head stays: device, or pinned host memory, streamed in slices (CUDA)."""
     head_kernel: Literal["auto", "torch", "triton", "fused"] = "auto"
     """How the head is computed; auto knows the card. fused writes no logits at all (CUDA)."""
+    quantized_copy: bool = True
+    """Keep the quantised base in cache_dir, so that the next start does not quantise again."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type. auto: bfloat16 where the card has it, else float16; float32 on a CPU."""
     device: str = "auto"
@@ -164,7 +166,7 @@ class TrainConfig:
     resume: str | None = None
     """auto (output_dir's newest good checkpoint; without one, start afresh) or a checkpoint."""
     cache_dir: str | None = None
-    """Folder of the reference cache; by default $LOWMEM_DPO_CACHE or ~/.cache/lowmem_dpo."""
+    """Folder of caches (reference, quantised base); $LOWMEM_DPO_CACHE or ~/.cache/lowmem_dpo."""
     report_to: str | list[str] = "none"
     """Experiment trackers beside metrics.jsonl: none, tensorboard, wandb, trackio, or a list."""
 
@@ -218,6 +220,8 @@ class TrainConfig:
             check_unused(self, "warmup_steps", "warmup_ratio")
         if self.optim == "sgd":
             check_unused(self, "optim", "adam_beta1", "adam_beta2", "adam_epsilon")
+        if self.quantization == "none":
+            check_unused(self, "quantization", "quantized_copy")
         if self.save_strategy == "no":
             check_unused(self, "save_strategy", "keep_checkpoints")
         if self.head_quantization != "none" and self.head_weight == "host":
@@ -305,12 +309,14 @@ class GenerateConfig:
     """How the base's linear layers are stored: nf4 or none (in dtype)."""
     head_quantization: Literal["none", "nf4", "int8"] = "none"
     """How the output head is stored: none (in dtype), int8 or nf4."""
+    quantized_copy: bool = True
+    """Keep the quantised base in cache_dir, so that the next start does not quantise again."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type. auto: bfloat16 where the card has it, else float16; float32 on a CPU."""
     device: str = "auto"
     """auto (the CUDA card; the CPU only where there is none), cpu, cuda or cuda:N."""
     cache_dir: str | None = None
-    """Folder of the digests of model files; by default $LOWMEM_DPO_CACHE or ~/.cache/lowmem_dpo."""
+    """Folder of the quantised base; by default $LOWMEM_DPO_CACHE or ~/.cache/lowmem_dpo."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -321,6 +327,8 @@ class GenerateConfig:
         check_seed(self)
         if self.temperature == 0:
             check_unused(self, "temperature", "top_p", "top_k")
+        if self.quantization == "none":
+            check_unused(self, "quantization", "quantized_copy")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("prompt is empty; give it some text")
         if self.prompt is not None and self.prompts is not None:

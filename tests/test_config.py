@@ -102,6 +102,10 @@ def test_parse_config_reads_template_variables():
             ["--save_strategy", "no", "--keep_checkpoints", "3"],
             "keep_checkpoints=3 has no effect with save_strategy=no",
         ),
+        (
+            ["--quantization", "none", "--quantized_copy", "false"],
+            "quantized_copy=False has no effect with quantization=none",
+        ),
     ],
 )
 def test_parse_config_refuses_in_one_line(words, message):
@@ -115,6 +119,10 @@ def test_parse_config_refuses_in_one_line(words, message):
     [
         ({"temperature": 0, "top_p": 0.5}, "top_p=0.5 has no effect with temperature=0"),
         ({"temperature": 0, "top_k": 5}, "top_k=5 has no effect with temperature=0"),
+        (
+            {"quantization": "none", "quantized_copy": False},
+            "quantized_copy=False has no effect with quantization=none",
+        ),
         ({"temperature": float("inf")}, "temperature must be a finite number"),
         ({"prompt": " "}, "prompt is empty"),
         ({"adapter": ""}, "adapter is empty"),

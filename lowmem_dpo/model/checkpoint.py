@@ -29,19 +29,36 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "U8": torch.uint8,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a file."""
+    """Where a tensor lies in a file.
+
+    Attributes:
+        path: The file.
+        dtype: Of the numbers.
+        shape: Of the tensor.
+        offset: Its first byte.
+        nbytes: Its bytes.
+        digest: SHA-256 that its bytes must have, in hex; None where it is not known.
+    """
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    digest: str | None = None
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes that a buffer for `read` needs."""
+        return self.nbytes
 
     def read(self, buffer: Tensor | None = None) -> Tensor:
         """The tensor, on the CPU.
@@ -51,12 +68,12 @@ class StoredTensor:
                 Without one, the tensor gets memory of its own.
 
         Raises:
-            ValueError: If the file ends too early.
+            ValueError: If the file ends too early, or the digest is another one.
         """
         if buffer is None:
             buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         data = buffer[: self.nbytes]
-        rest = memoryview(data.numpy())  # type: ignore[arg-type]
+        content = rest = memoryview(data.numpy())  # type: ignore[arg-type]
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
             while rest:
@@ -66,6 +83,8 @@ class StoredTensor:
                 if not count:
                     raise _damaged(self.path, "it ends inside a tensor")
                 rest = rest[count:]
+        if self.digest is not None and hashlib.sha256(content).hexdigest() != self.digest:
+            raise _damaged(self.path, "a tensor's digest is not the recorded one")
         return data.view(self.dtype).view(self.shape)
 
 
@@ -73,7 +92,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name, in the order they lie in.
 
     Raises:
-        ValueError: If the file is missing, damaged, or stores something that is no float.
+        ValueError: If the file is missing, damaged, or stores numbers of another kind.
     """
     try:
         size = path.stat().st_size

@@ -1,15 +1,20 @@
 """Loading a base model: built empty, filled tensor by tensor, quantised on the way.
 
 The model is built on the meta device, where tensors have a shape and no memory. Each tensor of the
-checkpoint is then read into one buffer, moved to the device, cast, quantised if it is a linear
-layer of a decoder layer, and put in its place before the next one is read. So the memory needed is
-that of the model as it is stored here, plus about two of its largest tensors. Names and shapes are
-all checked before the first tensor is read.
+checkpoint is then read, moved to the device, cast, quantised if it is a linear layer of a decoder
+layer, and put in its place before the next one is read. What cannot be read to where it stays goes
+through one buffer. So the memory needed is that of the model as it is stored here, plus about two
+of its largest tensors. Names and shapes are all checked before the first tensor is read.
+
+What was quantised goes to disk at the same time, in the format of bitsandbytes' checkpoints
+(`quantized_copy`). So the next start, and a model that comes quantised, are read in the same way.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +23,29 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lowmem_dpo.model.bnb_checkpoint import (
+    Layout,
+    StoredNf4,
+    check_kept_quantised,
+    group_nf4,
+    nf4_layout,
+    nf4_tensors,
+)
 from lowmem_dpo.model.checkpoint import StoredTensor, file_digest, read_headers, weight_files
-from lowmem_dpo.model.lora import LoraLinear, wrap_linears
+from lowmem_dpo.model.lora import LoraLinear, linear_layers, wrap_linears
 from lowmem_dpo.model.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4
+from lowmem_dpo.model.quantized_copy import (
+    CopyWriter,
+    copy_bytes,
+    copy_folder,
+    read_copy,
+    remove_copy,
+)
 from lowmem_dpo.model.source import answer_ends, model_folder
 from lowmem_dpo_kernels.heads import Weight
 
 Quantization = Literal["nf4", "none"]
+Weights = Mapping[str, StoredTensor | StoredNf4]
 
 _LAYERS_PATH = "model.layers"
 _TABLE_SUFFIX = "rotary_emb.inv_freq"  # stored by old releases; computed from config.json instead
@@ -50,11 +71,13 @@ class LoadedModel:
             without an adapter.
         storage: What is stored how, and how large.
         identity: Digest of the files it came from and of how they were quantised.
+        notes: Lines for the user: what was taken as it is, where the quantised copy lies.
     """
 
     model: PreTrainedModel
     storage: list[StorageRow]
     identity: str
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -119,39 +142,101 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str,
     cache_dir: Path | None = None,
+    quantized_copy: bool = True,
 ) -> LoadedModel:
     """Load a base model.
 
     Args:
         source: Folder or Hugging Face id.
         config: From `load_config`, which has said that the model can be loaded.
-        quantization: nf4 or none, for the linears of the decoder layers.
+        quantization: nf4 or none, for the linears of the decoder layers. A model that is stored
+            quantised is taken as it is, with what was left in 16 bit.
         dtype: Of everything else, and of computation.
         device: Where the model goes.
-        cache_dir: Where digests of files are remembered; None remembers nothing.
+        cache_dir: Where digests of files are remembered and quantised copies lie; None for neither.
+        quantized_copy: Whether to keep what is quantised here, and to read it the next time.
 
     Raises:
         ValueError: If the files are missing, damaged, or do not fit config.json.
     """
-    folder = model_folder(source)
+    folder, device = model_folder(source), torch.device(device)
     files = weight_files(folder)
-    model = _empty_model(config, dtype)
+    stored = group_nf4(read_headers(files))
+    as_stored = any(isinstance(weight, StoredNf4) for weight in stored.values())
+    if as_stored:
+        check_kept_quantised(source, quantization)
+    quantise = quantization == "nf4" and not as_stored
+    identity = _identity([folder / "config.json", *files], quantization, quantise, cache_dir)
+    copy = copy_folder(cache_dir, identity) if quantise and quantized_copy and cache_dir else None
+    model, notes = None, []
+    if copy is not None and os.path.isdir(copy):  # Path.is_dir raises where one may not look
+        model, note = _read_copied(copy, source, config, dtype, device)
+        notes.append(note)
+    if model is None:
+        model = _empty_model(config, dtype)
+        weights = _matched(source, model, stored)
+        with _copy_writer(copy, model, weights) as writer:
+            _fill(model, weights, source, dtype, device, quantise, writer)
+            if writer is not None:
+                notes += _finished(writer, folder)
+    if as_stored:
+        notes.append(_as_stored_note(source, model, quantized_copy))
     if ends := answer_ends(folder):
         model.generation_config.eos_token_id = ends
-    tensors = _matched(source, model, read_headers(files))
-    buffer = torch.empty(max(stored.nbytes for stored in tensors.values()), dtype=torch.uint8)
-    for name, stored in tensors.items():
-        quantised = quantization == "nf4" and _is_linear(model, name)
-        tensor = stored.read(buffer)
-        # Codes come from the stored numbers, so that they do not depend on the compute type.
-        kind = tensor.dtype if quantised else dtype
-        _put(model, name, tensor.to(device=device, dtype=kind, copy=not quantised), quantised)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    _rebuild_buffers(model, config, device)
-    _check_complete(source, model)
-    identity = _identity([folder / "config.json", *files], quantization, cache_dir)
-    return LoadedModel(model.eval(), _storage_rows(model), identity)
+    return LoadedModel(model.eval(), _storage_rows(model), identity, notes)
+
+
+def _read_copied(
+    copy: Path, source: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel | None, str]:
+    """The model from its quantised copy, or None if that is damaged; and what to tell the user."""
+    try:
+        model = _empty_model(config, dtype)
+        weights = _matched(source, model, group_nf4(read_copy(copy)))
+        _fill(model, weights, source, dtype, device, quantise=False, writer=None)
+        return model, f"base: read from its quantised copy {copy} ({_gib(copy)})"
+    except (OSError, ValueError) as error:
+        note = f"base: quantised again; its copy cannot be used and is removed: {error}"
+    remove_copy(copy)
+    return None, note
+
+
+def _copy_writer(
+    copy: Path | None, model: PreTrainedModel, weights: Weights
+) -> AbstractContextManager[CopyWriter | None]:
+    """What makes the quantised copy while the model is filled."""
+    if copy is None:
+        return nullcontext()
+    layout: Layout = {}
+    for name, stored in weights.items():
+        assert isinstance(stored, StoredTensor), "a model that comes quantised needs no copy"
+        if _is_linear(model, name):
+            layout |= nf4_layout(name, stored.shape)
+        else:
+            layout[name] = (stored.dtype, stored.shape)
+    return closing(CopyWriter(copy, layout))
+
+
+def _finished(writer: CopyWriter, folder: Path) -> list[str]:
+    """Complete the quantised copy; what to tell the user of it."""
+    if writer.finish(folder):
+        place = f"{writer.folder} ({_gib(writer.folder)})"
+        return [f"base: quantised; the next start reads the copy {place}"]
+    return [f"base: {writer.note}"] if writer.note else []
+
+
+def _gib(folder: Path) -> str:
+    return f"{copy_bytes(folder) / 2**30:.2f} GiB"
+
+
+def _as_stored_note(source: str, model: PreTrainedModel, quantized_copy: bool) -> str:
+    """What to tell the user of a model that came quantised."""
+    layers = linear_layers(model).values()
+    dense = sum(not isinstance(layer.weight, Nf4Weight) for layer in layers)
+    note = f"base: {source} is quantised already and taken as it is"
+    if dense:
+        note += f"; {dense} of its {len(layers)} linears are not, and stay so"
+    return note + ("" if quantized_copy else "; quantized_copy has no effect")
 
 
 def storage_table(rows: list[StorageRow]) -> Table:
@@ -182,8 +267,8 @@ def _rebuild_buffers(
 
 
 def _matched(
-    source: str, model: PreTrainedModel, stored: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor]:
+    source: str, model: PreTrainedModel, stored: Weights
+) -> dict[str, StoredTensor | StoredNf4]:
     """The stored tensors that the model wants, all of them, in the order they lie in the files."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     harmless = {name for name in stored if name.endswith(_TABLE_SUFFIX)}
@@ -201,6 +286,11 @@ def _matched(
                 "they do not belong to its config.json"
             )
     for name, tensor in wanted.items():
+        if isinstance(tensor, StoredTensor) and not tensor.dtype.is_floating_point:
+            raise ValueError(
+                f"{name} of {source} is stored as {tensor.dtype} and has no scales beside it; "
+                "use the original 16-bit model"
+            )
         if tensor.shape != expected[name]:
             raise ValueError(
                 f"{name} of {source} has shape {list(tensor.shape)}, config.json says "
@@ -220,18 +310,75 @@ def _is_linear(model: PreTrainedModel, name: str) -> bool:
     return leaf == "weight" and isinstance(model.get_submodule(path), LoraLinear)
 
 
-def _put(model: PreTrainedModel, name: str, tensor: Tensor, quantised: bool) -> None:
-    """Put a tensor in its place; to be quantised it may lie in the buffer, else it must not."""
+def _fill(
+    model: PreTrainedModel,
+    weights: Weights,
+    source: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantise: bool,
+    writer: CopyWriter | None,
+) -> None:
+    """Read every tensor to its place.
+
+    Args:
+        model: From `_empty_model`.
+        weights: From `_matched`.
+        source: For messages.
+        dtype: Of what is not quantised.
+        device: Where the model goes.
+        quantise: Whether to quantise the linears of the decoder layers.
+        writer: Gets everything, what is not quantised in the source's own numbers; or None.
+    """
+
+    def stays(name: str, stored: StoredTensor | StoredNf4) -> bool:
+        """Whether it can be read to the memory that it stays in."""
+        same = isinstance(stored, StoredNf4) or stored.dtype == dtype
+        return device.type == "cpu" and same and not (quantise and _is_linear(model, name))
+
+    moving = [stored.buffer_bytes for name, stored in weights.items() if not stays(name, stored)]
+    buffer = torch.empty(max(moving, default=0), dtype=torch.uint8)
+    for name, stored in weights.items():
+        is_linear = _is_linear(model, name)
+        tensors: dict[str, Tensor] = {}
+        value: Tensor | Nf4Weight
+        if isinstance(stored, StoredNf4):
+            value = stored.read(device, buffer)
+            value = value if is_linear else value.dequantize(dtype)
+        elif quantise and is_linear:
+            # Codes come from the stored numbers, so that they do not depend on the compute type.
+            value = _quantised(name, stored.read(buffer).to(device))
+            tensors = nf4_tensors(name, value, stored.dtype)
+        else:
+            direct = stays(name, stored)
+            tensor = stored.read(None if direct else buffer)
+            value = tensor.to(device=device, dtype=dtype, copy=not direct)
+            tensors = {name: tensor}
+        if writer is not None:
+            writer.add(tensors)
+        _put(model, name, value)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    _rebuild_buffers(model, model.config, device)
+    _check_complete(source, model)
+
+
+def _quantised(name: str, tensor: Tensor) -> Nf4Weight:
+    try:
+        return quantize_nf4(tensor)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _put(model: PreTrainedModel, name: str, value: Tensor | Nf4Weight) -> None:
+    """Put a weight in its place."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if quantised:
+    if isinstance(value, Nf4Weight):
         del module.weight  # torch puts no module where a parameter is registered
-        try:
-            module.weight = quantize_nf4(tensor)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        module.weight = value
     else:
-        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _check_complete(source: str, model: PreTrainedModel) -> None:
@@ -241,10 +388,12 @@ def _check_complete(source: str, model: PreTrainedModel) -> None:
         raise ValueError(f"{source} cannot be loaded: {_some(empty)} is not filled from its files")
 
 
-def _identity(files: list[Path], quantization: Quantization, cache_dir: Path | None) -> str:
+def _identity(
+    files: list[Path], quantization: Quantization, quantise: bool, cache_dir: Path | None
+) -> str:
     lines = [f"{path.name} {file_digest(path, cache_dir)}" for path in files]
     lines.append(f"quantization {quantization}")
-    if quantization == "nf4":
+    if quantise:
         lines.append(f"quantiser {QUANTISER_VERSION}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -255,7 +404,8 @@ def _storage_rows(model: PreTrainedModel) -> list[StorageRow]:
     for path, module in model.named_modules():
         if isinstance(module, Nf4Weight):
             kind = _LINEAR_KINDS.get(path.split(".")[-3], "other linears")
-            sizes.setdefault((kind, "nf4, double quantised"), []).append(module.nbytes)
+            text = "nf4, double quantised" if module.is_double else "nf4"
+            sizes.setdefault((kind, text), []).append(module.nbytes)
             continue
         for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:

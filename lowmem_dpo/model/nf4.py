@@ -9,7 +9,8 @@ distribution. The absmax are quantised themselves: their mean (offset) is taken 
     scale[j]  = code[absmax[j]] * absmax2[j // 256] + offset
 
 The first number of a pair is in the high half of its byte. Levels, rounding and layout are those of
-bitsandbytes, whose functions do the arithmetic on the CPU and on CUDA.
+bitsandbytes, whose functions do the arithmetic on the CPU and on CUDA. Checkpoints may leave the
+second level out: then absmax are the scales, in fp32, and it is 4.5 bits a number.
 
 Source: Dettmers et al., QLoRA (arXiv 2305.14314), sections 3 and 4.
 """
@@ -27,8 +28,9 @@ BLOCK = 64
 BLOCK2 = 256
 
 # Numbers quantised at a time: bitsandbytes' temporaries are about 20 bytes a number on the CPU.
-# Larger ones left the C allocator's heap full of holes, which count as memory of the process.
-_CHUNK = 2**18
+# Larger ones left the C allocator's heap full of holes, which count as memory of the process. On a
+# card a chunk is a few kernels' launches, and four times as long.
+_CHUNK = 2**16
 
 
 class Nf4Weight(nn.Module):
@@ -36,31 +38,54 @@ class Nf4Weight(nn.Module):
 
     Args:
         packed: [out * in / 2] uint8, two levels a byte.
-        absmax: [ceil(out * in / 64)] uint8, codes of the blocks' absmax.
-        absmax2: [ceil(len(absmax) / 256)] fp32.
-        offset: [] fp32.
+        absmax: [ceil(out * in / 64)] uint8, codes of the blocks' absmax; or fp32, the absmax
+            themselves, where the second level is left out.
+        absmax2: [ceil(len(absmax) / 256)] fp32, or None.
+        offset: [] fp32, or None.
         shape: (out, in).
+        code: [256] fp32, what absmax's codes stand for; None for bitsandbytes' present table.
     """
 
     packed: Tensor
     absmax: Tensor
-    absmax2: Tensor
-    offset: Tensor
+    absmax2: Tensor | None
+    offset: Tensor | None
+    code: Tensor | None
 
     def __init__(
         self,
         packed: Tensor,
         absmax: Tensor,
-        absmax2: Tensor,
-        offset: Tensor,
+        absmax2: Tensor | None,
+        offset: Tensor | None,
         shape: tuple[int, int],
+        code: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("packed", packed)
         self.register_buffer("absmax", absmax)
         self.register_buffer("absmax2", absmax2)
         self.register_buffer("offset", offset)
+        self.register_buffer("code", code)
         self.shape = shape
+
+    @property
+    def is_double(self) -> bool:
+        """Whether the blocks' absmax are quantised themselves."""
+        return self.absmax2 is not None
+
+    @torch.no_grad()
+    def scales(self) -> Tensor:
+        """[ceil(out * in / 64)] fp32, a factor a block."""
+        exact = self.absmax if self.absmax2 is None else self.absmax2
+        assert exact.dtype == torch.float32, "a cast of the model reached the scales of NF4"
+        if self.absmax2 is None or self.offset is None:
+            return self.absmax
+        code = dynamic_code(self.packed.device) if self.code is None else self.code
+        scale = bnb.dequantize_blockwise(
+            self.absmax, absmax=self.absmax2, code=code, blocksize=BLOCK2
+        )
+        return scale.add_(self.offset)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -72,17 +97,12 @@ class Nf4Weight(nn.Module):
         Returns:
             [out, in], on the weight's device.
         """
-        assert self.absmax2.dtype == torch.float32, "a cast of the model reached the scales of NF4"
-        code = _dynamic_code(self.packed.device)
-        scale = bnb.dequantize_blockwise(
-            self.absmax, absmax=self.absmax2, code=code, blocksize=BLOCK2
-        ).add_(self.offset)
         numel = self.shape[0] * self.shape[1]
         # One block a row: bitsandbytes' CPU kernel misplaces the scales where blocks straddle rows.
         rows = (numel // BLOCK, BLOCK) if numel % BLOCK == 0 else (1, numel)
         kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
         dense = torch.ops.bitsandbytes.dequantize_4bit(
-            self.packed.view(-1, 1), scale, BLOCK, "nf4", rows, kernel_dtype
+            self.packed.view(-1, 1), self.scales(), BLOCK, "nf4", rows, kernel_dtype
         )
         return dense.view(self.shape).to(dtype)
 
@@ -119,8 +139,9 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
     packed = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32, device=weight.device)
     finite = torch.ones((), dtype=torch.bool, device=weight.device)
-    for start in range(0, flat.numel(), _CHUNK):
-        chunk = flat[start : start + _CHUNK]
+    step = _CHUNK if weight.device.type == "cpu" else 4 * _CHUNK
+    for start in range(0, flat.numel(), step):
+        chunk = flat[start : start + step]
         if chunk.dtype == torch.float64:
             chunk = chunk.float()
         finite &= chunk.isfinite().all()  # a maximum may pass over NaN
@@ -132,12 +153,12 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
     # Summed in float64, the order of the sum (threads, device) is lost in the rounding to fp32.
     offset = absmax.double().mean().float()
     absmax_codes, state = bnb.quantize_blockwise(
-        absmax - offset, code=_dynamic_code(weight.device), blocksize=BLOCK2
+        absmax - offset, code=dynamic_code(weight.device), blocksize=BLOCK2
     )
     return Nf4Weight(packed, absmax_codes, state.absmax, offset, (weight.shape[0], weight.shape[1]))
 
 
 @functools.cache
-def _dynamic_code(device: torch.device) -> Tensor:
+def dynamic_code(device: torch.device) -> Tensor:
     """The 256 values of the second level's codes, signed and finest near zero: [256] fp32."""
     return bnb.create_dynamic_map().to(device)

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from lowmem_dpo.model.bnb_checkpoint import check_quantization_config
 from lowmem_dpo.model.hub import download_config, download_model, download_small_files
 
 SUPPORTED_MODEL_TYPES = (
@@ -261,11 +262,7 @@ def _check_raw_config(source: str, raw: dict[str, Any]) -> None:
             f"{source} comes with code of its own (auto_map in config.json), which is never run; "
             "use a release of the model that transformers supports by itself"
         )
-    if raw.get("quantization_config") or raw.get("compression_config"):
-        raise ValueError(
-            f"{source} is quantised already (quantization_config in config.json), which is not "
-            "supported yet; use the original 16-bit model, it is quantised while it is loaded"
-        )
+    check_quantization_config(source, raw)
     kinds = raw.get("architectures") or []
     if kinds and not any(str(kind).endswith("ForCausalLM") for kind in kinds):
         raise ValueError(

@@ -31,6 +31,7 @@ def generate(config: GenerateConfig) -> None:
         max_length=1,  # lengths are checked below, against the prompts
         quantization=config.quantization,
         head_quantization=config.head_quantization,
+        quantized_copy=config.quantized_copy,
         dtype=config.dtype,
         device=config.device,
         cache_dir=config.cache_dir,

@@ -26,6 +26,7 @@ FREE_TO_CHANGE = {
     "keep_checkpoints",
     "resume",
     "cache_dir",
+    "quantized_copy",
     "report_to",
     "memory_limit",
     "layer_inputs",

@@ -30,6 +30,7 @@ from lowmem_dpo.model.adapters import (
     save_adapter,
 )
 from lowmem_dpo.model.attention import TREE_ATTENTION
+from lowmem_dpo.model.bnb_checkpoint import check_kept_quantised
 from lowmem_dpo.model.device import resolve_device, resolve_dtype
 from lowmem_dpo.model.head import check_head, head_to_host, quantize_head
 from lowmem_dpo.model.hub import check_download
@@ -194,9 +195,13 @@ def read_source(config: TrainConfig) -> Source:
     except ValueError as error:
         raise ValueError(f"head_kernel: {error}") from None
     model_config = load_config(base, max_length=config.max_length)
+    comes_quantised = bool(getattr(model_config, "quantization_config", None))
+    if comes_quantised:
+        check_kept_quantised(base, config.quantization)
     check_head(model_config.tie_word_embeddings, config.head_quantization, config.head_weight)
     if not Path(base).is_dir():
-        copy_bytes = ModelSize.of(model_config).nf4_bytes if config.quantization == "nf4" else 0
+        copies = config.quantization == "nf4" and config.quantized_copy and not comes_quantised
+        copy_bytes = ModelSize.of(model_config).nf4_bytes if copies else 0
         check_download(base, cache_directory(config.cache_dir), copy_bytes)
     return Source(
         base=base,
@@ -227,7 +232,10 @@ def load_policy(config: TrainConfig, source: Source | None = None) -> Policy:
         dtype=source.dtype,
         device=source.device,
         cache_dir=cache_directory(config.cache_dir),
+        quantized_copy=config.quantized_copy,
     )
+    for note in loaded.notes:
+        say(note)
     loaded = quantize_head(loaded, config.head_quantization)
     if config.head_weight == "host":
         loaded = head_to_host(loaded, source.device)

@@ -89,7 +89,7 @@ def test_every_supported_type_is_among_the_families_that_are_tested():
         ({"architectures": ["LlamaForSequenceClassification"]}, "only causal language models"),
         ({"architectures": ["LlamaModel"]}, "only causal language models"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "never run"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "not supported yet"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is quantised with gptq"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "position encoding 'dynamic'"),
         ({"hidden_size": "wide"}, "is not valid"),
     ],
