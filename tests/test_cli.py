@@ -333,3 +333,16 @@ def test_generate_refuses_a_bad_file_of_prompts(tmp_path, llama_dir, capsys):
     assert "prompt" in one_line_error(capsys)
     assert main(["generate", "--model", str(llama_dir)]) == 2
     assert "--prompt" in one_line_error(capsys)
+
+
+def test_generate_uses_the_quantised_copy(llama_dir, capsys, monkeypatch):
+    assert generate(llama_dir, "--prompt", "hello", "--seed", "1") == 0
+    first = capsys.readouterr().out
+    assert "quantised; the next start reads the copy" in first
+    monkeypatch.setattr(
+        "lowmem_dpo.model.loading.quantize_nf4", lambda weight: pytest.fail("quantised again")
+    )
+    assert generate(llama_dir, "--prompt", "hello", "--seed", "1") == 0
+    second = capsys.readouterr().out
+    assert "read from its quantised copy" in second
+    assert second.partition("prompt:")[2] == first.partition("prompt:")[2]

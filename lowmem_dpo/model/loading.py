@@ -194,9 +194,9 @@ def _read_copied(
         model = _empty_model(config, dtype)
         weights = _matched(source, model, group_nf4(read_copy(copy)))
         _fill(model, weights, source, dtype, device, quantise=False, writer=None)
-        return model, f"base: read from its quantised copy {copy} ({_gib(copy)})"
+        return model, f"model: read from its quantised copy {copy} ({_mib(copy)})"
     except (OSError, ValueError) as error:
-        note = f"base: quantised again; its copy cannot be used and is removed: {error}"
+        note = f"model: quantised again; its copy cannot be used and is removed: {error}"
     remove_copy(copy)
     return None, note
 
@@ -220,20 +220,20 @@ def _copy_writer(
 def _finished(writer: CopyWriter, folder: Path) -> list[str]:
     """Complete the quantised copy; what to tell the user of it."""
     if writer.finish(folder):
-        place = f"{writer.folder} ({_gib(writer.folder)})"
-        return [f"base: quantised; the next start reads the copy {place}"]
-    return [f"base: {writer.note}"] if writer.note else []
+        place = f"{writer.folder} ({_mib(writer.folder)})"
+        return [f"model: quantised; the next start reads the copy {place}"]
+    return [f"model: {writer.note}"] if writer.note else []
 
 
-def _gib(folder: Path) -> str:
-    return f"{copy_bytes(folder) / 2**30:.2f} GiB"
+def _mib(folder: Path) -> str:
+    return f"{copy_bytes(folder) / 2**20:,.0f} MiB"
 
 
 def _as_stored_note(source: str, model: PreTrainedModel, quantized_copy: bool) -> str:
     """What to tell the user of a model that came quantised."""
     layers = linear_layers(model).values()
     dense = sum(not isinstance(layer.weight, Nf4Weight) for layer in layers)
-    note = f"base: {source} is quantised already and taken as it is"
+    note = f"model: {source} is quantised already and taken as it is"
     if dense:
         note += f"; {dense} of its {len(layers)} linears are not, and stay so"
     return note + ("" if quantized_copy else "; quantized_copy has no effect")

@@ -55,7 +55,7 @@ def bnb_checkpoint(tiny_checkpoint, tmp_path):
 def load(folder, dtype=torch.float32, **options):
     return load_model(
         str(folder),
-        config=load_config(str(folder)),
+        config=load_config(str(folder), max_length=64),
         quantization=options.pop("quantization", "nf4"),
         dtype=dtype,
         device="cpu",

@@ -21,6 +21,7 @@ from lowmem_dpo.model import loading, quantized_copy
 from lowmem_dpo.model.loading import load_model
 from lowmem_dpo.model.quantized_copy import CopyWriter
 from lowmem_dpo.model.source import load_config
+from tests.tiny import FAMILIES
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 MADE = "the next start reads the copy"
@@ -43,7 +44,7 @@ def cache(tmp_path):
 def load(folder, cache, dtype=torch.float32, **options):
     return load_model(
         str(folder),
-        config=load_config(str(folder)),
+        config=load_config(str(folder), max_length=64),
         quantization="nf4",
         dtype=dtype,
         device="cpu",
@@ -102,6 +103,15 @@ def test_second_load_has_the_same_bits_and_neither_quantises_nor_reads_the_sourc
     assert USED in second.notes[0] and len(second.notes) == 1
     assert_same(second, plain)
     assert is_clean(cache)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_second_load_of_every_family_is_the_first_to_the_bit(tiny_checkpoint, cache, family):
+    folder, _ = tiny_checkpoint(family)
+    first, second = load(folder, cache), load(folder, cache)
+    assert USED in second.notes[0]
+    assert_same(second, first)
+    assert torch.equal(logits(second.model), logits(first.model))
 
 
 def test_copy_holds_the_sources_own_numbers(base, cache):
@@ -296,6 +306,7 @@ KILLED = """
     from lowmem_dpo.model.loading import load_model
     from lowmem_dpo.model.quantized_copy import CopyWriter
     from lowmem_dpo.model.source import load_config
+from tests.tiny import FAMILIES
     from pathlib import Path
 
     write, calls = CopyWriter._write, []

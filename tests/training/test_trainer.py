@@ -238,3 +238,49 @@ def test_load_checkpoint_of_a_run_that_began_from_an_adapter_folder(config, pair
     result = second.fit(str(pairs_file(8)))
     later = Trainer(settings).load_checkpoint(result.output_dir / "best")
     assert later.generate(PROMPT, **GREEDY) == second.generate(PROMPT, **GREEDY)
+
+
+def test_second_start_reads_the_quantised_copy_and_computes_the_same(
+    config, pairs_file, tmp_path, monkeypatch, capsys
+):
+    path = pairs_file(8)
+    first = Trainer(config(quantization="nf4", max_steps=3)).fit(path)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "quantised; the next start reads the copy" in printed and "8 to score" in printed
+    monkeypatch.setattr(
+        "lowmem_dpo.model.loading.quantize_nf4", lambda weight: pytest.fail("quantised again")
+    )
+    again = config(quantization="nf4", max_steps=3, output_dir=str(tmp_path / "again"))
+    second = Trainer(again).fit(path)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "read from its quantised copy" in printed and "0 to score" in printed
+    assert read_record(second.output_dir)["step_zero"]["exact"] is True
+    assert second.final_loss == first.final_loss
+    weights = [
+        load_file(result.output_dir / "adapter" / "adapter_model.safetensors")
+        for result in (first, second)
+    ]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
+def test_fit_trains_on_a_bitsandbytes_checkpoint(config, pairs_file, tmp_path, llama_dir, capsys):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head", "q_proj"]
+    )
+    folder = tmp_path / "bnb"
+    shutil.copytree(llama_dir, folder)
+    (folder / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(llama_dir, quantization_config=settings).save_pretrained(
+        folder
+    )
+    trainer = Trainer(config(model=str(folder), quantization="nf4", max_steps=2))
+    result = trainer.fit(pairs_file(8))
+    assert read_record(result.output_dir)["step_zero"]["exact"] is True
+    assert "is quantised already and taken as it is; 2 of its 14" in capsys.readouterr().out
+    again = Trainer(config(model=str(folder), quantization="nf4"))
+    again.load_checkpoint(result.output_dir / "adapter")
+    assert again.generate(PROMPT, **GREEDY) == trainer.generate(PROMPT, **GREEDY)
+    with pytest.raises(ValueError, match="quantization none cannot give its full precision"):
+        Trainer(config(model=str(folder), output_dir=str(tmp_path / "x"))).fit(pairs_file(8))
