@@ -25,7 +25,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from lowmem_dpo.files import lock_file
+from lowmem_dpo.files import lock_file, recover, unlock_file
 from lowmem_dpo.model.bnb_checkpoint import Layout, nf4_config
 from lowmem_dpo.model.checkpoint import DTYPE_NAMES, WEIGHTS_FILE, StoredTensor, read_header
 from lowmem_dpo.model.source import GENERATION_CONFIG_FILE, read_json
@@ -34,7 +34,6 @@ COPIES_FOLDER = "models"
 TENSOR_DIGESTS_FILE = "digests.json"
 
 _RESERVE_BYTES = 2**30  # left free for what the run itself writes
-_PART = ".part"
 
 
 def copy_folder(cache_dir: Path, identity: str) -> Path:
@@ -81,7 +80,7 @@ class CopyWriter:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder = folder
         self.note: str | None = None
-        self._part = folder.with_name(f".{folder.name}{_PART}")
+        self._part = folder.with_name(f".{folder.name}.part")
         self._places: dict[str, tuple[int, int]] = {}
         self._digests: dict[str, str] = {}
         self._file: IO[bytes] | None = None
@@ -100,8 +99,7 @@ class CopyWriter:
             return
         if self.folder.exists():  # another run made it meanwhile
             return
-        for leftover in copies.glob(f".*{_PART}"):  # of a run that was killed: we hold the lock
-            shutil.rmtree(leftover, ignore_errors=True)
+        recover(copies, "")  # nobody else is writing: we hold the lock
         header, self._places = _lay_out(layout)
         needed = max(sum(place) for place in self._places.values()) + _RESERVE_BYTES
         free = shutil.disk_usage(copies).free
@@ -169,7 +167,7 @@ class CopyWriter:
             self._file = None
             shutil.rmtree(self._part, ignore_errors=True)
         if self._lock is not None:
-            self._lock.close()
+            unlock_file(self._lock)
             self._lock = None
 
     def _give_up(self, error: OSError) -> None:

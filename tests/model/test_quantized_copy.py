@@ -16,7 +16,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lowmem_dpo.files import lock_file
+from lowmem_dpo.files import lock_file, unlock_file
 from lowmem_dpo.model import loading, quantized_copy
 from lowmem_dpo.model.loading import load_model
 from lowmem_dpo.model.quantized_copy import CopyWriter
@@ -68,7 +68,7 @@ def assert_same(loaded, other):
 
 
 def only_copy(cache):
-    (copy,) = [path for path in (cache / "models").iterdir() if path.name != ".lock"]
+    (copy,) = (cache / "models").iterdir()
     return copy
 
 
@@ -269,7 +269,7 @@ def test_second_process_goes_without_a_copy_while_the_first_writes(base, cache):
     held = lock_file(cache / "models" / ".lock")
     loaded = load(base, cache)
     assert "another run is writing" in loaded.notes[0] and unfinished.exists()
-    held.close()
+    unlock_file(held)
     assert MADE in load(base, cache).notes[0] and not unfinished.exists()
     assert_same(load(base, cache), loaded)
 
@@ -306,7 +306,6 @@ KILLED = """
     from lowmem_dpo.model.loading import load_model
     from lowmem_dpo.model.quantized_copy import CopyWriter
     from lowmem_dpo.model.source import load_config
-from tests.tiny import FAMILIES
     from pathlib import Path
 
     write, calls = CopyWriter._write, []
