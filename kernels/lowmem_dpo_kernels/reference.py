@@ -2,8 +2,11 @@
 
 They materialise what the kernels avoid and leave the gradient to autograd: to read first and to
 test against.
-Shapes: N packed tokens, T scored tokens, D hidden, V vocabulary.
+Shapes: N packed tokens, T scored tokens, D hidden, V vocabulary; H query heads, K key heads, E head
+size.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -74,3 +77,57 @@ def nf4_dequantize(
     pairs = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), 1)
     numbers = levels[pairs.view(-1).int()[: out.numel()]]
     return out.copy_((numbers * scales.repeat_interleave(64)[: out.numel()]).view(out.shape))
+
+
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Sequence[tuple[int, int, int, int]],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of every tree of a pack, by a dense mask over the pack.
+
+    Args:
+        query: [H, N, E], float16, bfloat16, float32 or float64.
+        key: [K, N, E]; K divides H.
+        value: [K, N, E].
+        layout: (start, trunk, chosen, rejected) of each tree, in tokens.
+        scale: Factor on the scores.
+        sliding_window: Positions a query looks back, itself included; None for all.
+        softcap: Cap c of c * tanh(scores / c), after the scale; None for none.
+
+    Returns:
+        [N, H, E] in query's dtype; zero behind the last tree.
+    """
+    dtype, group = torch.promote_types(query.dtype, torch.float32), len(query) // len(key)
+    keys, values = (x.to(dtype).repeat_interleave(group, dim=0) for x in (key, value))
+    scores = scale * query.to(dtype) @ keys.transpose(1, 2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = _visible(layout, query.shape[1], sliding_window).to(query.device)
+    scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
+    # A row that sees nothing has equal weights after the softmax, and none after the mask.
+    weights = scores.softmax(-1) * visible
+    return (weights @ values).transpose(0, 1).to(query.dtype)
+
+
+def _visible(
+    layout: Sequence[tuple[int, int, int, int]], num_tokens: int, sliding_window: int | None
+) -> Tensor:
+    """[N, N] bool: whether the query (row) sees the key (column)."""
+    visible = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    for start, trunk, chosen, rejected in layout:
+        for branch, length in ((trunk, chosen), (trunk + chosen, rejected)):
+            sequence = start + torch.tensor(
+                [*range(trunk), *range(branch, branch + length)], dtype=torch.int64
+            )
+            distance = torch.arange(len(sequence))[:, None] - torch.arange(len(sequence))
+            seen = distance >= 0
+            if sliding_window is not None:
+                seen &= distance < sliding_window
+            visible[sequence[:, None], sequence] = seen
+    return visible

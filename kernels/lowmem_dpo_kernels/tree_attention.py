@@ -1,0 +1,144 @@
+"""Attention over packed token trees: a trunk is computed once and read by both of its branches.
+
+A pack holds trees laid end to end, each `[trunk | chosen | rejected]`. With p the position of a
+token in its own sequence (both branches continue at the trunk's length), query i sees key j if
+
+    both are of one tree, j is of the trunk or of i's branch, p_j <= p_i, p_i - p_j < window;
+
+    out_i = sum_j softmax_j(softcap(scale q_i k_j)) v_j
+
+FlashAttention's recomputation (Dao, arXiv:2307.08691) over tiles that never cross a tree. The
+rejected branch reads the trunk's keys where they lie, which others copy for every branch; chosen
+continues the trunk, so both are one causal run. For the idea of sharing the trunk see
+arXiv:2410.20305.
+
+Replaces: two scaled_dot_product_attention calls a tree, with the trunk's keys copied for each, or
+    softmax(mask(q @ k.T)) @ v over the pack.
+FLOPs: 4 E a pair of query and seen key forward, 14 E backward: scores are recomputed in both of its
+    passes, the price of sums in a fixed order.
+Bytes: q, k, v, out and one fp32 a query and head are kept for the backward pass; beyond those there
+    are one more fp32 a query and head, and a few KiB of tables.
+
+A query's bits depend on its own tree alone, with gradient and without: see `tree_attention_plan`.
+
+Shapes: N packed tokens, H query heads, K key heads, E head size.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lowmem_dpo_kernels.checks import check_attention_inputs
+from lowmem_dpo_kernels.tree_attention_plan import TreePlan
+
+MAX_HEAD_SIZE = 256
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class _TreeAttentionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, *settings: Any
+    ) -> Tensor:
+        from lowmem_dpo_kernels import tree_attention_triton as kernels
+
+        tiles = kernels.tiles_for(_capability(query.device), query.shape[2])
+        out, lse = kernels.forward(query, key, value, plan, tiles.forward, *settings)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.plan, ctx.tiles, ctx.settings = plan, tiles, settings
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        from lowmem_dpo_kernels import tree_attention_triton as kernels
+
+        if grad_out.stride(2) != 1:
+            grad_out = grad_out.contiguous()
+        arguments = (*ctx.saved_tensors, ctx.plan, ctx.tiles, *ctx.settings)
+        return (*kernels.backward(grad_out, *arguments), None, None, None, None)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; elsewhere, where Triton only interprets, that of the smaller tiles."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 6)
+
+
+def tree_attention_path(device: torch.device | str, dtype: torch.dtype, head_size: int) -> str:
+    """What computes tree attention best on `device`, and on what its last bits depend.
+
+    Args:
+        device: Of query, key and value.
+        dtype: Theirs.
+        head_size: E.
+
+    Returns:
+        "triton" and the sizes of the tiles, or "" where `tree_attention` does not run: elsewhere
+        than on CUDA from compute capability 8.0, in fp32, without Triton, at E > 256.
+    """
+    device = torch.device(device)
+    runs = (
+        device.type == "cuda"
+        and dtype in HALF_DTYPES
+        and head_size <= MAX_HEAD_SIZE
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+    if not runs:
+        return ""
+    from lowmem_dpo_kernels.tree_attention_triton import tiles_for
+
+    tiles = tiles_for(_capability(device), head_size)
+    sizes = ", ".join(f"{tile.queries}x{tile.keys}" for tile in tiles)
+    return f"triton, tiles {sizes}"
+
+
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: TreePlan,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of every tree of one pack, by Triton kernels.
+
+    Differentiable once. Inputs may be strided views, such as projections [N, H * E] seen as
+    [H, N, E]: nothing is copied.
+
+    Args:
+        query: [H, N, E] float16 or bfloat16, E at most 256.
+        key: [K, N, E]; K divides H, and query head h reads key head h // (H / K).
+        value: [K, N, E].
+        plan: Where the trees of the pack are; make it once for all layers.
+        scale: Factor on the scores.
+        sliding_window: Positions a query looks back, itself included; None for all.
+        softcap: Cap c of c * tanh(scores / c), after the scale; None for none.
+
+    Returns:
+        [N, H, E] in query's dtype, contiguous; zero behind the last tree.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or settings do not fit, or the kernels cannot run.
+    """
+    check_attention_inputs(query, key, value, plan.num_tokens, sliding_window, softcap)
+    _check_runs(query)
+    return _TreeAttentionFunction.apply(query, key, value, plan, scale, sliding_window, softcap)
+
+
+def _check_runs(query: Tensor) -> None:
+    # Triton's interpreter runs kernels on the CPU, in fp32 too, for tests.
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    if not tree_attention_path(query.device, query.dtype, query.shape[2]):
+        raise ValueError(
+            "tree_attention needs Triton, CUDA from compute capability 8.0, float16 or bfloat16 "
+            f"and E <= {MAX_HEAD_SIZE}, got {query.dtype} on {query.device}, E = {query.shape[2]}; "
+            "use scaled_dot_product_attention tree by tree"
+        )

@@ -1,0 +1,201 @@
+"""The launches of `tree_attention`'s kernels, and the table of their tiles.
+
+The table is static: a card and a head size decide, so nothing is tuned at the start of a run, and
+equal runs have equal bits. Its sizes are bounded by registers and shared memory, which
+`benchmarks/kernel_resources.py` prints for every entry.
+
+Shapes: N packed tokens, H query heads, K key heads, E head size.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from lowmem_dpo_kernels import tree_attention_kernels
+from lowmem_dpo_kernels.tree_attention_plan import TreePlan
+
+LOG2_E = math.log2(math.e)
+INTERPRETED = triton.knobs.runtime.interpret  # kernels run on the CPU, for tests
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut: rows a tile, warps a program, stages of a loop's loads."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+class Tiles(NamedTuple):
+    """The three kernels' tiles: part of the numerics, so a matter of card and head size alone."""
+
+    forward: Tile
+    query_gradient: Tile
+    key_gradient: Tile
+
+
+LARGE_MEMORY = {  # compute capability 8.0, 9.0, 10.0: 163 KiB of shared memory and more
+    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    256: Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+}
+SMALL_MEMORY = {  # 8.6, 8.9, 12.0: 99 KiB
+    64: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    128: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    256: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+}
+
+
+def tiles_for(capability: tuple[int, int], head_size: int) -> Tiles:
+    """The tiles of a card's compute capability and a head size up to 256."""
+    table = LARGE_MEMORY if capability in ((8, 0), (9, 0), (10, 0)) else SMALL_MEMORY
+    return table[_padded(head_size)]
+
+
+def _padded(head_size: int) -> int:
+    """The power of two that a head's columns are padded to, in registers alone."""
+    return max(64, triton.next_power_of_2(head_size))
+
+
+def _settings(
+    query: Tensor,
+    key: Tensor,
+    tile: Tile,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> dict[str, Any]:
+    """What all three launches are told besides pointers and strides."""
+    # Without a cap a score is outer * product; with one it is outer * tanh, of inner * product / 2.
+    outer = LOG2_E * (scale if softcap is None else softcap)
+    inner = 0.0 if softcap is None else 2.0 * LOG2_E * scale / softcap
+    return {
+        "num_tokens": query.shape[1],
+        "outer": outer,
+        "inner": inner,
+        "window": 0 if sliding_window is None else sliding_window,
+        "GROUP": query.shape[0] // key.shape[0],
+        "HEAD_SIZE": query.shape[2],
+        "BLOCK_M": tile.queries,
+        "BLOCK_N": tile.keys,
+        "BLOCK_E": _padded(query.shape[2]),
+        "HAS_WINDOW": sliding_window is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "UPCAST": INTERPRETED and query.dtype == torch.bfloat16,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,  # Triton's default varies with its version and environment
+    }
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """From head to head and from row to row, of each."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: TreePlan,
+    tile: Tile,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every tree of a pack.
+
+    Args:
+        query: [H, N, E], unit stride in E.
+        key: [K, N, E], as all that follow.
+        value: [K, N, E].
+        plan: The trees.
+        tile: How the kernel is cut.
+        scale: Factor on the scores.
+        sliding_window: Positions a query looks back, itself included; None for all.
+        softcap: Cap of the scores; None for none.
+
+    Returns:
+        [N, H, E] in query's dtype, and [H, N] fp32, the logarithm to base 2 of the softmax's sum.
+    """
+    num_heads, num_tokens, head_size = query.shape
+    out = query.new_empty(num_tokens, num_heads, head_size)
+    lse = query.new_empty(num_heads, num_tokens, dtype=torch.float32)
+    tiles = plan.query_tiles(tile.queries, query.device)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        tree_attention_kernels.forward_kernel[(len(tiles) * num_heads,)](
+            query,
+            key,
+            value,
+            out,
+            lse,
+            tiles,
+            *_strides(query, key, value),
+            NUM_HEADS=num_heads,
+            **_settings(query, key, tile, scale, sliding_window, softcap),
+        )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: TreePlan,
+    tiles: Tiles,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query [H, N, E], key and value [K, N, E], from that of out [N, H, E].
+
+    Arguments are those of `forward`, and its results.
+    """
+    (num_heads, num_tokens, head_size), num_key_heads = query.shape, len(key)
+    grad_query = query.new_empty(num_tokens, num_heads, head_size)
+    grad_key, grad_value = query.new_empty(2, num_tokens, num_key_heads, head_size)
+    delta = torch.empty_like(lse)
+    query_tiles = plan.query_tiles(tiles.query_gradient.queries, query.device)
+    key_tiles = plan.key_tiles(tiles.key_gradient.keys, query.device)
+    strides = _strides(query, key, value, grad_out.transpose(0, 1))
+    settings = (scale, sliding_window, softcap)
+    with torch.cuda.device_of(query):
+        tree_attention_kernels.query_gradient_kernel[(len(query_tiles) * num_heads,)](
+            query,
+            key,
+            value,
+            out,
+            grad_out,
+            lse,
+            delta,
+            grad_query,
+            query_tiles,
+            *strides,
+            scale=scale,
+            NUM_HEADS=num_heads,
+            **_settings(query, key, tiles.query_gradient, *settings),
+        )
+        tree_attention_kernels.key_gradient_kernel[(len(key_tiles) * num_key_heads,)](
+            query,
+            key,
+            value,
+            grad_out,
+            lse,
+            delta,
+            grad_key,
+            grad_value,
+            key_tiles,
+            *strides,
+            scale=scale,
+            NUM_KEY_HEADS=num_key_heads,
+            **_settings(query, key, tiles.key_gradient, *settings),
+        )
+    grads = (grad_query, grad_key, grad_value)
+    return tuple(grad.transpose(0, 1) for grad in grads)  # type: ignore[return-value]
