@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import _common  # noqa: F401 - it finds the packages
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction

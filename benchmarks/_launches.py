@@ -1,6 +1,6 @@
 """Every configuration of every Triton kernel, as launches by its own host code.
 
-A list per kernel file: tests compile them, `kernel_resources.py` prints what they take. Where a table
+A list an operation: tests compile them, `kernel_resources.py` prints what they take. Where a table
 decides by card, so does the list.
 """
 
@@ -52,19 +52,23 @@ def token_logps(capability: tuple[int, int]) -> Iterator[Case]:
 
 
 def tree_attention(capability: tuple[int, int]) -> Iterator[Case]:
-    """The three kernels at every head size of the table, and one that is padded."""
-    for head_size in (64, 80, 128, 256):
+    """The three kernels at every head size of the table, and at one that is padded."""
+    both = [(None, None), (1000, None), (None, 50.0), (1000, 50.0)]
+    for head_size, dtype, settings in (
+        *((size, "bf16", both) for size in (64, 128, 256)),
+        *((size, "fp16", both[:1]) for size in (64, 128, 256)),
+        (80, "bf16", both[:1]),
+    ):
         tiles = tree_attention_triton.tiles_for(capability, head_size)
-        for dtype in HALF_DTYPES:
-            for window, softcap in ((None, None), (1000, None), (None, 50.0), (1000, 50.0)):
-                label = f"E={head_size}, {dtype}"
-                label += f"{', window' if window else ''}{', cap' if softcap else ''}"
-                arguments = (HALF_DTYPES[dtype], head_size, tiles, window, softcap)
-                kernels = tuple(
-                    f"{kernel} {tile.queries}x{tile.keys}, {tile.num_stages} stages"
-                    for kernel, tile in tiles._asdict().items()
-                )
-                yield Case(label, kernels, lambda a=arguments: _attend(*a))
+        kernels = tuple(
+            f"{kernel} {tile.queries}x{tile.keys}, {tile.num_stages} stages"
+            for kernel, tile in tiles._asdict().items()
+        )
+        for window, softcap in settings:
+            label = f"E={head_size}, {dtype}"
+            label += f"{', window' if window else ''}{', cap' if softcap else ''}"
+            arguments = (HALF_DTYPES[dtype], head_size, tiles, window, softcap)
+            yield Case(label, kernels, lambda a=arguments: _attend(*a))
 
 
 def _attend(

@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from _common import ROOT, write_record  # first: it finds the packages
 from _ahead_of_time import CAPABILITIES, Resources, compiling_for, resources
+from _common import write_record
 from _launches import LAUNCHES
 
 MAX_SPILLED_BYTES = 128
@@ -55,9 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         for capability in options.capabilities:
             major, minor = map(int, capability.split("."))
             for case, kernel, found in rows(op, (major, minor)):
-                numbers = (found.registers, found.spilled_bytes, found.shared_bytes / 1024)
-                texts = (*map("{:g}".format, numbers), found.num_warps, found.programs)
-                line = COLUMNS.format(op, case, kernel, capability, *texts, f"{found.occupancy:.0%}")
+                shared_kib = f"{found.shared_bytes / 1024:.1f}"
+                numbers = (found.registers, found.spilled_bytes, shared_kib, found.num_warps)
+                share = (found.programs, f"{found.occupancy:.0%}")
+                line = COLUMNS.format(op, case, kernel, capability, *numbers, *share)
                 print(line if fits(found) else f"{line}  DOES NOT FIT", flush=True)
                 all_fit &= fits(found)
                 where = {"op": op, "case": case, "kernel": kernel, "capability": capability}

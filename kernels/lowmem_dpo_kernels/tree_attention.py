@@ -24,7 +24,6 @@ A query's bits depend on its own tree alone, with gradient and without: see `tre
 Shapes: N packed tokens, H query heads, K key heads, E head size.
 """
 
-import importlib.util
 import os
 from typing import Any
 
@@ -34,6 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from lowmem_dpo_kernels.checks import check_attention_inputs
 from lowmem_dpo_kernels.tree_attention_plan import TreePlan
+from lowmem_dpo_kernels.triton_support import triton_problem
 
 MAX_HEAD_SIZE = 256
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -78,14 +78,14 @@ def tree_attention_path(device: torch.device | str, dtype: torch.dtype, head_siz
 
     Returns:
         "triton" and the sizes of the tiles, or "" where `tree_attention` does not run: elsewhere
-        than on CUDA from compute capability 8.0, in fp32, without Triton, at E > 256.
+        than on CUDA from compute capability 8.0, in fp32, where Triton cannot compile, at E > 256.
     """
     device = torch.device(device)
     runs = (
         device.type == "cuda"
         and dtype in HALF_DTYPES
         and head_size <= MAX_HEAD_SIZE
-        and importlib.util.find_spec("triton") is not None
+        and triton_problem() is None
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
     if not runs:

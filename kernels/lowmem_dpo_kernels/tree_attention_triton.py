@@ -38,22 +38,27 @@ class Tiles(NamedTuple):
     key_gradient: Tile
 
 
-LARGE_MEMORY = {  # compute capability 8.0, 9.0, 10.0: 163 KiB of shared memory and more
-    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    256: Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+AMPERE = {  # compute capability 8.0: 163 KiB of shared memory
+    64: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+    128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),
+    256: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
 }
-SMALL_MEMORY = {  # 8.6, 8.9, 12.0: 99 KiB
-    64: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    128: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
-    256: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+HOPPER = {  # 9.0 and 10.0: 227 KiB, products of four warps at a time
+    64: Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
+    256: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
 }
+CONSUMER = {  # 8.6, 8.9, 12.0 and others: 99 KiB
+    64: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+    128: Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    256: Tiles(Tile(64, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 32, 8, 2)),
+}
+TABLES = {(8, 0): AMPERE, (9, 0): HOPPER, (10, 0): HOPPER}
 
 
 def tiles_for(capability: tuple[int, int], head_size: int) -> Tiles:
     """The tiles of a card's compute capability and a head size up to 256."""
-    table = LARGE_MEMORY if capability in ((8, 0), (9, 0), (10, 0)) else SMALL_MEMORY
-    return table[_padded(head_size)]
+    return TABLES.get(capability, CONSUMER)[_padded(head_size)]
 
 
 def _padded(head_size: int) -> int:

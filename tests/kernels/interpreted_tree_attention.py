@@ -68,7 +68,7 @@ def assert_near_float64(inputs, layout, limit, **settings):
     found = ours(inputs, layout, **settings)
     exact = [tensor.double() for tensor in inputs]
     expected = values_and_grads(reference.tree_attention, exact, layout, **settings)
-    for name, one, other in zip("out query key value".split(), found, expected, strict=True):
+    for name, one, other in zip(["out", "query", "key", "value"], found, expected, strict=True):
         error = (one.double() - other).norm() / other.norm().clamp_min(1e-30)
         assert error <= limit, (name, error.item())
 

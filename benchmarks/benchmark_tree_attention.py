@@ -1,0 +1,292 @@
+"""Time and memory of attention over token trees, forward and backward, beside plain sequences.
+
+    python benchmarks/benchmark_tree_attention.py
+    python benchmarks/benchmark_tree_attention.py --shapes 4x512+256+256x32/8x128 --output h200.json
+
+A shape is TREESxTRUNK+CHOSEN+REJECTEDxH/KxE. "Plain" rows hold the same pairs as sequences of their
+own, the trunk twice: there PyTorch's FlashAttention (elsewhere its best) sets the rate to beat.
+A rate counts the products that are needed, 14 E a pair of query and seen key and head, whatever is
+recomputed: rates compare kernels at equal work, times what a training step sees. Values and
+gradients are compared with float64 on the first tree: where they are wrong, no speed is printed.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from _common import commit, device_name, write_record
+from benchmark_token_logps import DTYPES, extra_mib, median_ms
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lowmem_dpo.model.attention import tree_attention as tree_attention_sdpa
+from lowmem_dpo_kernels import TreeLayout, TreePlan, reference, tree_attention, tree_attention_path
+
+SHAPES = {
+    "quick": ["2x8+4+6x2/1x16"],
+    "cpu": ["4x128+64+64x8/2x64"],
+    "cuda": [
+        "8x512+256+256x32/8x128",  # Llama 3.1 8B
+        "2x2048+1024+1024x32/8x128",
+        "8x512+256+256x14/2x64",  # Qwen2.5 0.5B
+        "8x512+256+256x8/4x256",  # Gemma 2 2B
+    ],
+}
+SHAPE = re.compile(r"(\d+)x(\d+)\+(\d+)\+(\d+)x(\d+)/(\d+)x(\d+)")
+COLUMNS = "{:<15} {:<16} {:<26} {:<9} {:>9} {:>9} {:>9}  {:<24} {}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pack of trees, or of plain sequences: trees without branches.
+
+    Attributes:
+        query: [H, N, E], as key and value with K heads; views of [N, heads * E], as projected.
+        key: [K, N, E].
+        value: [K, N, E].
+        upstream: [N, H, E], the gradient from above.
+        plan: Where the trees are.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    upstream: Tensor
+    plan: TreePlan
+
+    @property
+    def scale(self) -> float:
+        """The usual factor on the scores."""
+        return self.query.shape[2] ** -0.5
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table; ms, tflops and peak_mib are None where there is nothing to tell."""
+
+    op: str
+    impl: str
+    shape: str
+    dtype: str
+    ms: float | None
+    tflops: float | None
+    peak_mib: float | None
+    device: str
+    commit: str
+    error: float
+
+
+Implementation = Callable[[Case], Tensor]
+
+
+def ours(case: Case) -> Tensor:
+    """This repository's kernels."""
+    return tree_attention(case.query, case.key, case.value, case.plan, scale=case.scale)
+
+
+def ours_sdpa(case: Case) -> Tensor:
+    """This repository's portable path: PyTorch's attention, segment by segment."""
+    tensors = (x[None] for x in (case.query, case.key, case.value))
+    out, _ = tree_attention_sdpa(
+        torch.nn.Module(), *tensors, None, scaling=case.scale, tree_layout=case.plan.layout
+    )
+    return out[0]
+
+
+def twin(case: Case) -> Tensor:
+    """A dense mask over the pack, and autograd."""
+    return reference.tree_attention(
+        case.query, case.key, case.value, case.plan.layout, scale=case.scale
+    )
+
+
+def flash(case: Case) -> Tensor:
+    """PyTorch's causal attention of plain sequences: one call for every run of equal lengths."""
+    lengths = [length for _, length, *_ in case.plan.layout]
+    runs = [len(list(run)) * length for length, run in itertools.groupby(lengths)]
+    sizes = [length for length, _ in itertools.groupby(lengths)]
+    on_card = case.query.is_cuda and case.query.dtype != torch.float32
+    outputs = []
+    for length, *tensors in zip(
+        sizes, *(x.split(runs, dim=1) for x in (case.query, case.key, case.value)), strict=True
+    ):
+        q, k, v = (x.unflatten(1, (-1, length)).transpose(0, 1) for x in tensors)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if on_card else nullcontext():
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=case.scale, enable_gqa=True
+            )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def implementations(trees: Case, plain: Case) -> dict[str, tuple[Implementation, Case]]:
+    """What can run here and on what, ours first."""
+    query = trees.query
+    kernels_run = tree_attention_path(query.device, query.dtype, query.shape[2])
+    found: dict[str, tuple[Implementation, Case]] = {}
+    if kernels_run or os.environ.get("TRITON_INTERPRET") == "1":
+        found = {"ours": (ours, trees), "ours, plain": (ours, plain)}
+    found |= {"ours (sdpa)": (ours_sdpa, trees), "flash, plain": (flash, plain)}
+    return found | {"twin": (twin, trees)}
+
+
+def make_cases(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Case, Case]:
+    """The trees of a shape, and their pairs as plain sequences, all chosen ones first."""
+    match = SHAPE.fullmatch(shape)
+    assert match
+    trees, trunk, chosen, rejected, *heads = map(int, match.groups())
+    length = trunk + chosen + rejected
+    layout = [(i * length, trunk, chosen, rejected) for i in range(trees)]
+    lengths = [trunk + chosen] * trees + [trunk + rejected] * trees
+    starts = itertools.accumulate(lengths, initial=0)
+    plain = [(start, length, 0, 0) for start, length in zip(starts, lengths, strict=False)]
+    return tuple(_make_case(some, *heads, dtype, device) for some in (layout, plain))
+
+
+def _make_case(
+    layout: TreeLayout,
+    heads: int,
+    key_heads: int,
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Case:
+    """Seeded numbers; query, key and value require a gradient."""
+    num_tokens = sum(sum(lengths) for _, *lengths in layout)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(count: int) -> Tensor:
+        numbers = torch.randn(num_tokens, count * size, generator=generator, device=device)
+        return numbers.to(dtype).view(-1, count, size)
+
+    query, key, value = (
+        normal(count).transpose(0, 1).requires_grad_() for count in (heads, key_heads, key_heads)
+    )
+    return Case(query, key, value, normal(heads), TreePlan(layout, num_tokens))
+
+
+def needed_flops(case: Case) -> float:
+    """Of the products of a forward and a backward pass: seven, of 2 E a pair of query and key."""
+
+    def causal(length: int) -> float:
+        return length * (length + 1) / 2
+
+    pairs = sum(
+        causal(trunk + chosen) + causal(trunk + rejected) - causal(trunk)
+        for _, trunk, chosen, rejected in case.plan.layout
+    )
+    return 14.0 * case.query.shape[2] * len(case.query) * pairs
+
+
+def step(implementation: Implementation, case: Case) -> tuple[Tensor, ...]:
+    """Output [N, H, E], and the gradients of query, key and value."""
+    out = implementation(case)
+    grads = torch.autograd.grad(out, (case.query, case.key, case.value), case.upstream)
+    return out.detach(), *grads
+
+
+def largest_error(case: Case, found: tuple[Tensor, ...]) -> float:
+    """Of the first tree: largest relative Frobenius error of output and gradients."""
+    layout = case.plan.layout[:1]
+    end = sum(layout[0][1:])
+    query, key, value = (
+        x.detach()[:, :end].double().requires_grad_() for x in (case.query, case.key, case.value)
+    )
+    exact = Case(query, key, value, case.upstream[:end].double(), TreePlan(layout, end))
+    expected = step(twin, exact)
+    first = (found[0][:end], *(grad[:, :end] for grad in found[1:]))
+    errors = [
+        (one - other).norm() / other.norm() for one, other in zip(first, expected, strict=True)
+    ]
+    return torch.stack(errors).max().item()
+
+
+def measure(
+    name: str, implementation: Implementation, shape: str, case: Case, repeats: int
+) -> Result:
+    """Check, then measure memory, then time."""
+    device, dtype = case.query.device, case.query.dtype
+    error = largest_error(case, step(implementation, case))
+    ms = tflops = peak = None
+    if error <= (1e-5 if dtype == torch.float32 else 0.02):
+        peak = extra_mib(lambda: step(implementation, case), device)
+        ms = median_ms(lambda: step(implementation, case), device, repeats)
+        tflops = needed_flops(case) / ms / 1e9
+    return Result(
+        "tree_attention",
+        name,
+        shape,
+        str(dtype).removeprefix("torch."),
+        ms,
+        tflops,
+        peak,
+        device_name(device),
+        commit(),
+        error,
+    )
+
+
+def print_row(result: Result) -> None:
+    """One line of the table; a wrong result gets its error in place of a speed."""
+    if result.ms is None:
+        numbers = ["wrong", "-", "-"]
+    else:
+        peak = "-" if result.peak_mib is None else f"{result.peak_mib:.0f}"
+        numbers = [f"{result.ms:.2f}", f"{result.tflops:.3g}", peak]
+    line = (result.op, result.impl, result.shape, result.dtype, *numbers)
+    print(COLUMNS.format(*line, result.device, result.commit), flush=True)
+    if result.ms is None:
+        print(f"  refused: off by {result.error:.1e} of its size")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run every implementation on every shape and dtype."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="SHAPE", help="such as 8x512+256+256x32/8x128"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, help="default: bfloat16; fp32 on a CPU"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument(
+        "--quick", action="store_true", help="one toy shape, one repeat: does it run?"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    shapes = options.shapes or SHAPES["quick" if options.quick else device.type]
+    for shape in shapes:
+        if not SHAPE.fullmatch(shape):
+            parser.error(f"a shape must be like 8x512+256+256x32/8x128, got {shape}")
+
+    header = ("op", "impl", "shape", "dtype", "ms", "tflops", "peak_mib", "device", "commit")
+    print(COLUMNS.format(*header))
+    results = []
+    for shape in shapes:
+        for dtype in options.dtypes or ["bfloat16" if device.type == "cuda" else "float32"]:
+            cases = make_cases(shape, DTYPES[dtype], device)
+            for name, (implementation, case) in implementations(*cases).items():
+                repeats = 1 if options.quick else options.repeats
+                results.append(measure(name, implementation, shape, case, repeats))
+                print_row(results[-1])
+    if options.output:
+        settings = {"shapes": shapes, "repeats": options.repeats}
+        rows = [asdict(result) for result in results]
+        write_record(options.output, "tree_attention", device, settings, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
