@@ -27,7 +27,7 @@ from benchmark_token_logps import DTYPES, extra_mib, median_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lowmem_dpo.model.attention import tree_attention as tree_attention_sdpa
+from lowmem_dpo.model.attention import Rule, segment_attention
 from lowmem_dpo_kernels import TreeLayout, TreePlan, reference, tree_attention, tree_attention_path
 
 SHAPES = {
@@ -94,11 +94,8 @@ def ours(case: Case) -> Tensor:
 
 def ours_sdpa(case: Case) -> Tensor:
     """This repository's portable path: PyTorch's attention, segment by segment."""
-    tensors = (x[None] for x in (case.query, case.key, case.value))
-    out, _ = tree_attention_sdpa(
-        torch.nn.Module(), *tensors, None, scaling=case.scale, tree_layout=case.plan.layout
-    )
-    return out[0]
+    tensors = [x[None] for x in (case.query, case.key, case.value)]
+    return segment_attention(*tensors, case.plan.layout, Rule(case.scale, None, None))[0]
 
 
 def twin(case: Case) -> Tensor:

@@ -12,7 +12,7 @@ zeros. Launches start with the tiles that have the most to do, lest one of them 
 Shapes: N packed tokens, C tiles of a pack.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,15 +85,15 @@ class TreePlan:
         return self._table("key", size, device)
 
     def _table(self, kind: str, size: int, device: torch.device) -> Tensor:
-        key = (kind, size, device)
-        if key not in self._tables:
-            tiles: Iterable[Sequence[int]]
+        place = (kind, size, device)
+        if place not in self._tables:
+            tiles: list[QueryTile] | list[KeyTile]
             if kind == "query":
                 tiles = sorted(self._query_tiles(size), key=lambda t: -t.prefix_len - t.own_len)
             else:
                 tiles = sorted(self._key_tiles(size), key=lambda t: -t.num_own - t.num_other)
-            self._tables[key] = torch.tensor(tiles, dtype=torch.int32).to(device)
-        return self._tables[key]
+            self._tables[place] = torch.tensor(tiles, dtype=torch.int32).to(device)
+        return self._tables[place]
 
     def _query_tiles(self, size: int) -> Iterator[QueryTile]:
         for start, trunk, chosen, rejected in self.layout:

@@ -11,6 +11,9 @@ The positions of a branch follow those of the trunk, so within a segment distanc
 plain sequence, and a layer's sliding window is counted there: a rejected token sees trunk and
 rejected tokens within the window, whatever lies between them in the pack.
 
+On CUDA a Triton kernel does all of it at once and reads the trunk where it lies
+(`lowmem_dpo_kernels.tree_attention`); elsewhere PyTorch's attention does it call by call.
+
 Nothing quadratic in the pack is ever built, and a tree's result has the same bits in any pack. The
 function is registered with transformers under `TREE_ATTENTION`; layers pass `tree_layout` on to it.
 
@@ -27,17 +30,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
+import lowmem_dpo_kernels
 from lowmem_dpo.model.tiled_attention import tiled_attention
+from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path
 
 # One family of kernels for both segments of a tree; cuDNN would plan anew for every length.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 TREE_ATTENTION = "lowmem_dpo_tree"
-
-TreeLayout = Sequence[tuple[int, int, int, int]]
-"""(start, trunk, chosen, rejected) of each tree, in tokens, in pack order."""
 
 
 def tree_attention(
@@ -81,12 +83,78 @@ def tree_attention(
         raise ValueError(f"the model runs with attention {TREE_ATTENTION!r} but got no tree_layout")
     if on_tree_attention is not None:
         on_tree_attention(module)
+    rule = Rule(scaling, sliding_window, softcap)
+    if tree_attention_path(query.device, query.dtype, query.shape[3]):
+        return _by_kernel(query, key, value, tree_layout, rule), None
+    return segment_attention(query, key, value, tree_layout, rule), None
+
+
+def attention_path(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """What tree attention of a model runs by; another path may differ in the last bits.
+
+    Args:
+        config: The language model's.
+        device: Where it computes.
+        dtype: In what it computes.
+    """
+    own_size = getattr(config, "head_dim", None)
+    head_size = own_size or config.hidden_size // config.num_attention_heads
+    path = tree_attention_path(device, dtype, head_size)
+    return f"{TREE_ATTENTION}, {path}" if path else TREE_ATTENTION
+
+
+class Rule(NamedTuple):
+    """How the scores of one layer are made, and how far back a token sees."""
+
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+
+
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, tree_layout: TreeLayout, rule: Rule
+) -> Tensor:
+    """All trees at once; [1, N, H, E]."""
+    num_tokens, window = query.shape[2], rule.sliding_window
+    # N, not a tree's length: which code runs must not depend on what is in the pack.
+    out = lowmem_dpo_kernels.tree_attention(
+        query[0],
+        key[0],
+        value[0],
+        _plan(tuple(tree_layout), num_tokens),
+        scale=rule.scaling,
+        sliding_window=window if window is not None and window < num_tokens else None,
+        softcap=rule.softcap,
+    )
+    return out[None]
+
+
+@functools.lru_cache(maxsize=8)
+def _plan(tree_layout: TreeLayout, num_tokens: int) -> TreePlan:
+    """The tables of a pack, made for its first layer and read by all others, forth and back."""
+    return TreePlan(tree_layout, num_tokens)
+
+
+def segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, tree_layout: TreeLayout, rule: Rule
+) -> Tensor:
+    """Attention of every tree by PyTorch, one call a segment.
+
+    Args:
+        query: [1, H, N, E].
+        key: [1, K, N, E].
+        value: [1, K, N, E].
+        tree_layout: Where the trees are.
+        rule: Of the layer.
+
+    Returns:
+        [1, N, H, E].
+    """
     sizes = [size for _, *lengths in tree_layout for size in lengths]
     padding = query.shape[2] - sum(sizes)
     # split(), not slices: its backward is one concatenation, a slice's a zero-filled [N] each
     queries = query.split([*sizes, padding], dim=2)
     keys, values = key.split([*sizes, padding], dim=2), value.split([*sizes, padding], dim=2)
-    rule = _Rule(scaling, sliding_window, softcap)
     outputs = []
     for i in range(0, len(sizes), 3):
         trunk_chosen, trunk_rejected = [i, i + 1], [i, i + 2]
@@ -94,15 +162,7 @@ def tree_attention(
         if sizes[i + 2]:
             outputs.append(_causal(queries, keys, values, [i + 2], trunk_rejected, rule))
     outputs.append(queries[-1].new_zeros(queries[-1].shape))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
-
-
-class _Rule(NamedTuple):
-    """How the scores of one layer are made, and how far back a token sees."""
-
-    scaling: float
-    sliding_window: int | None
-    softcap: float | None
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _causal(
@@ -111,7 +171,7 @@ def _causal(
     values: Sequence[Tensor],
     query_parts: list[int],
     key_parts: list[int],
-    rule: _Rule,
+    rule: Rule,
 ) -> Tensor:
     """One segment: the named query parts over the named key parts, causal from the bottom right."""
     q = torch.cat([queries[i] for i in query_parts], dim=2)

@@ -29,7 +29,7 @@ from lowmem_dpo.model.adapters import (
     read_adapter_config,
     save_adapter,
 )
-from lowmem_dpo.model.attention import TREE_ATTENTION
+from lowmem_dpo.model.attention import TREE_ATTENTION, attention_path
 from lowmem_dpo.model.bnb_checkpoint import check_kept_quantised
 from lowmem_dpo.model.device import resolve_device, resolve_dtype
 from lowmem_dpo.model.head import check_head, head_to_host, quantize_head
@@ -126,7 +126,7 @@ class Policy:
                 self.device, self.parts.head_implementation
             ),
             "kernels": lowmem_dpo_kernels.NUMERICS_VERSION,
-            "attention": TREE_ATTENTION,
+            "attention": attention_path(self.loaded.model.config, self.device, self.dtype),
             "matmul_precision": torch.get_float32_matmul_precision(),
             "torch": torch.__version__,
             "triton": _triton_version() if on_cuda else None,

@@ -1,7 +1,15 @@
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from lowmem_dpo.model.attention import tree_attention
+from lowmem_dpo.model import attention
+from lowmem_dpo.model.attention import attention_path, tree_attention
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 
@@ -120,3 +128,37 @@ def test_tree_attention_refuses_to_run_without_a_layout():
     x = torch.randn(1, 2, 4, SIZE)
     with pytest.raises(ValueError, match="no tree_layout"):
         tree_attention(torch.nn.Module(), x, x, x, None, scaling=1.0)
+
+
+def test_attention_path_names_the_kernel_and_its_tiles_where_it_runs(monkeypatch):
+    asked = []
+
+    def path(*arguments):
+        asked.append(arguments)
+        return "triton, tiles 1x2"
+
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4)
+    device = torch.device("cpu")
+    assert attention_path(config, device, torch.float16) == "lowmem_dpo_tree"
+    monkeypatch.setattr(attention, "tree_attention_path", path)
+    found = attention_path(config, device, torch.float16)
+    assert found == "lowmem_dpo_tree, triton, tiles 1x2"
+    config.head_dim = 32
+    attention_path(config, device, torch.float16)
+    assert asked == [(device, torch.float16, 16), (device, torch.float16, 32)]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+def test_models_with_the_kernels_equal_the_portable_path_in_the_interpreter(request):
+    cases = Path(__file__).with_name("interpreted_attention.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        cwd=request.config.rootpath,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert " passed" in run.stdout
+    assert "skipped" not in run.stdout
