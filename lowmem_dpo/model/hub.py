@@ -132,11 +132,13 @@ def check_space(what: str, download: tuple[Path, int], copy: tuple[Path, int]) -
         disk, free_bytes = place.stat().st_dev, shutil.disk_usage(place).free
         wanted[disk] = wanted.get(disk, 0) + num_bytes
         if num_bytes and wanted[disk] > free_bytes:
-            together = " and its quantised copy" if (folder, num_bytes) == copy else ""
+            is_copy = (folder, num_bytes) == copy
+            together = " and its quantised copy" if is_copy else ""
+            without = ", or do without the copy (--quantized_copy false)" if is_copy else ""
             raise ValueError(
                 f"{what}{together} needs {_gigabytes(wanted[disk])} in {folder}, where "
                 f"{_gigabytes(free_bytes)} are free; free some, or move the hub's cache (HF_HOME) "
-                "or ours (--cache_dir) to another disk"
+                f"or ours (--cache_dir) to another disk{without}"
             )
 
 

@@ -201,6 +201,7 @@ def test_check_download_counts_what_is_not_in_the_cache_yet(monkeypatch, tmp_pat
     check_download("some/model", tmp_path, 4 * GB)
     message = refusal(check_download, "some/model", tmp_path, 5 * GB)
     assert "and its quantised copy needs 13.0 GB" in message and "--cache_dir" in message
+    assert "--quantized_copy false" in message
 
 
 def _cached_in(function, folder):
