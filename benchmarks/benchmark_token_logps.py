@@ -11,6 +11,7 @@ PyTorch's chunked head run on CUDA only.
 """
 
 import argparse
+import contextlib
 import ctypes
 import importlib.util
 import re
@@ -31,7 +32,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHAPES = {
     "quick": ["64x32x1000"],
     "cpu": ["512x512x128256", "1024x512x128256"],
-    "cuda": ["8192x896x151936", "4096x2304x256000", "4096x4096x128256"],
+    "cuda": [  # heads of Llama 3.1 8B, Qwen2.5 0.5B, Gemma 2 2B and Qwen2.5 7B
+        f"{2 * num_scored}x{head}"
+        for head in ("4096x128256", "896x151936", "2304x256000", "3584x152064")
+        for num_scored in (1024, 4096, 16384)
+    ],
 }
 TRL_CHUNK_TOKENS = 8192
 NUM_CHECKED = 64
@@ -56,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table; ms and peak_mib are None where there is nothing to tell."""
+    """One line of the table; None where there is nothing to tell, as where memory ran out."""
 
     op: str
     impl: str
@@ -66,8 +71,8 @@ class Result:
     peak_mib: float | None
     device: str
     commit: str
-    logps_error: float
-    grad_error: float
+    logps_error: float | None
+    grad_error: float | None
 
 
 Implementation = Callable[[Case], Tensor]
@@ -81,6 +86,11 @@ def ours(case: Case) -> Tensor:
 def ours_torch(case: Case) -> Tensor:
     """This repository's kernel without Triton."""
     return token_logps(case.hidden, case.rows, case.weight, case.targets, implementation="torch")
+
+
+def ours_fused(case: Case) -> Tensor:
+    """This repository's kernel with its products in Triton."""
+    return token_logps(case.hidden, case.rows, case.weight, case.targets, implementation="fused")
 
 
 def twin(case: Case) -> Tensor:
@@ -122,13 +132,18 @@ def liger(case: Case) -> Tensor:
     return -loss
 
 
-def cut_cross_entropy(case: Case) -> Tensor:
+def cut_cross_entropy(case: Case, impl: str = "cce") -> Tensor:
     """Apple's Cut Cross-Entropy; it skips small gradients by default."""
     from cut_cross_entropy import linear_cross_entropy
 
     return -linear_cross_entropy(
-        case.hidden[case.rows], case.weight, case.targets, reduction="none"
+        case.hidden[case.rows], case.weight, case.targets, reduction="none", impl=impl
     )
+
+
+def cut_cross_entropy_exact(case: Case) -> Tensor:
+    """The same without skipping."""
+    return cut_cross_entropy(case, "cce_exact")
 
 
 def torch_linear_cross_entropy(case: Case) -> Tensor:
@@ -146,7 +161,7 @@ def implementations(device: torch.device) -> dict[str, Implementation]:
     """What can run here, ours first."""
     found: dict[str, Implementation] = {"ours": ours}
     if device.type == "cuda":
-        found["ours (torch)"] = ours_torch
+        found |= {"ours (torch)": ours_torch, "ours (fused)": ours_fused}
     found |= {"twin": twin, "plain": plain}
     if importlib.util.find_spec("trl"):
         found["trl"] = trl
@@ -155,6 +170,7 @@ def implementations(device: torch.device) -> dict[str, Implementation]:
             found["liger"] = liger
         if importlib.util.find_spec("cut_cross_entropy"):
             found["cut_cross_entropy"] = cut_cross_entropy
+            found["cut_cross_entropy exact"] = cut_cross_entropy_exact
         if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # from torch 2.13
             found["torch linear_cross_entropy"] = torch_linear_cross_entropy
     return found
@@ -226,10 +242,12 @@ def measure(
 ) -> Result:
     """Check, then measure memory, then time."""
     device, dtype = case.hidden.device, case.hidden.dtype
-    logps_error, grad_error = errors(case, *step(implementation, case))
-    right = is_right(logps_error, grad_error, dtype)
-    peak = extra_mib(lambda: step(implementation, case), device) if right else None
-    ms = median_ms(lambda: step(implementation, case), device, repeats) if right else None
+    logps_error = grad_error = peak = ms = None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        logps_error, grad_error = errors(case, *step(implementation, case))
+        if is_right(logps_error, grad_error, dtype):
+            peak = extra_mib(lambda: step(implementation, case), device)
+            ms = median_ms(lambda: step(implementation, case), device, repeats)
     dtype_name = str(dtype).removeprefix("torch.")
     where = device_name(device)
     return Result(
@@ -239,7 +257,8 @@ def measure(
 
 def print_row(result: Result) -> None:
     """One line of the table; a wrong result gets its errors in place of a speed."""
-    ms = "wrong" if result.ms is None else f"{result.ms:.1f}"
+    failure = "memory" if result.logps_error is None else "wrong"
+    ms = failure if result.ms is None else f"{result.ms:.1f}"
     peak = "-" if result.peak_mib is None else f"{result.peak_mib:.0f}"
     line = (
         result.op,
@@ -252,7 +271,7 @@ def print_row(result: Result) -> None:
         result.commit,
     )
     print(COLUMNS.format(*line), flush=True)
-    if result.ms is None:
+    if result.ms is None and result.logps_error is not None:
         logps_error, grad_error = result.logps_error, result.grad_error
         print(f"  refused: log-probs off by {logps_error:.1e} nats, gradient by {grad_error:.1e}")
 

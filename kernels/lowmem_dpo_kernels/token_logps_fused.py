@@ -86,7 +86,7 @@ def tiles_for(capability: tuple[int, int], dtype: torch.dtype) -> Tiles:
     return TABLE[max(known for known in TABLE if known <= capability)]
 
 
-def _tiles(queries: Tensor) -> Tiles:
+def tiles_of(queries: Tensor) -> Tiles:
     """The entry for the card that holds `queries`; the interpreter has no card."""
     if not queries.is_cuda:
         return FP32_TILES
@@ -262,6 +262,7 @@ def fold_slice(
     values: Tensor | None,
     workspace: Tensor | None,
     *,
+    tiles: Tiles,
     bias: Tensor | None,
     width: int,
     logit_scale: float,
@@ -279,12 +280,13 @@ def fold_slice(
         values: [B, D] fp32, running sum of e^z_v / 2^top W_v times the cap's slope; None without
             gradient.
         workspace: At least `weights_numel` numbers of queries' type; None without gradient.
+        tiles: From `tiles_of`.
         bias: [width] fp32, added to the logits.
         width: Columns that are vocabulary.
         logit_scale: Factor of the logits, after the bias.
         logit_softcap: Cap of the logits, after the scale.
     """
-    tiles, (num_rows, dim) = _tiles(queries), queries.shape
+    num_rows, dim = queries.shape
     num_tiles = triton.cdiv(width, tiles.columns)
     tile_top, tile_rest = top.new_empty(2, num_tiles, num_rows)
     shrink = torch.empty_like(top)
@@ -357,6 +359,6 @@ def fold_slice(
         )
 
 
-def weights_numel(queries: Tensor, num_rows: int, width: int) -> int:
+def weights_numel(tiles: Tiles, num_rows: int, width: int) -> int:
     """Numbers that the weights of a block take; see `fold_slice`."""
-    return num_rows * triton.cdiv(width, _tiles(queries).columns) * _tiles(queries).columns
+    return num_rows * triton.cdiv(width, tiles.columns) * tiles.columns

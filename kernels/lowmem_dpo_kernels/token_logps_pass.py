@@ -242,10 +242,10 @@ def _fused_fold(state: _State, height: int, width: int) -> _Fold:
     """Products and statistics in Triton."""
     from lowmem_dpo_kernels import token_logps_fused as fused
 
-    workspace = None
+    tiles, workspace = fused.tiles_of(state.queries), None
     if state.values is not None:
         num_rows = min(height, len(state.queries))
-        workspace = state.queries.new_empty(fused.weights_numel(state.queries, num_rows, width))
+        workspace = state.queries.new_empty(fused.weights_numel(tiles, num_rows, width))
 
     def fold(block: _State, piece: _Slice) -> None:
         fused.fold_slice(
@@ -257,6 +257,7 @@ def _fused_fold(state: _State, height: int, width: int) -> _Fold:
             block.target_logit,
             block.values,
             workspace,
+            tiles=tiles,
             bias=piece.bias,
             width=piece.width,
             logit_scale=piece.logit_scale,

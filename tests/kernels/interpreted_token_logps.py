@@ -247,3 +247,27 @@ def test_fold_slice_keeps_the_tail_of_float16_weights():
     assert top.item() == -10.0
     torch.testing.assert_close(weights.double().sum(1), rest.double(), rtol=1e-3, atol=0)
     torch.testing.assert_close(weights[0, 1].double().item(), 2.718281828**-9, rtol=1e-3, atol=0)
+
+
+class Sliced:
+    """The least that a head must be."""
+
+    def __init__(self, weight):
+        self.weight = weight
+        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+
+    def slices(self, width):
+        buffer = torch.empty_like(self.weight[:width])
+        for part in self.weight.split(width):
+            yield buffer[: len(part)].copy_(part)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_triton_paths_score_a_sliced_head_as_a_dense_one(implementation):
+    (hidden, rows, weight, targets), settings = make_case(torch.float32, **VARIANTS[-1])
+    settings["implementation"] = implementation
+    inputs = hidden, rows, Sliced(weight), targets
+    results = [values_and_grad(token_logps, (hidden, rows, weight, targets), settings)]
+    results.append(values_and_grad(token_logps, inputs, settings))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(token_logps(*inputs, **settings), results[0][0])

@@ -60,6 +60,19 @@ def test_main_prints_no_speed_of_a_wrong_result(benchmark, monkeypatch, capsys, 
     assert refusal.startswith("  refused: log-probs off by")
 
 
+def test_main_goes_on_where_memory_runs_out(benchmark, monkeypatch, capsys):
+    def greedy(case):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(
+        benchmark, "implementations", lambda device: {"greedy": greedy, "ours": benchmark.ours}
+    )
+    assert benchmark.main(["--quick", "--device", "cpu", "--dtypes", "float32"]) == 0
+    _, failed, ours = capsys.readouterr().out.splitlines()
+    assert failed.split()[1:6] == ["greedy", "64x32x1000", "float32", "memory", "-"]
+    assert float(ours.split()[4]) > 0
+
+
 def test_main_refuses_a_shape_it_cannot_read(benchmark, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--shapes", "512x512", "--device", "cpu"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowmem_dpo_kernels import reference, token_logps, token_logps_path
+from lowmem_dpo_kernels import reference, token_logps, token_logps_pass, token_logps_path
 
 VARIANTS = {
     "plain": {},
@@ -16,6 +16,7 @@ VARIANTS = {
     "all": {"bias": True, "logit_scale": 1.7, "logit_softcap": 6.0},
 }
 HALF = (torch.float16, torch.bfloat16)
+MODULE = sys.modules["lowmem_dpo_kernels.token_logps"]
 
 
 def make_case(
@@ -224,6 +225,21 @@ def test_token_logps_keeps_nan_in_its_row():
     assert torch.equal(grad[others], clean_grad[others])
 
 
+@pytest.mark.parametrize("overflows", [True, False])
+def test_token_logps_says_once_that_float16_overflowed(caplog, overflows):
+    """As it would on a card of compute capability 7.5, which has no bfloat16."""
+    (hidden, rows, weight, targets), _, _ = make_case(torch.float16)
+    token_logps_pass._warn_overflow.cache_clear()
+    if overflows:
+        hidden[rows[1]] = torch.tensor(1e5).half()
+    with caplog.at_level(logging.WARNING):
+        logps = token_logps(hidden, rows, weight, targets)
+        token_logps(hidden, rows, weight, targets)
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * overflows
+    assert logps[(rows == rows[1]) & (targets != -100)].isnan().all() == overflows
+    assert logps[rows != rows[1]].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_token_logps_reads_no_uninitialised_memory(dtype):
     inputs, settings, upstream = make_case(dtype, **VARIANTS["all"])
@@ -262,13 +278,32 @@ def test_token_logps_refuses_settings_that_cannot_be(settings, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "capability, path",
+    [((7, 5), "torch"), ((8, 0), "triton"), ((8, 7), "triton"), ((12, 1), "triton")],
+)
+def test_token_logps_path_knows_cards(monkeypatch, capability, path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(MODULE, "triton_problem", lambda: None)
+    assert token_logps_path("cuda").startswith(f"{path}, ")
+    assert token_logps_path("cuda", "fused").startswith("fused, ")
+
+
+def test_check_implementation_refuses_a_card_without_triton_products(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(MODULE, "triton_problem", lambda: None)
+    MODULE.check_implementation("torch", torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"fused needs compute capability 8.0, got \(7, 5\)"):
+        MODULE.check_implementation("fused", torch.device("cuda"))
+
+
 def test_token_logps_path_names_what_runs_on_the_cpu():
     assert token_logps_path("cpu") == "torch, blocks of 256 rows, slices of 2048 tokens"
 
 
 def test_token_logps_logs_its_path_once(caplog):
     inputs, _, _ = make_case(torch.float32)
-    sys.modules["lowmem_dpo_kernels.token_logps"]._log_path.cache_clear()
+    MODULE._log_path.cache_clear()
     with caplog.at_level(logging.INFO):
         token_logps(*inputs)
         token_logps(*inputs)
@@ -309,7 +344,7 @@ def test_token_logps_needs_less_than_64_mib_for_128k_tokens(request, with_gradie
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("implementation", ["torch", "triton", "fused"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 def test_token_logps_on_cuda_matches_float64_and_itself(dtype, variant, implementation):

@@ -1,0 +1,34 @@
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+        yield importlib.import_module("benchmark_nf4")
+
+
+def test_main_quick_prints_a_table_and_writes_json(benchmark, tmp_path, capsys):
+    path = tmp_path / "quick.json"
+    assert benchmark.main(["--quick", "--device", "cpu", "--output", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["impl", "ours", "bitsandbytes", "copy"]
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    assert all(result["ms"] > 0 and result["gb_per_s"] > 0 for result in results)
+
+
+def test_main_prints_no_speed_of_other_bits(benchmark, monkeypatch, capsys):
+    right = benchmark.ours
+    monkeypatch.setattr(benchmark, "ours", lambda weight, out: right(weight, out) + torch.ones(()))
+    benchmark.main(["--quick", "--device", "cpu"])
+    _, ours, theirs, _ = capsys.readouterr().out.splitlines()
+    assert ours.split()[4:6] == ["wrong", "-"]
+    assert float(theirs.split()[4]) > 0
