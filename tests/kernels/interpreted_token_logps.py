@@ -271,3 +271,16 @@ def test_triton_paths_score_a_sliced_head_as_a_dense_one(implementation):
     results.append(values_and_grad(token_logps, inputs, settings))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert torch.equal(token_logps(*inputs, **settings), results[0][0])
+
+
+def test_fused_path_keeps_the_tail_of_float16_weights(half_operands):
+    """Tokens 19 nats below the maximum weigh less than float16's smallest number, as e^z."""
+    weight = torch.zeros(300, 64, dtype=torch.float16)
+    weight[2:, 0] = -19.0
+    weight[2:, 1] = 1.0  # so that column 1 of the gradient is the tail's weight alone
+    hidden = torch.zeros(1, 64, dtype=torch.float16)
+    hidden[0, 0] = 1.0
+    inputs = (hidden, torch.tensor([0]), weight, torch.tensor([1]))
+    _, grads = token_logps_pass.score(True, *inputs, None, 1.0, None, "fused")
+    expected = -0.5 * 298 * 2.718281828**-19
+    assert grads[0, 1].item() == pytest.approx(expected, rel=1e-2)
