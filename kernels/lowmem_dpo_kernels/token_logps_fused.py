@@ -288,7 +288,8 @@ def fold_slice(
     """
     num_rows, dim = queries.shape
     num_tiles = triton.cdiv(width, tiles.columns)
-    tile_top, tile_rest = top.new_empty(2, num_tiles, num_rows)
+    # Two tensors, not halves of one: a pointer's alignment is part of what is compiled.
+    tile_top, tile_rest = (top.new_empty(num_tiles, num_rows) for _ in range(2))
     shrink = torch.empty_like(top)
     row_tiles = triton.cdiv(num_rows, tiles.rows)
     if workspace is None:  # never read or written; its type is part of what is compiled

@@ -2,53 +2,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from lowmem_dpo_kernels import token_logps, token_logps_pass, token_logps_triton
+from tests.kernels.conftest import SHARED_KIB
 
-from lowmem_dpo_kernels import token_logps, token_logps_pass, token_logps_triton  # noqa: E402
-
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 HEIGHT, WIDTH = 64, 8192  # the width of a slice is that of CUDA; fewer rows, which are the grid
-
-
-class Launch(NamedTuple):
-    """What a launch would have run, and on what."""
-
-    code: Any
-    arguments: dict[str, Any]
-
-    def scalars(self) -> dict[str, Any]:
-        return {k: v for k, v in self.arguments.items() if not torch.is_tensor(v)}
-
-
-@pytest.fixture
-def launches(monkeypatch, compute_capability) -> list[Launch]:
-    """Launches on a card that need not be there: all is as it would be, but nothing runs."""
-    kernel = token_logps_triton._fold_slice_kernel
-    launch, caught = kernel.run, []
-
-    def run(*arguments, grid, warmup, **options):
-        code = launch(*arguments, grid=grid, warmup=True, **options)
-        caught.append(Launch(code, dict(zip(kernel.arg_names, arguments, strict=False))))
-
-    target = GPUTarget("cuda", compute_capability, 32)
-    driver = SimpleNamespace(
-        get_current_target=lambda: target,
-        get_current_device=lambda: compute_capability,
-        get_current_stream=lambda device: 0,
-    )
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(kernel, "run", run)
-    kernel.device_caches.pop(compute_capability, None)
-    return caught
 
 
 @pytest.fixture
