@@ -9,8 +9,9 @@ distribution. The absmax are quantised themselves: their mean (offset) is taken 
     scale[j]  = code[absmax[j]] * absmax2[j // 256] + offset
 
 The first number of a pair is in the high half of its byte. Levels, rounding and layout are those of
-bitsandbytes, whose functions do the arithmetic on the CPU and on CUDA. Checkpoints may leave the
-second level out: then absmax are the scales, in fp32, and it is 4.5 bits a number.
+bitsandbytes, whose functions do the arithmetic; on CUDA with Triton, `lowmem_dpo_kernels.nf4`
+undoes both levels in one kernel, to the same bits. Checkpoints may leave the second level out: then
+absmax are the scales, in fp32, and it is 4.5 bits a number.
 
 Source: Dettmers et al., QLoRA (arXiv 2305.14314), sections 3 and 4.
 """
@@ -20,6 +21,8 @@ import functools
 import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor, nn
+
+from lowmem_dpo_kernels import triton_problem
 
 QUANTISER_VERSION = 1
 """Raised whenever the same weight would be stored as other bytes."""
@@ -77,15 +80,21 @@ class Nf4Weight(nn.Module):
     @torch.no_grad()
     def scales(self) -> Tensor:
         """[ceil(out * in / 64)] fp32, a factor a block."""
-        exact = self.absmax if self.absmax2 is None else self.absmax2
-        assert exact.dtype == torch.float32, "a cast of the model reached the scales of NF4"
+        self._check_scales()
         if self.absmax2 is None or self.offset is None:
             return self.absmax
-        code = dynamic_code(self.packed.device) if self.code is None else self.code
         scale = bnb.dequantize_blockwise(
-            self.absmax, absmax=self.absmax2, code=code, blocksize=BLOCK2
+            self.absmax, absmax=self.absmax2, code=self._table(), blocksize=BLOCK2
         )
         return scale.add_(self.offset)
+
+    def _check_scales(self) -> None:
+        exact = self.absmax if self.absmax2 is None else self.absmax2
+        assert exact.dtype == torch.float32, "a cast of the model reached the scales of NF4"
+
+    def _table(self) -> Tensor:
+        """What the second level's codes stand for: [256] fp32."""
+        return dynamic_code(self.packed.device) if self.code is None else self.code
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -98,6 +107,13 @@ class Nf4Weight(nn.Module):
             [out, in], on the weight's device.
         """
         numel = self.shape[0] * self.shape[1]
+        if _has_kernel(self.packed.device, dtype) and numel % 8 == 0:
+            from lowmem_dpo_kernels import nf4  # imports triton
+
+            self._check_scales()
+            out = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
+            state = self.packed, self.absmax, self.absmax2, self.offset
+            return nf4.nf4_dequantize(*state, self._table(), _levels(out.device), out)
         # One block a row: bitsandbytes' CPU kernel misplaces the scales where blocks straddle rows.
         rows = (numel // BLOCK, BLOCK) if numel % BLOCK == 0 else (1, numel)
         kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
@@ -156,6 +172,19 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
         absmax - offset, code=dynamic_code(weight.device), blocksize=BLOCK2
     )
     return Nf4Weight(packed, absmax_codes, state.absmax, offset, (weight.shape[0], weight.shape[1]))
+
+
+def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one kernel of ours undoes both levels here; its bits are those of bitsandbytes."""
+    if device.type != "cuda" or dtype == torch.float64 or triton_problem() is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    """The 16 levels: [16] fp32."""
+    return bnb.get_4bit_type("nf4", device=str(device))
 
 
 @functools.cache

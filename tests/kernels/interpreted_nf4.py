@@ -6,6 +6,7 @@
 import pytest
 import torch
 
+from lowmem_dpo.model import nf4 as model_nf4
 from lowmem_dpo_kernels import nf4, reference
 from tests.kernels.test_nf4 import make_state
 
@@ -36,3 +37,16 @@ def test_nf4_dequantize_refuses_sizes_that_do_not_fit(numel, message):
     packed, *rest = make_state(1000 if numel != 12 else 12, double=True)
     with pytest.raises(ValueError, match=message):
         nf4.nf4_dequantize(packed, *rest, torch.empty(numel))
+
+
+@pytest.mark.parametrize("shape", [(33, 24), (128, 200), (7, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_dequantize_has_the_same_bits_through_the_kernel(monkeypatch, dtype, shape):
+    """As on a card with Triton; sizes that the kernel does not take go to bitsandbytes."""
+    weight = model_nf4.quantize_nf4(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    expected, calls = weight.dequantize(dtype), []
+    kernel = nf4.nf4_dequantize
+    monkeypatch.setattr(model_nf4, "_has_kernel", lambda device, dtype: True)
+    monkeypatch.setattr(nf4, "nf4_dequantize", lambda *a: calls.append(a) or kernel(*a))
+    assert torch.equal(weight.dequantize(dtype), expected)
+    assert len(calls) == (shape != (7, 6))
