@@ -1,4 +1,6 @@
+import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,3 +119,61 @@ def test_a_failed_write_leaves_no_file_behind(cache, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         cache.write(entries(2), FINGERPRINT)
     assert len(list(cache.directory.iterdir())) == 2  # the manifest and the first shard
+
+
+def test_a_shard_that_another_run_has_just_repaired_is_not_lost(tmp_path, cache, monkeypatch):
+    cache.write(entries(1, 2), FINGERPRINT)
+    (path,) = cache.directory.glob("*.safetensors")
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    rename = Path.replace
+
+    def after_the_other_run(self, target):
+        if self == path:  # between our reading the damaged file and our setting it aside
+            path.write_bytes(good)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", after_the_other_run)
+    reader = ReferenceCache(tmp_path, IDENTITY)
+    assert equal(reader.read([key(1), key(2)], FINGERPRINT).same, 1, 2)
+    assert path.read_bytes() == good and not list(cache.directory.glob("*.damaged"))
+
+
+def test_a_shard_that_another_run_sets_aside_first_is_absent(tmp_path, cache, monkeypatch):
+    cache.write(entries(1), FINGERPRINT)
+    (path,) = cache.directory.glob("*.safetensors")
+    path.write_bytes(b"damaged")
+    rename = Path.replace
+
+    def after_the_other_run(self, target):
+        path.unlink()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", after_the_other_run)
+    assert not ReferenceCache(tmp_path, IDENTITY).read([key(1)], FINGERPRINT).same
+
+
+def test_a_damaged_shard_that_cannot_be_set_aside_is_left_out_and_said(
+    tmp_path, cache, monkeypatch, caplog
+):
+    cache.write(entries(1), FINGERPRINT)
+    cache.write(entries(2), FINGERPRINT)
+    path = min(cache.directory.glob("*.safetensors"))
+    path.write_bytes(b"damaged")
+
+    def refused(self, target):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "replace", refused)
+    found = ReferenceCache(tmp_path, IDENTITY).read([key(1), key(2)], FINGERPRINT)
+    assert len(found.same) == 1 and "Permission denied" in caplog.text
+
+
+def test_what_a_killed_writer_left_is_cleared_once_it_is_old(cache):
+    cache.write(entries(1), FINGERPRINT)
+    old, young = (cache.directory / f".{name}.1.2.part" for name in ("old", "young"))
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    cache.write(entries(2), FINGERPRINT)
+    assert young.exists() and not old.exists()

@@ -353,6 +353,11 @@ def test_a_missing_tracker_is_refused_before_anything_is_read(config, monkeypatc
     assert not os.path.exists(config.output_dir)
 
 
+def test_paging_is_refused_where_there_is_nothing_to_page_from(config):
+    with pytest.raises(ValueError, match="cannot page on cpu; use adamw_8bit"):
+        Trainer(replace(config, optim="paged_adamw_8bit", device="cpu")).fit()
+
+
 @pytest.mark.parametrize("given", ["mlflow", ["tensorboard", "comet"]])
 def test_unknown_trackers_are_refused(given):
     with pytest.raises(ValueError, match="report_to must be none or of tensorboard, wandb"):

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
+from lowmem_dpo.training.checkpoints import TrainingState, load_checkpoint, save_checkpoint
+from lowmem_dpo.training.optimizers import make_optimizer, make_schedule, page_state
 
 
 def rates(num_steps: int, **settings) -> list[float]:
@@ -34,3 +35,54 @@ def test_warmup_settings_that_contradict_each_other_are_refused():
         TrainConfig(warmup_steps=5, warmup_ratio=0.2)
     with pytest.raises(ValueError, match="warmup_steps=5 has no effect with lr_scheduler_type"):
         TrainConfig(warmup_steps=5, lr_scheduler_type="constant")
+
+
+def test_page_state_puts_loaded_moments_into_new_paged_buffers(monkeypatch):
+    config = TrainConfig(optim="paged_adamw_8bit")
+    parameter = torch.nn.Parameter(torch.zeros(128, 64))
+    optimizer = make_optimizer(config, [parameter])
+    assert optimizer.is_paged
+    loaded = {f"state{n}": torch.full((128, 64), n, dtype=torch.uint8) for n in (1, 2)}
+    optimizer.state[parameter] = dict(loaded)
+    buffers = []
+
+    def paged(parameter, dtype):
+        buffers.append(torch.zeros_like(parameter, dtype=dtype, requires_grad=False))
+        return buffers[-1]
+
+    monkeypatch.setattr(optimizer, "get_state_buffer", paged)
+    page_state(optimizer)
+    for name, buffer in zip(loaded, buffers, strict=True):
+        assert optimizer.state[parameter][name] is buffer
+        assert torch.equal(buffer, loaded[name])
+
+
+def test_page_state_leaves_other_optimizers_alone():
+    optimizer = make_optimizer(TrainConfig(optim="adamw_8bit"), [torch.nn.Parameter(torch.ones(1))])
+    page_state(optimizer)
+    assert not optimizer.is_paged
+
+
+@pytest.mark.gpu
+def test_paged_moments_go_on_as_before_and_are_paged_again_after_a_checkpoint(tmp_path):
+    def start(values: torch.Tensor) -> tuple[torch.nn.Parameter, TrainingState]:
+        parameter = torch.nn.Parameter(values.clone())
+        optimizer = make_optimizer(TrainConfig(optim="paged_adamw_8bit"), [parameter])
+        schedule = make_schedule(TrainConfig(), optimizer, 10)
+        scaler = torch.amp.GradScaler("cuda", enabled=False)
+        return parameter, TrainingState(optimizer, schedule, scaler, parameter.device)
+
+    def step(parameter: torch.nn.Parameter, state: TrainingState, seed: int) -> None:
+        torch.manual_seed(seed)
+        parameter.grad = torch.randn_like(parameter)
+        state.optimizer.step()
+
+    first, state = start(torch.ones(512, 512, device="cuda"))
+    step(first, state, 1)
+    save_checkpoint(tmp_path, state, lambda folder: None, {})
+    second, resumed = start(first.detach())
+    load_checkpoint(tmp_path / "step-000000", resumed)
+    assert resumed.optimizer.state[second]["state1"].is_paged
+    step(first, state, 2)
+    step(second, resumed, 2)
+    assert torch.equal(first, second)

@@ -1,5 +1,10 @@
+import errno
 import gc
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +15,13 @@ from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.model.lora import linear_layers, lora_parameters
 from lowmem_dpo.model.nf4 import Nf4Weight
 from lowmem_dpo.reference import ReferenceCache
-from lowmem_dpo.training import setup
+from lowmem_dpo.training import reference_pass, setup
 from lowmem_dpo.training.health import RunStopped
 from lowmem_dpo.training.policy import Policy, cache_directory
 from lowmem_dpo.training.setup import prepare_run
 from lowmem_dpo.training.trainer import Trainer
 from tests.tiny import save_tiny_model
+from tests.training.conftest import environment
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
@@ -99,8 +105,6 @@ def test_edited_data_file_costs_only_the_changed_pairs(config):
 
 
 def test_interrupted_pass_goes_on_where_it_stopped(config, monkeypatch):
-    from lowmem_dpo.training import reference_pass
-
     monkeypatch.setattr(reference_pass, "SECONDS_PER_SHARD", 0.0)
     config = replace(config, pack_tokens=128)
     calls = []
@@ -244,3 +248,119 @@ def test_reference_free_scores_nothing_and_warns(config, forwards, capsys):
     assert forwards.count(False) == 5  # the self-check
     assert json.loads((result.output_dir / "run.json").read_text())["step_zero"] is None
     assert not (cache_directory(None) / "reference").exists()
+
+
+def every_shard_fails(monkeypatch, times: int) -> list[int]:
+    """Let the first writes of a shard meet a full disk; returns the sizes that were tried."""
+    write, tried = ReferenceCache.write, []
+
+    def full(self, logps, fingerprint):
+        tried.append(len(logps))
+        if len(tried) <= times:
+            raise OSError(errno.ENOSPC, "No space left on device", "x")
+        write(self, logps, fingerprint)
+
+    monkeypatch.setattr(ReferenceCache, "write", full)
+    monkeypatch.setattr(reference_pass, "SECONDS_PER_SHARD", -1.0)
+    return tried
+
+
+def test_a_full_disk_is_said_once_and_training_goes_on_in_memory(config, monkeypatch, capsys):
+    tried = every_shard_fails(monkeypatch, 99)
+    config = replace(config, pack_tokens=128)
+    result = Trainer(config).fit()
+    assert len(tried) > 2 and tried[-1] == 13  # each time all that is not written yet
+    printed = capsys.readouterr().out
+    assert printed.count("cannot write the reference cache") == 1
+    assert "No space left on device" in printed
+    record = json.loads((result.output_dir / "run.json").read_text())
+    assert record["step_zero"]["exact"] and record["finished"]
+
+
+def test_a_disk_with_room_again_gets_all_that_was_scored(config, monkeypatch):
+    every_shard_fails(monkeypatch, 2)
+    config = replace(config, pack_tokens=128)
+    assert prepare_run(config, config.data).reference.cache_error is None
+    assert prepare_run(config, config.data).reference.num_scored == 0
+
+
+def test_precompute_fails_if_the_cache_cannot_take_it(config, monkeypatch):
+    every_shard_fails(monkeypatch, 99)
+    with pytest.raises(OSError, match="No space left"):
+        Trainer(config).precompute()
+
+
+def test_a_cache_folder_that_cannot_be_made_does_not_stop_training(config, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    Trainer(replace(config, cache_dir=str(tmp_path / "file" / "cache"))).fit()
+    assert "cannot write the reference cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_pass_after_its_micro_batch_and_keeps_what_was_scored(
+    config, monkeypatch, number, capfd
+):
+    config = replace(config, pack_tokens=128)
+    score, scored = setup.score, []
+
+    def interrupted(parts, pack):
+        result = score(parts, pack)
+        scored.append(len(pack.trees))
+        if len(scored) == 2:
+            os.kill(os.getpid(), number)
+        return result
+
+    monkeypatch.setattr(setup, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_run(config, config.data)
+    assert len(scored) == 2 and "finishing this step" in capfd.readouterr().err
+    monkeypatch.setattr(setup, "score", score)
+    assert prepare_run(config, config.data).reference.num_scored == 13 - sum(scored)
+
+
+def test_a_reference_that_is_not_finite_names_its_row_and_is_not_cached(config, monkeypatch):
+    score = setup.score
+
+    def poisoned(parts, pack):
+        logps = score(parts, pack)
+        start = 0
+        for tree, counts in zip(pack.trees, pack.counts, strict=True):
+            if tree.row == 7:
+                logps[start] = torch.nan
+            start += sum(counts)
+        return logps
+
+    monkeypatch.setattr(setup, "score", poisoned)
+    with pytest.raises(RunStopped, match="reference log-probs of data row 7 are not finite"):
+        prepare_run(config, config.data)
+    monkeypatch.setattr(setup, "score", score)
+    assert prepare_run(config, config.data).reference.num_scored == 13
+
+
+SHARING = """
+import sys
+from lowmem_dpo.training import reference_pass
+from lowmem_dpo.cli import main
+reference_pass.SECONDS_PER_SHARD = -1.0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_two_runs_that_share_a_damaged_cache_do_no_harm(config, tmp_path):
+    config = replace(config, pack_tokens=128)
+    run = prepare_run(config, config.data)
+    cache = ReferenceCache(cache_directory(None), run.policy.identity)
+    (shard,) = cache.directory.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-3])
+    words = [sys.executable, "-c", SHARING, "precompute", "--model", str(config.model)]
+    words += ["--data", str(config.data), "--pack_tokens", "128", "--lora_r", "4"]
+    both = [
+        subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    printed = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    again = prepare_run(config, config.data)
+    assert again.reference.num_scored == 0
+    for digest, logps in run.reference.logps.items():
+        assert torch.equal(again.reference.logps[digest], logps)
