@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowmem_dpo.cli import _os_error, main
-from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.cli import VERBS, _os_error, main
+from lowmem_dpo.config import DemoConfig, TrainConfig
 from lowmem_dpo.version import __version__
 from tests.tiny import save_tiny_model
 
@@ -346,3 +347,16 @@ def test_generate_uses_the_quantised_copy(llama_dir, capsys, monkeypatch):
     second = capsys.readouterr().out
     assert "read from its quantised copy" in second
     assert second.partition("prompt:")[2] == first.partition("prompt:")[2]
+
+
+def test_sigterm_before_there_is_anything_to_save_is_ctrl_c(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminated(config: DemoConfig) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    monkeypatch.setitem(VERBS, "demo", (DemoConfig, terminated))
+    assert main(["demo"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
