@@ -101,6 +101,8 @@ class Fit:
             load_adapter(self.run.policy.loaded.model, checkpoint)
             load_checkpoint(checkpoint, self.state)
             drop_checkpoints_after(self.folder.checkpoints, self.state.step)
+            # A kill may have come between a checkpoint and the deletion of older ones.
+            prune_checkpoints(self.folder.checkpoints, self.config.keep_checkpoints)
             say(f"resumed from {checkpoint}")
         elif self.config.resume == "auto":
             say(f"resume auto: no checkpoint in {self.folder.checkpoints}, starting afresh")

@@ -7,6 +7,8 @@ from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.training.checkpoints import TrainingState
 from lowmem_dpo.training.loop import _update
 
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+
 START_SCALE = 4.0
 
 

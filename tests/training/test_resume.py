@@ -187,6 +187,13 @@ def test_keep_checkpoints_keeps_the_newest(config, tmp_path):
     assert names == ["step-000008", "step-000010"]
 
 
+def test_resume_deletes_what_a_killed_run_had_no_time_to(config, tmp_path):
+    Trainer(config).fit()
+    Trainer(replace(config, resume="auto", keep_checkpoints=1)).fit()  # no step is left to take
+    (last,) = (tmp_path / "whole" / "checkpoints").iterdir()
+    assert last.name == "step-000010"
+
+
 def test_resume_of_a_finished_run_into_another_folder_is_whole(config, tmp_path):
     whole = Trainer(replace(config, eval_fraction=0.3, save_steps=1)).fit()
     last = max((tmp_path / "whole" / "checkpoints").iterdir())
