@@ -2,7 +2,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lowmem_dpo.data.messages import ROLES
@@ -191,7 +191,7 @@ MUTATED = st.builds(
     lambda row, name, value: row | {name: value},
     st.sampled_from(VALID),
     st.sampled_from(NAMES.split()),
-    VALUE,
+    VALUE | st.sampled_from([[], "", " ", "\ud800", 0, {}, [{"role": "assistant"}]]),
 )
 
 
@@ -211,9 +211,12 @@ def check_invariants(preference):
         json.dumps(side, ensure_ascii=False).encode("utf-8")
 
 
+@settings(max_examples=250)
 @given(
-    st.lists(JUNK | SIDES | MUTATED, min_size=1, max_size=3), st.sampled_from(["a.jsonl", "a.json"])
+    st.lists(MUTATED, min_size=1, max_size=2) | st.lists(JUNK | SIDES, min_size=1, max_size=3),
+    st.sampled_from(["a.jsonl", "a.json"]),
 )
+@example([ROW | {"prompt": "\ud800"}], "a.json")
 def test_read_preferences_reads_or_refuses_any_rows(tmp_path_factory, rows, name):
     path = write(tmp_path_factory.getbasetemp(), rows, name)
     for on_bad_row in ("error", "skip"):

@@ -77,6 +77,14 @@ def test_encode_pairs_says_once_what_the_template_ignores(build_tokenizer, tool_
     ]
 
 
+def test_encode_pairs_does_not_call_a_column_ignored_that_counts_in_some_rows(tool_tokenizer):
+    rows = [
+        Preference("hi", "yes", "no", 1, chat_template_kwargs={"other": 1}),
+        Preference("hi", "yes", "no", 2, chat_template_kwargs={"enable_thinking": True}),
+    ]
+    assert encode_pairs(rows, tool_tokenizer, AUTO)[1].ignored_columns == []
+
+
 def test_encode_pairs_does_not_call_a_column_ignored_that_one_row_needs(tool_tokenizer):
     tool_tokenizer.chat_template = (
         "{% if not tools %}{{ raise_exception('no tools') }}{% endif %}"
