@@ -286,7 +286,7 @@ class GenerateConfig:
     prompt: str | None = None
     """One prompt."""
     prompts: str | None = None
-    """A file of prompts: .txt (one a line), or .jsonl/.json with `prompt` in each row."""
+    """A file of prompts: one a line, or .jsonl, .json, .csv or .parquet with a column prompt."""
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
     temperature: float = 0.7

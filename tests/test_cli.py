@@ -287,6 +287,7 @@ def test_generate_reads_prompts_from_files(tmp_path, llama_dir, capsys):
         "p.txt": "one\n\ntwo\n",
         "p.jsonl": '{"prompt": "one"}\n{"prompt": "two"}\n',
         "p.json": '[{"prompt": "one"}, {"prompt": "two"}]',
+        "p.csv": "prompt,note\none,1\ntwo,2\n",
     }
     for name, text in files.items():
         path: Path = tmp_path / name
@@ -331,7 +332,7 @@ def test_generate_refuses_a_bad_file_of_prompts(tmp_path, llama_dir, capsys):
     assert (
         main(["generate", "--model", str(llama_dir), "--prompts", str(tmp_path / "p.jsonl")]) == 2
     )
-    assert "prompt" in one_line_error(capsys)
+    assert "p.jsonl, line 1: every row must be an object with" in one_line_error(capsys)
     assert main(["generate", "--model", str(llama_dir)]) == 2
     assert "--prompt" in one_line_error(capsys)
 

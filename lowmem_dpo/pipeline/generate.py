@@ -1,10 +1,11 @@
 """`generate`: prompts through the base and an adapter, side by side."""
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 
 from lowmem_dpo.config import GenerateConfig, TrainConfig
+from lowmem_dpo.data.reading import is_single_file
+from lowmem_dpo.data.rows import Row, read_rows
 from lowmem_dpo.data.templates import render_prompt
 from lowmem_dpo.model.generation import Sampling, check_prompts, generate_text
 from lowmem_dpo.model.lora import adapters_disabled
@@ -67,28 +68,29 @@ def _answer(
 
 
 def read_prompts(path: str | None) -> list[str]:
-    """Prompts from a file: one a line in .txt, `prompt` of each row in .jsonl and .json.
+    """Prompts from a file: `prompt` of each row, or one a line in files that hold no rows.
 
     Raises:
         ValueError: If there is no file, or it holds no prompts.
     """
     if path is None:
         raise ValueError("no prompt given; set --prompt TEXT or --prompts FILE")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the prompts in {path}: {error}") from None
-    try:
-        if path.endswith(".jsonl"):
-            prompts = [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
-        elif path.endswith(".json"):
-            prompts = [row["prompt"] for row in json.loads(text)]
-        else:
-            prompts = [line for line in text.splitlines() if line.strip()]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: every row must be an object with a `prompt`: {error!r}"
-        ) from None
-    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-        raise ValueError(f"{path} holds no prompts, or some that are empty or not text")
+    if is_single_file(path):
+        prompts = [_prompt_of(row) for row in read_rows(Path(path))]
+    else:
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read the prompts in {path}: {error}") from None
+        prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; write one a line")
     return prompts
+
+
+def _prompt_of(row: Row) -> str:
+    prompt = row.value.get("prompt") if isinstance(row.value, dict) else None
+    if row.fault or not isinstance(prompt, str) or not prompt.strip():
+        fault = row.fault or "every row must be an object with text in `prompt`"
+        raise ValueError(f"{row.place}: {fault}")
+    return prompt
