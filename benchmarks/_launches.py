@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from lowmem_dpo_kernels import TreePlan, token_logps_triton, tree_attention_triton
+from lowmem_dpo_kernels import TreePlan, nf4, token_logps_triton, tree_attention_triton
+from lowmem_dpo_kernels import token_logps_fused as token_logps_fused_kernels
 
 
 class Case(NamedTuple):
@@ -51,6 +52,60 @@ def token_logps(capability: tuple[int, int]) -> Iterator[Case]:
             )
 
 
+def token_logps_fused(capability: tuple[int, int]) -> Iterator[Case]:
+    """The three kernels of the fused head, on a slice that is not whole tiles."""
+    for name, dtype in (HALF_DTYPES | {"fp32": torch.float32}).items():
+        tiles = token_logps_fused_kernels.tiles_for(capability, dtype)
+        kernels = (
+            f"score_tile {tiles.rows}x{tiles.columns}x{tiles.score_step}, "
+            f"{tiles.num_stages} stages",
+            "fold_tiles",
+            f"add_values {tiles.rows}x{tiles.dims}x{tiles.value_step}, {tiles.num_stages} stages",
+        )
+        for bias, softcap in ((None, None), (torch.zeros(1000), 30.0)):
+            label = f"{name}{', bias, cap' if softcap else ''}"
+            yield Case(label, kernels, lambda a=(dtype, tiles, bias, softcap): _fold_fused(*a))
+
+
+def _fold_fused(
+    dtype: torch.dtype,
+    tiles: token_logps_fused_kernels.Tiles,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+) -> None:
+    """One slice of the head to one block of rows, with gradient."""
+    row, queries = torch.zeros(256), torch.zeros(256, 128, dtype=dtype)
+    workspace = queries.new_zeros(token_logps_fused_kernels.weights_numel(tiles, 256, 1000))
+    token_logps_fused_kernels.fold_slice(
+        queries,
+        torch.zeros(1024, 128, dtype=dtype),
+        torch.zeros(256, dtype=torch.int64),
+        row,
+        row.clone(),
+        row.clone(),
+        torch.zeros(256, 128),
+        workspace,
+        tiles=tiles,
+        bias=bias,
+        width=1000,
+        logit_scale=1.0,
+        logit_softcap=softcap,
+    )
+
+
+def nf4_dequantize(capability: tuple[int, int]) -> Iterator[Case]:
+    """One kernel; it is the same on all cards."""
+    packed, code, levels = torch.zeros(4096, dtype=torch.uint8), torch.zeros(256), torch.zeros(16)
+    double = (torch.zeros(128, dtype=torch.uint8), torch.zeros(1), torch.zeros(()))
+    for name, dtype in (HALF_DTYPES | {"fp32": torch.float32}).items():
+        out = torch.empty(8192, dtype=dtype)
+        for text, scales in (("", double), (", one level", (torch.zeros(128), None, None))):
+            arguments = (packed, *scales, code, levels, out)
+            yield Case(
+                f"{name}{text}", ("nf4_dequantize",), lambda a=arguments: nf4.nf4_dequantize(*a)
+            )
+
+
 def tree_attention(capability: tuple[int, int]) -> Iterator[Case]:
     """The three kernels at every head size of the table, and at one that is padded."""
     both = [(None, None), (1000, None), (None, 50.0), (1000, 50.0)]
@@ -88,4 +143,9 @@ def _attend(
     tree_attention_triton.backward(out, query, key, value, out, lse, plan, tiles, *settings)
 
 
-LAUNCHES = {"token_logps": token_logps, "tree_attention": tree_attention}
+LAUNCHES = {
+    "token_logps": token_logps,
+    "token_logps_fused": token_logps_fused,
+    "nf4_dequantize": nf4_dequantize,
+    "tree_attention": tree_attention,
+}
