@@ -1,4 +1,5 @@
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -58,6 +59,18 @@ def test_tree_attention_is_not_compiled_again_for_another_pack(kernel_resources)
             tree_attention_triton.backward(out, x, x, x, out, lse, plan, tiles, *settings)
     assert len(launches) == 9
     assert len({id(launch.code) for launch in launches}) == 3
+
+
+def test_record_of_resources_has_every_case_of_the_table(kernel_resources):
+    """`kernel_resources.py --ops tree_attention --output` of that file writes it anew."""
+    path = ROOT / "benchmarks" / "results" / "kernel_resources-tree_attention.json"
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    recorded = {(r["capability"], r["case"], r["kernel"]) for r in results}
+    for major, minor in CAPABILITIES:
+        for case in kernel_resources.LAUNCHES["tree_attention"]((major, minor)):
+            assert recorded >= {(f"{major}.{minor}", case.label, name) for name in case.kernels}
+    assert all(r["programs"] > 0 for r in results)
+    assert max(r["spilled_bytes"] for r in results) <= kernel_resources.MAX_SPILLED_BYTES
 
 
 def test_kernel_resources_prints_a_table_and_refuses_what_does_not_fit(
