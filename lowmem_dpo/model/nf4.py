@@ -17,12 +17,15 @@ Source: Dettmers et al., QLoRA (arXiv 2305.14314), sections 3 and 4.
 """
 
 import functools
+import logging
 
 import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
 from lowmem_dpo_kernels import triton_problem
+
+logger = logging.getLogger(__name__)
 
 QUANTISER_VERSION = 1
 """Raised whenever the same weight would be stored as other bytes."""
@@ -106,14 +109,20 @@ class Nf4Weight(nn.Module):
         Returns:
             [out, in], on the weight's device.
         """
-        numel = self.shape[0] * self.shape[1]
-        if _has_kernel(self.packed.device, dtype) and numel % 8 == 0:
-            from lowmem_dpo_kernels import nf4  # imports triton
+        if self.shape[0] * self.shape[1] % 8 == 0 and _has_kernel(self.packed.device, dtype):
+            return self._dequantize_by_kernel(dtype)
+        return self._dequantize_by_bitsandbytes(dtype)
 
-            self._check_scales()
-            out = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
-            state = self.packed, self.absmax, self.absmax2, self.offset
-            return nf4.nf4_dequantize(*state, self._table(), _levels(out.device), out)
+    def _dequantize_by_kernel(self, dtype: torch.dtype) -> Tensor:
+        from lowmem_dpo_kernels import nf4  # imports triton
+
+        self._check_scales()
+        out = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
+        state = self.packed, self.absmax, self.absmax2, self.offset
+        return nf4.nf4_dequantize(*state, self._table(), _levels(out.device), out)
+
+    def _dequantize_by_bitsandbytes(self, dtype: torch.dtype) -> Tensor:
+        numel = self.shape[0] * self.shape[1]
         # One block a row: bitsandbytes' CPU kernel misplaces the scales where blocks straddle rows.
         rows = (numel // BLOCK, BLOCK) if numel % BLOCK == 0 else (1, numel)
         kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
@@ -174,11 +183,30 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
     return Nf4Weight(packed, absmax_codes, state.absmax, offset, (weight.shape[0], weight.shape[1]))
 
 
+@functools.cache
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether one kernel of ours undoes both levels here; its bits are those of bitsandbytes."""
+    """Whether one kernel of ours undoes both levels here, with the bits of bitsandbytes."""
     if device.type != "cuda" or dtype == torch.float64 or triton_problem() is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0) and _kernel_agrees(device, dtype)
+
+
+def _kernel_agrees(device: torch.device, dtype: torch.dtype) -> bool:
+    """Try the kernel once: wrong weights would be wrong in every later check alike, so unseen."""
+    trial = torch.randn(160, 256, generator=torch.Generator().manual_seed(0)).to(device)
+    weight = quantize_nf4(trial)  # of several blocks of the second level
+    by_kernel, expected = (
+        weight._dequantize_by_kernel(dtype),
+        weight._dequantize_by_bitsandbytes(dtype),
+    )
+    if torch.equal(by_kernel, expected):
+        return True
+    logger.warning(
+        "the NF4 kernel does not give bitsandbytes' numbers on %s; bitsandbytes is used, please "
+        "report it",
+        device,
+    )
+    return False
 
 
 @functools.cache

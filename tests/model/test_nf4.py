@@ -129,3 +129,13 @@ def test_quantize_nf4_refuses_what_is_not_finite(value):
     weight[3, 5] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
         quantize_nf4(weight)
+
+
+@pytest.mark.parametrize("fault", [0.0, 2.0**-20])
+def test_a_kernel_that_differs_from_bitsandbytes_is_not_used(fault, monkeypatch, caplog):
+    def kernel(weight, dtype):
+        return weight._dequantize_by_bitsandbytes(dtype) + fault
+
+    monkeypatch.setattr(Nf4Weight, "_dequantize_by_kernel", kernel)
+    assert nf4._kernel_agrees(torch.device("cpu"), torch.float32) == (fault == 0)
+    assert ("bitsandbytes is used" in caplog.text) == (fault != 0)
