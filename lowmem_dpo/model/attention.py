@@ -21,7 +21,8 @@ Shapes: N packed tokens, H query heads, K key heads, E head size.
 """
 
 import functools
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -40,6 +41,19 @@ from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 TREE_ATTENTION = "lowmem_dpo_tree"
+
+# Relative Frobenius error between two correct attentions in bfloat16; wrong ones are far off.
+_TRIAL_TOLERANCE = 0.02
+
+logger = logging.getLogger(__name__)
+
+
+class Rule(NamedTuple):
+    """How the scores of one layer are made, and how far back a token sees."""
+
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
 
 
 def tree_attention(
@@ -84,7 +98,7 @@ def tree_attention(
     if on_tree_attention is not None:
         on_tree_attention(module)
     rule = Rule(scaling, sliding_window, softcap)
-    if tree_attention_path(query.device, query.dtype, query.shape[3]):
+    if _kernel_path(query.device, query.dtype, query.shape[3]):
         return _by_kernel(query, key, value, tree_layout, rule), None
     return segment_attention(query, key, value, tree_layout, rule), None
 
@@ -99,16 +113,63 @@ def attention_path(config: PretrainedConfig, device: torch.device, dtype: torch.
     """
     own_size = getattr(config, "head_dim", None)
     head_size = own_size or config.hidden_size // config.num_attention_heads
-    path = tree_attention_path(device, dtype, head_size)
+    path = _kernel_path(device, dtype, head_size)
     return f"{TREE_ATTENTION}, {path}" if path else TREE_ATTENTION
 
 
-class Rule(NamedTuple):
-    """How the scores of one layer are made, and how far back a token sees."""
+def _kernel_path(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """What the kernels run as here; empty where they do not run, or failed their trial."""
+    path = tree_attention_path(device, dtype, head_size)
+    return path if path and _kernel_agrees(device, dtype, head_size) else ""
 
-    scaling: float
-    sliding_window: int | None
-    softcap: float | None
+
+@functools.cache
+def _kernel_agrees(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Try the kernels once against PyTorch's attention, gradients too, before a model uses them.
+
+    The check at load compares log-probs only, and what a compiler makes of a kernel differs from
+    card to card.
+    """
+    layout, num_tokens = ((0, 70, 90, 40), (200, 5, 0, 33), (238, 1, 30, 0)), 320
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, upstream = (
+        torch.randn(1, heads, num_tokens, head_size, generator=generator).to(device, dtype)
+        for heads in (4, 2, 2, 4)
+    )
+    try:
+        for rule in (Rule(head_size**-0.5, None, None), Rule(head_size**-0.5, 32, 20.0)):
+            results = [
+                _with_gradients(attend, (query, key, value), upstream, layout, rule)
+                for attend in (_by_kernel, segment_attention)
+            ]
+            for ours, expected in zip(*results, strict=True):
+                error = (ours - expected).norm() / expected.norm()
+                if not error <= _TRIAL_TOLERANCE:
+                    raise ValueError(f"relative error {error:.1e}")
+    except Exception as error:  # of Triton's compiler, of the driver, or just above
+        logger.warning(
+            "the tree attention kernels failed their trial on %s (%s); PyTorch's attention is "
+            "used, please report it",
+            device,
+            " ".join(str(error).split())[:200],
+        )
+        return False
+    return True
+
+
+def _with_gradients(
+    attend: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    upstream: Tensor,
+    layout: TreeLayout,
+    rule: Rule,
+) -> list[Tensor]:
+    """Output and gradients of one attention, in fp32."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    with torch.enable_grad():
+        output = attend(*leaves, layout, rule)
+    gradients = torch.autograd.grad(output, leaves, upstream.transpose(1, 2).contiguous())
+    return [tensor.detach().float() for tensor in (output, *gradients)]
 
 
 def _by_kernel(

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from lowmem_dpo.model import attention
-from lowmem_dpo.model.attention import attention_path, tree_attention
+from lowmem_dpo.model.attention import attention_path, segment_attention, tree_attention
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 
@@ -141,11 +141,31 @@ def test_attention_path_names_the_kernel_and_its_tiles_where_it_runs(monkeypatch
     device = torch.device("cpu")
     assert attention_path(config, device, torch.float16) == "lowmem_dpo_tree"
     monkeypatch.setattr(attention, "tree_attention_path", path)
+    monkeypatch.setattr(attention, "_kernel_agrees", lambda *arguments: True)
     found = attention_path(config, device, torch.float16)
     assert found == "lowmem_dpo_tree, triton, tiles 1x2"
     config.head_dim = 32
     attention_path(config, device, torch.float16)
     assert asked == [(device, torch.float16, 16), (device, torch.float16, 32)]
+
+
+@pytest.mark.parametrize("fault", ["", "values", "gradients", "crash"])
+def test_kernels_that_fail_their_trial_are_not_used(fault, monkeypatch, caplog):
+    def kernel(query, key, value, tree_layout, rule):
+        if fault == "crash":
+            raise RuntimeError("no kernel image\nfor this card")
+        if fault == "gradients":  # of trunk keys: rejected's part is missing
+            key = key + 0.2 * (key.detach() - key)
+        output = segment_attention(query, key, value, tree_layout, rule)
+        return output * 1.03 if fault == "values" else output
+
+    monkeypatch.setattr(attention, "_by_kernel", kernel)
+    monkeypatch.setattr(attention, "tree_attention_path", lambda *arguments: "triton")
+    attention._kernel_agrees.cache_clear()
+    path = attention._kernel_path(torch.device("cpu"), torch.float32, 24)
+    attention._kernel_agrees.cache_clear()
+    assert path == ("" if fault else "triton")
+    assert ("PyTorch's attention is used" in caplog.text) == bool(fault)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
