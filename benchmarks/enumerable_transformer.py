@@ -26,7 +26,6 @@ from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.data.templates import TokenPair
 from lowmem_dpo.data.trees import Tree, build_tree
 from lowmem_dpo.model.adapters import AdapterSettings
-from lowmem_dpo.model.attention import PLAIN_ATTENTION
 from lowmem_dpo.model.loading import load_model
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.model.scoring import attention
@@ -120,7 +119,7 @@ def load(directory: Path, *, rank: int, quantization: Any) -> Policy:
 @torch.no_grad()
 def answer_logps(policy: Policy, ids: Tensor) -> Tensor:
     """[4096] log-prob of every answer, in float64 from the hidden states on."""
-    with attention(policy.parts, PLAIN_ATTENTION):
+    with attention(policy.parts, policy.parts.plain_attention):
         hidden = policy.parts.backbone(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     logps = F.log_softmax((hidden @ policy.parts.lm_head_weight.T).double(), dim=-1)
     return logps.gather(-1, ids[:, 1:, None])[..., 0].sum(1)
