@@ -9,7 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from lowmem_dpo_kernels import TreePlan, nf4, token_logps_triton, tree_attention_triton
+from lowmem_dpo_kernels import (
+    NormRule,
+    TreePlan,
+    nf4,
+    rms_norm_triton,
+    token_logps_triton,
+    tree_attention_triton,
+)
 from lowmem_dpo_kernels import token_logps_fused as token_logps_fused_kernels
 
 
@@ -126,6 +133,24 @@ def tree_attention(capability: tuple[int, int]) -> Iterator[Case]:
             yield Case(label, kernels, lambda a=arguments: _attend(*a))
 
 
+def rms_norm(capability: tuple[int, int]) -> Iterator[Case]:
+    """Rows of a hidden state and of a head; the same on all cards."""
+    for width in (128, 4096, 8192):
+        for name, dtype in HALF_DTYPES.items():
+            for family, rule in (("llama", NormRule(1e-6)), ("gemma", NormRule(1e-6, 1.0, False))):
+                rows, rstd = torch.zeros(3, width, dtype=dtype), torch.zeros(3)
+                yield Case(
+                    f"D={width}, {name}, {family}",
+                    ("forward", "backward"),
+                    lambda x=rows, rstd=rstd, rule=rule: _normalise(x, rstd, rule),
+                )
+
+
+def _normalise(x: torch.Tensor, rstd: torch.Tensor, rule: NormRule) -> None:
+    rms_norm_triton.forward(x, x[0], rule, x.clone(), rstd)
+    rms_norm_triton.backward(x, x, x[0], rule, rstd, x.clone())
+
+
 def _attend(
     dtype: torch.dtype,
     head_size: int,
@@ -144,6 +169,7 @@ def _attend(
 
 
 LAUNCHES = {
+    "rms_norm": rms_norm,
     "token_logps": token_logps,
     "token_logps_fused": token_logps_fused,
     "nf4_dequantize": nf4_dequantize,

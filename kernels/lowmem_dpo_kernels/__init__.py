@@ -3,18 +3,22 @@
 Needs torch; triton is optional and only used on CUDA cards.
 """
 
+from lowmem_dpo_kernels.rms_norm import NormRule, rms_norm, rms_norm_path
 from lowmem_dpo_kernels.token_logps import token_logps, token_logps_path
 from lowmem_dpo_kernels.tree_attention import tree_attention, tree_attention_path
 from lowmem_dpo_kernels.tree_attention_plan import TreeLayout, TreePlan
 from lowmem_dpo_kernels.triton_support import triton_problem
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Goes up when an operation's results change in any bit; numbers cached under another are stale."""
 
 __all__ = [
     "NUMERICS_VERSION",
+    "NormRule",
     "TreeLayout",
     "TreePlan",
+    "rms_norm",
+    "rms_norm_path",
     "token_logps",
     "token_logps_path",
     "tree_attention",

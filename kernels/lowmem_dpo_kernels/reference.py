@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowmem_dpo_kernels.rms_norm import NormRule
+
 
 def token_logps(
     hidden: Tensor,
@@ -45,6 +47,24 @@ def token_logps(
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
     return -F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+
+
+def rms_norm(x: Tensor, weight: Tensor, rule: NormRule) -> Tensor:
+    """Rows over their root mean square, times a weight, in fp32 at least.
+
+    Args:
+        x: [..., D].
+        weight: [D].
+        rule: How.
+
+    Returns:
+        [..., D] in x's dtype.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + rule.eps)
+    if rule.rounds_first:
+        normed = normed.to(x.dtype)
+    return (normed * (weight.to(normed.dtype) + rule.offset)).to(x.dtype)
 
 
 def nf4_dequantize(

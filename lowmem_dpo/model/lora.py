@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowmem_dpo.model.nf4 import Nf4Weight
+from lowmem_dpo.model.second_run import unread
 
 
 class LoraLinear(nn.Module):
@@ -44,6 +45,7 @@ class LoraLinear(nn.Module):
         dropout: Probability that an element of the adapter's input is dropped while `dropout_live`.
         dropout_live: Whether dropout is on. `train()` and `eval()` do not touch it.
         enabled: Whether the adapter is on.
+        output_is_read: Whether the caller looks at the output's values; see `second_run`.
     """
 
     weight: Nf4Weight | nn.Parameter
@@ -65,6 +67,7 @@ class LoraLinear(nn.Module):
         self.dropout = 0.0
         self.dropout_live = False
         self.enabled = True
+        self.output_is_read = True
 
     @property
     def rank(self) -> int:
@@ -122,20 +125,20 @@ class _LoraLinearFunction(torch.autograd.Function):
         layer: LoraLinear,
         drop: float,
     ) -> Tensor:
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        y = F.linear(x.reshape(-1, x.shape[-1]), layer.dense_weight(x.dtype), bias)
         y_shape = (*x.shape[:-1], layer.out_features)
+        y = _base_output(x, layer) if layer.output_is_read else None
         ctx.layer, ctx.x_shape, ctx.dtype = layer, x.shape, x.dtype
         if lora_a is None or lora_b is None:
             ctx.save_for_backward(None, None, None, None, None)
-            return y.view(y_shape)
+            return unread(x, *y_shape) if y is None else y.view(y_shape)
         keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - drop) if drop else None
         ctx.scaling = layer.scaling / (1 - drop)
         low = _dropped(x, keep) @ lora_a.to(x.dtype).T  # [N, R]
-        y.addmm_(low, lora_b.to(x.dtype).T, alpha=ctx.scaling)
         trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(x if trains else None, keep, low if trains else None, lora_a, lora_b)
-        return y.view(y_shape)
+        if y is None:
+            return unread(x, *y_shape)
+        return y.addmm_(low, lora_b.to(x.dtype).T, alpha=ctx.scaling).view(y_shape)
 
     @staticmethod
     @once_differentiable
@@ -156,6 +159,12 @@ class _LoraLinearFunction(torch.autograd.Function):
             elif grad_x is not None:
                 grad_x += (grad_low @ lora_a.to(ctx.dtype)) * keep.view(grad_x.shape)
         return None if grad_x is None else grad_x.view(ctx.x_shape), grad_a, grad_b, None, None
+
+
+def _base_output(x: Tensor, layer: LoraLinear) -> Tensor:
+    """[N, out], without the adapter's part."""
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x.reshape(-1, x.shape[-1]), layer.dense_weight(x.dtype), bias)
 
 
 def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -17,6 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from lowmem_dpo.model.second_run import output_unread, random_state, restored
+from lowmem_dpo.model.tiles import TokenTiles
 
 
 class LayerRunner(nn.Module):
@@ -35,6 +39,10 @@ class LayerRunner(nn.Module):
         self.inputs_on_host = inputs_on_host
         self.has_randomness = has_randomness
 
+    def tail(self) -> TokenTiles | None:
+        """The part whose output is only added to the residual: no second run needs its value."""
+        return next((m for m in self.layer.modules() if isinstance(m, TokenTiles)), None)
+
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
         """Run the layer; with a gradient to come, keep only its input."""
         if torch.is_grad_enabled() and hidden.requires_grad:
@@ -46,7 +54,7 @@ class _RunLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, runner: LayerRunner, kwargs: dict[str, Any]) -> Tensor:
         ctx.runner, ctx.kwargs, ctx.device = runner, kwargs, hidden.device
-        ctx.random_state = _random_state(hidden.device) if runner.has_randomness else None
+        ctx.random_state = random_state(hidden.device) if runner.has_randomness else None
         output = runner.layer(hidden, **kwargs)
         ctx.input = _to_host(hidden) if runner.inputs_on_host else hidden.detach()
         return output
@@ -56,9 +64,12 @@ class _RunLayer(torch.autograd.Function):
         hidden = ctx.input.to(ctx.device, non_blocking=True).detach().requires_grad_()
         ctx.input = None
         state = ctx.random_state
-        with torch.enable_grad(), _restored(state, ctx.device) if state else nullcontext():
+        repeated = restored(state, ctx.device) if state else nullcontext()
+        with torch.enable_grad(), repeated, output_unread(ctx.runner.tail()):
             output = ctx.runner.layer(hidden, **ctx.kwargs)
-        torch.autograd.backward(output, grad_outputs)
+        edge = get_gradient_edge(output)
+        del output  # only its place in the graph is needed
+        torch.autograd.backward(edge, grad_outputs)
         return hidden.grad, None, None
 
 
@@ -66,30 +77,6 @@ def _to_host(hidden: Tensor) -> Tensor:
     """A pinned copy; copies to and from the host run in stream order, so none needs a wait."""
     host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
     return host.copy_(hidden.detach(), non_blocking=True)
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(
-        device
-    ) if device.type == "cuda" else None
-
-
-class _restored:
-    """Inside, the generators repeat what followed `state`; afterwards they go on."""
-
-    def __init__(self, state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-        self.cpu, self.cuda = state
-        self.fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        self.device = device
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
-
-    def __exit__(self, *exception: Any) -> None:
-        self.fork.__exit__(*exception)
 
 
 def wrap_layers(layers: nn.ModuleList, *, inputs_on_host: bool, has_randomness: bool) -> None:

@@ -32,6 +32,7 @@ from lowmem_dpo.model.adapters import (
 from lowmem_dpo.model.attention import TREE_ATTENTION, attention_path
 from lowmem_dpo.model.bnb_checkpoint import check_kept_quantised
 from lowmem_dpo.model.device import resolve_device, resolve_dtype
+from lowmem_dpo.model.fused import fuse_norms, tile_layers
 from lowmem_dpo.model.head import check_head, head_to_host, quantize_head
 from lowmem_dpo.model.hub import check_download
 from lowmem_dpo.model.loading import LoadedModel, ModelParts, load_model, model_parts
@@ -39,6 +40,7 @@ from lowmem_dpo.model.lora import add_lora
 from lowmem_dpo.model.runner import wrap_layers
 from lowmem_dpo.model.size import ModelSize
 from lowmem_dpo.model.source import load_config, load_tokenizer, resolve_source, tokenizer_source
+from lowmem_dpo.model.tiles import TILE_ROWS
 from lowmem_dpo.reference import Fingerprint
 from lowmem_dpo.training.console import say, warn
 from lowmem_dpo_kernels.token_logps import check_implementation
@@ -127,6 +129,8 @@ class Policy:
             ),
             "kernels": lowmem_dpo_kernels.NUMERICS_VERSION,
             "attention": attention_path(self.loaded.model.config, self.device, self.dtype),
+            "norms": lowmem_dpo_kernels.rms_norm_path(self.device),
+            "tile_rows": TILE_ROWS,
             "matmul_precision": torch.get_float32_matmul_precision(),
             "torch": torch.__version__,
             "triton": _triton_version() if on_cuda else None,
@@ -289,6 +293,8 @@ def make_policy(
         seed=seed,
     )
     parts = dataclasses.replace(model_parts(loaded.model), head_implementation=head_kernel)
+    fuse_norms(parts.backbone)
+    tile_layers(parts.layers, has_randomness=adapter.dropout > 0)
     wrap_layers(
         parts.layers, inputs_on_host=layer_inputs == "host", has_randomness=adapter.dropout > 0
     )

@@ -1,0 +1,229 @@
+"""Memory inside one decoder layer: what is alive when most is, by what made it.
+
+The layer runner keeps a layer's input and nothing else, so the peak of a step is the inside of one
+layer while it runs again and is differentiated. Here that one layer runs as in training, dense,
+with an adapter on every linear, over one causal sequence, and every tensor is followed from its
+making to its end. The tokens are few: bytes a token are the slope between two lengths, which takes
+what does not grow (a dequantised weight, gradients of adapters) out of them. A tile of the MLP is
+such a constant too; `--tile_rows` makes it small enough to be one here.
+
+    python benchmarks/layer_memory.py
+    python benchmarks/layer_memory.py --shape gemma-2-9b --without norms
+
+On a CPU all of it is exact but for what PyTorch's operations allocate inside themselves, and the
+shape is divided by `--scale` (bytes are scaled up again). On CUDA the peak is the allocator's.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _common import commit, device_name
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+
+from lowmem_dpo.model.fused import fuse_norms, tile_layers
+from lowmem_dpo.model.lora import add_lora, wrap_linears
+from lowmem_dpo.model.runner import LayerRunner
+
+TILE_ROWS = 64
+ONE_SEQUENCE = "layer_memory"
+OPS: dict[str, Callable[[nn.Module], Any]] = {
+    "norms": fuse_norms,
+    "tiles": lambda model: tile_layers(
+        model.model.layers, has_randomness=False, tile_rows=TILE_ROWS
+    ),
+}
+
+# type, hidden, intermediate, query heads, key heads, head size
+SHAPES = {
+    "llama-3.1-8b": ("llama", 4096, 14336, 32, 8, 128),
+    "qwen3-8b": ("qwen3", 4096, 12288, 32, 8, 128),
+    "gemma-2-9b": ("gemma2", 3584, 14336, 16, 8, 256),
+    "phi-4": ("phi3", 5120, 17920, 40, 10, 128),
+    "olmo-2-7b": ("olmo2", 4096, 11008, 32, 32, 128),
+}
+
+
+def make_layer(options: argparse.Namespace) -> tuple[LayerRunner, PreTrainedModel]:
+    """One decoder layer with its adapter under its runner, and the model it is from."""
+    model_type, hidden, inner, heads, key_heads, head_size = SHAPES[options.shape]
+    scale = options.scale
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=64,
+        hidden_size=hidden // scale,
+        intermediate_size=inner // scale,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=head_size // scale,
+        pad_token_id=None,
+    )
+    with torch.device(options.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=options.dtype)
+    wrap_linears(model.model.layers, "model.layers")
+    model.requires_grad_(False).eval()
+    add_lora(
+        model, targets="all", rank=16 // scale, alpha=16, dropout=0, rank_stabilised=False, seed=0
+    )
+    for op in options.ops:
+        OPS[op](model)
+    model.set_attn_implementation(ONE_SEQUENCE)
+    return LayerRunner(model.model.layers[0], inputs_on_host=False, has_randomness=False), model
+
+
+def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, **rest: Any) -> Any:
+    """Causal attention that keeps q, k, v, its output and a number a row, as the kernels do."""
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=rest["scaling"], enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(ONE_SEQUENCE, attend)
+AttentionMaskInterface.register(ONE_SEQUENCE, lambda *args, **kwargs: None)
+
+
+class LiveTensors(TorchDispatchMode):
+    """Follows what operations make, until it is freed.
+
+    Args:
+        layer: What runs. Its own tensors are left out.
+
+    Attributes:
+        peak: Most bytes alive at a time.
+        at_peak: These bytes by what made them: a module, or a node of the backward pass.
+        where: What ran at that moment.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.peak, self.where = 0, ""
+        self.at_peak: Counter[str] = Counter()
+        self.inside: list[str] = []
+        self.live: dict[int, tuple[StorageWeakRef, int, str]] = {}
+        for tensor in [*layer.parameters(), *layer.buffers()]:
+            self.add(tensor, "", 0)
+        for name, module in layer.named_modules():
+            if name:
+                module.register_forward_pre_hook(lambda *_, name=name: self.inside.append(name))
+                module.register_forward_hook(lambda *_: self.inside.pop() and None)
+
+    def add(self, tensor: Tensor, cause: str, nbytes: int | None = None) -> None:
+        """Follow a tensor's memory, unless it is followed already."""
+        storage = tensor.untyped_storage()
+        reference = StorageWeakRef(storage)
+        if reference.cdata not in self.live:
+            nbytes = storage.nbytes() if nbytes is None else nbytes
+            self.live[reference.cdata] = (reference, nbytes, cause)
+
+    def cause(self) -> str:
+        """Where the computation is."""
+        if self.inside:
+            return self.inside[-1]
+        node = torch._C._current_autograd_node()
+        return "layer" if node is None else f"gradients: {node.name()}"
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run one operation and look at what is alive after it."""
+        result = func(*args, **(kwargs or {}))
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.add(tensor, self.cause())
+        alive = sum(nbytes for _, nbytes, _ in self.live.values())
+        if alive > self.peak:
+            self.peak, self.where = alive, self.cause()
+            self.at_peak = Counter()
+            for _, nbytes, cause in self.live.values():
+                self.at_peak[cause] += nbytes
+        return result
+
+
+@dataclasses.dataclass
+class Peak:
+    """Most bytes alive, and on a CPU by what made them."""
+
+    total: int
+    causes: Counter[str]
+    where: str
+
+
+def shrink_blocks() -> None:
+    """Blocks of rows as small, beside these tokens, as they are beside those of a real pack."""
+    from lowmem_dpo_kernels import rms_norm
+
+    sys.modules[rms_norm.__module__]._BLOCK_NUMBERS = 1
+
+
+def measure(options: argparse.Namespace, num_tokens: int) -> Peak:
+    """Run the layer over so many tokens, forth, again and back."""
+    torch.manual_seed(0)
+    layer, model = make_layer(options)
+    shape = (1, num_tokens, model.config.hidden_size)
+    hidden = torch.randn(shape, dtype=options.dtype, device=options.device, requires_grad=True)
+    grad = torch.randn_like(hidden)
+    positions = torch.arange(num_tokens, device=options.device)[None]
+    rotary = model.model.rotary_emb(hidden, positions)
+    arguments = {"position_embeddings": rotary, "position_ids": positions, "attention_mask": None}
+    if options.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(layer, hidden, grad, arguments)
+        return Peak(torch.cuda.max_memory_allocated() - before, Counter(), "")
+    live = LiveTensors(layer)
+    for tensor in (hidden, grad, *rotary, positions):
+        live.add(tensor, "", 0)
+    with live:
+        run(layer, hidden, grad, arguments)
+    return Peak(live.peak, live.at_peak, live.where)
+
+
+def run(layer: nn.Module, hidden: Tensor, grad: Tensor, arguments: dict[str, Any]) -> None:
+    """Forth and back; the output is gone by then, as it is in training, its gradient is there."""
+    torch.autograd.backward(get_gradient_edge(layer(hidden, **arguments)), grad.clone())
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--scale", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=256, help="of the shorter run")
+    parser.add_argument("--ops", nargs="*", choices=list(OPS), default=list(OPS))
+    options = parser.parse_args()
+    shrink_blocks()
+    options.dtype = getattr(torch, options.dtype)
+    short, long = (measure(options, n) for n in (options.tokens, 2 * options.tokens))
+    per_token = options.scale / options.tokens
+    print(f"{options.shape} on {device_name(options.device)}, commit {commit()}")
+    print(f"peak in {long.where}: {(long.total - short.total) * per_token / 1000:.1f} kB a token")
+    for cause in sorted(long.causes, key=lambda c: -long.causes[c]):
+        kilobytes = (long.causes[cause] - short.causes[cause]) * per_token / 1000
+        if kilobytes:
+            print(f"  {kilobytes:8.1f}  {cause}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""RMS normalisation by a frozen weight that keeps its input and one number a row.
+
+    n = x / sqrt(mean(x^2) + eps),  y = n * (offset + weight)
+    dx = (g - n * mean(g * n)) / sqrt(mean(x^2) + eps),  g = dy * (offset + weight)
+
+in fp32. Ordinary operations keep x a second time, in fp32, and their backward pass makes five more
+copies of that size: 16 KB a token each at a hidden size of 4,096. Here x, which the caller has
+anyway, and 4 bytes a row wait for the backward pass, and what is fp32 is a block of rows, or on
+CUDA registers.
+
+Families differ in where they round: Llama's rounds n to x's dtype before the product with the
+weight, OLMo 2's and Gemma's after it. On a CPU the bits are theirs; the kernel sums a row in
+another order.
+
+Shapes: M rows, D their length.
+Source: Zhang and Sennrich (arXiv 1910.07467).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lowmem_dpo_kernels.triton_support import triton_problem
+
+_BLOCK_NUMBERS = 2**20  # of a block of rows on a CPU: 4 MiB in fp32, about four times alive
+
+
+class NormRule(NamedTuple):
+    """How a family normalises.
+
+    Attributes:
+        eps: Added to the mean square.
+        offset: Added to the weight.
+        rounds_first: Whether n is rounded to x's dtype before the product with the weight.
+    """
+
+    eps: float
+    offset: float = 0.0
+    rounds_first: bool = True
+
+
+def rms_norm(x: Tensor, weight: Tensor, rule: NormRule) -> Tensor:
+    """Normalise rows.
+
+    Args:
+        x: [..., D], floating point.
+        weight: [D], frozen, in x's dtype.
+        rule: How.
+
+    Returns:
+        [..., D] in x's dtype and memory order.
+
+    Raises:
+        ValueError: If the weight would be trained, or does not fit x.
+    """
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight must be frozen, got requires_grad=True; call .requires_grad_(False)"
+        )
+    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
+        raise ValueError(
+            f"weight must be [{x.shape[-1]}] in {x.dtype}, as x's rows are, "
+            f"got {list(weight.shape)} in {weight.dtype}"
+        )
+    return _RmsNorm.apply(x, weight, rule)
+
+
+def rms_norm_path(device: torch.device) -> str:
+    """What norms on a device run by; another path may differ in the last bits."""
+    return "triton" if device.type == "cuda" and triton_problem() is None else "torch"
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rule: NormRule) -> Tensor:
+        out = torch.empty_like(x)
+        rows, out_rows = _rows(x, out), _rows(out, out)
+        rstd = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+        if rms_norm_path(x.device) == "triton":
+            from lowmem_dpo_kernels import rms_norm_triton
+
+            rms_norm_triton.forward(rows, weight, rule, out_rows, rstd)
+        else:
+            for block in _blocks(rows):
+                wide = rows[block].float()
+                mean = wide.pow(2).mean(-1, keepdim=True)
+                scale = torch.rsqrt(mean + rule.eps)
+                rstd[block] = scale[:, 0]
+                out_rows[block] = _weighted(wide * scale, weight, rule)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.rule = rule
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        rows, grad_rows, upstream = (_rows(t, grad_x) for t in (x, grad_x, grad_out))
+        if rms_norm_path(x.device) == "triton":
+            from lowmem_dpo_kernels import rms_norm_triton
+
+            rms_norm_triton.backward(upstream, rows, weight, ctx.rule, rstd, grad_rows)
+            return grad_x, None, None
+        factor = weight.float() + ctx.rule.offset
+        for block in _blocks(rows):
+            scale = rstd[block, None]
+            normed, grad = rows[block].float() * scale, upstream[block] * factor
+            grad -= normed.mul_((grad * normed).mean(-1, keepdim=True))
+            grad_rows[block] = grad.mul_(scale)
+        return grad_x, None, None
+
+
+def _weighted(normed: Tensor, weight: Tensor, rule: NormRule) -> Tensor:
+    """The product with the weight of fp32 rows, rounded where the family rounds."""
+    if rule.rounds_first:
+        return normed.to(weight.dtype) * (weight + rule.offset)
+    return normed * (weight.float() + rule.offset)
+
+
+def _rows(x: Tensor, like: Tensor) -> Tensor:
+    """[M, D], in the order in which `like` lies in memory; a copy only if x does not lie so."""
+    order = sorted(range(x.dim() - 1), key=like.stride, reverse=True)
+    return x.permute(*order, -1).reshape(-1, x.shape[-1])
+
+
+def _blocks(rows: Tensor) -> list[slice]:
+    step = max(64, _BLOCK_NUMBERS // rows.shape[1])
+    return [slice(start, start + step) for start in range(0, len(rows), step)]

@@ -1,0 +1,122 @@
+"""The row kernels of `rms_norm`: a program a few rows, each read once and written once.
+
+Bytes: forward x and y; backward dy, x and dx: 2 and 3 times those of x, where ordinary operations
+move about 20 in fp32. Nothing is summed over rows, since the weight is frozen: a row has the same
+bits whatever the others are.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowmem_dpo_kernels.rms_norm import NormRule
+
+_TILE_NUMBERS = 1024  # of a program, where rows are shorter
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _rms_norm_fwd_kernel(
+    x_ptr,  # [M, D]
+    weight_ptr,  # [D]
+    out_ptr,  # [M, D]
+    rstd_ptr,  # [M] fp32
+    num_rows,
+    eps,
+    offset,
+    D: tl.constexpr,
+    ROUNDS_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    at = row[:, None] * D + column[None, :]
+    valid = (row < num_rows)[:, None] & (column < D)[None, :]
+    x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset
+    normed = x * rstd[:, None]
+    if ROUNDS_FIRST:
+        normed = normed.to(out_ptr.dtype.element_ty).to(tl.float32)
+    out = normed * weight[None, :]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(rstd_ptr + row, rstd, mask=row < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _rms_norm_bwd_kernel(
+    grad_out_ptr,  # [M, D]
+    x_ptr,  # [M, D]
+    weight_ptr,  # [D]
+    rstd_ptr,  # [M] fp32
+    grad_x_ptr,  # [M, D]
+    num_rows,
+    offset,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    at = row[:, None] * D + column[None, :]
+    valid = (row < num_rows)[:, None] & (column < D)[None, :]
+    rstd = tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)[:, None]
+    normed = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32) * rstd
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset
+    grad = tl.load(grad_out_ptr + at, mask=valid, other=0.0).to(tl.float32) * weight[None, :]
+    mean = tl.sum(grad * normed, axis=1) / D
+    grad_x = (grad - normed * mean[:, None]) * rstd
+    tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=valid)
+
+
+def forward(x: Tensor, weight: Tensor, rule: NormRule, out: Tensor, rstd: Tensor) -> None:
+    """Normalise rows.
+
+    Args:
+        x: [M, D], contiguous.
+        weight: [D].
+        rule: How.
+        out: [M, D], contiguous; written.
+        rstd: [M] fp32; written.
+    """
+    grid, sizes = _sizes(x)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _rms_norm_fwd_kernel[grid](
+            x,
+            weight,
+            out,
+            rstd,
+            len(x),
+            rule.eps,
+            rule.offset,
+            ROUNDS_FIRST=rule.rounds_first,
+            **sizes,
+        )
+
+
+def backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, rule: NormRule, rstd: Tensor, grad_x: Tensor
+) -> None:
+    """Gradient of the rows.
+
+    Args:
+        grad_out: [M, D], contiguous.
+        x: [M, D], contiguous.
+        weight: [D].
+        rule: How.
+        rstd: [M] fp32, from `forward`.
+        grad_x: [M, D], contiguous; written.
+    """
+    grid, sizes = _sizes(x)
+    with torch.cuda.device_of(x):
+        _rms_norm_bwd_kernel[grid](grad_out, x, weight, rstd, grad_x, len(x), rule.offset, **sizes)
+
+
+def _sizes(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """The grid, and a program's tile: by the row's length alone."""
+    width = triton.next_power_of_2(x.shape[1])
+    rows = max(1, _TILE_NUMBERS // width)
+    num_warps = min(16, max(1, rows * width // 512))
+    sizes = {"D": x.shape[1], "ROWS": rows, "WIDTH": width, "num_warps": num_warps}
+    return (triton.cdiv(len(x), rows),), sizes

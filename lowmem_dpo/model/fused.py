@@ -1,0 +1,108 @@
+"""Modules of transformers' layers replaced by ones that keep less for the backward pass.
+
+Found by the name of their class, put in their place under the same name; what is not in the table
+stays as it is and computes the same with more memory.
+"""
+
+from torch import Tensor, nn
+
+from lowmem_dpo.model.tiles import TILE_ROWS, TokenTiles
+from lowmem_dpo_kernels import NormRule, rms_norm
+
+# Class name to (offset of the weight, whether rows are rounded before the product with it).
+_NORMS = {
+    "LlamaRMSNorm": (0.0, True),
+    "MistralRMSNorm": (0.0, True),
+    "Qwen2RMSNorm": (0.0, True),
+    "Qwen3RMSNorm": (0.0, True),
+    "Phi3RMSNorm": (0.0, True),
+    "GraniteRMSNorm": (0.0, True),
+    "Olmo2RMSNorm": (0.0, False),
+    "Gemma2RMSNorm": (1.0, False),
+    "Gemma3RMSNorm": (1.0, False),
+}
+
+# Class of decoder layer to the norms right before and after its MLP. What comes after those is
+# added to the residual, which is what lets `TokenTiles` leave it out of a second run.
+_TOKEN_WISE: dict[str, tuple[str | None, str | None]] = {
+    "LlamaDecoderLayer": ("post_attention_layernorm", None),
+    "MistralDecoderLayer": ("post_attention_layernorm", None),
+    "Qwen2DecoderLayer": ("post_attention_layernorm", None),
+    "Qwen3DecoderLayer": ("post_attention_layernorm", None),
+    "Phi3DecoderLayer": ("post_attention_layernorm", None),
+    "GraniteDecoderLayer": ("post_attention_layernorm", None),
+    "Olmo2DecoderLayer": (None, "post_feedforward_layernorm"),
+    "Gemma2DecoderLayer": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "Gemma3DecoderLayer": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "CohereDecoderLayer": (None, None),  # attention and MLP share one norm
+    "Cohere2DecoderLayer": (None, None),
+}
+
+
+class FusedRmsNorm(nn.Module):
+    """An RMS norm with a frozen weight; see `lowmem_dpo_kernels.rms_norm`.
+
+    Args:
+        weight: [D], frozen.
+        rule: How the family normalises.
+    """
+
+    def __init__(self, weight: nn.Parameter, rule: NormRule) -> None:
+        super().__init__()
+        self.weight = weight
+        self.rule = rule
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the rows of [..., D]."""
+        return rms_norm(x, self.weight, self.rule)
+
+    def extra_repr(self) -> str:
+        """Sizes for `print(model)`."""
+        return f"{tuple(self.weight.shape)}, eps={self.rule.eps}"
+
+
+def fuse_norms(model: nn.Module) -> int:
+    """Replace every RMS norm whose family is known, in place.
+
+    Args:
+        model: Frozen.
+
+    Returns:
+        How many.
+    """
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child).__name__ in _NORMS
+    ]
+    for parent, name, norm in found:
+        offset, rounds_first = _NORMS[type(norm).__name__]
+        eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        setattr(parent, name, FusedRmsNorm(norm.weight, NormRule(eps, offset, rounds_first)))
+    return len(found)
+
+
+def tile_layers(layers: nn.ModuleList, *, has_randomness: bool, tile_rows: int = TILE_ROWS) -> int:
+    """Let the MLP of every layer whose family is known, with its norms, run in tiles of tokens.
+
+    Args:
+        layers: The decoder layers, linears replaced by LoraLinear.
+        has_randomness: Whether the adapters have dropout.
+        tile_rows: Most rows of a tile.
+
+    Returns:
+        How many.
+    """
+    known = [layer for layer in layers if type(layer).__name__ in _TOKEN_WISE]
+    for layer in known:
+        before, after = _TOKEN_WISE[type(layer).__name__]
+        names = [name for name in (before, "mlp", after) if name]
+        last = layer.mlp.down_proj if after is None else None
+        modules = [layer.get_submodule(name) for name in names]
+        for name in names:
+            setattr(layer, name, nn.Identity())
+        layer.mlp = TokenTiles(
+            *modules, last=last, has_randomness=has_randomness, tile_rows=tile_rows
+        )
+    return len(known)
