@@ -5,10 +5,11 @@ layer while it runs again and is differentiated. Here that one layer runs as in 
 with an adapter on every linear, over one causal sequence, and every tensor is followed from its
 making to its end. The tokens are few: bytes a token are the slope between two lengths, which takes
 what does not grow (a dequantised weight, gradients of adapters) out of them. A tile of the MLP is
-such a constant too; `--tile_rows` makes it small enough to be one here.
+such a constant too, and small enough to be one here.
 
     python benchmarks/layer_memory.py
-    python benchmarks/layer_memory.py --shape gemma-2-9b --without norms
+    python benchmarks/layer_memory.py --shape gemma-2-9b --causes
+    python benchmarks/layer_memory.py --rounds 5 --scale 4
 
 On a CPU all of it is exact but for what PyTorch's operations allocate inside themselves, and the
 shape is divided by `--scale` (bytes are scaled up again). On CUDA the peak is the allocator's.
@@ -16,14 +17,15 @@ shape is divided by `--scale` (bytes are scaled up again). On CUDA the peak is t
 
 import argparse
 import dataclasses
+import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import commit, device_name
+from _common import StepClock, commit, device_name
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -39,15 +41,12 @@ from transformers import (
 from lowmem_dpo.model.fused import fuse_norms, tile_layers
 from lowmem_dpo.model.lora import add_lora, wrap_linears
 from lowmem_dpo.model.runner import LayerRunner
+from lowmem_dpo.model.tiles import TILE_ROWS
+from lowmem_dpo_kernels import rms_norm
 
-TILE_ROWS = 64
+SMALL_TILE_ROWS = 64
 ONE_SEQUENCE = "layer_memory"
-OPS: dict[str, Callable[[nn.Module], Any]] = {
-    "norms": fuse_norms,
-    "tiles": lambda model: tile_layers(
-        model.model.layers, has_randomness=False, tile_rows=TILE_ROWS
-    ),
-}
+OPS = ("norms", "tiles")
 
 # type, hidden, intermediate, query heads, key heads, head size
 SHAPES = {
@@ -59,7 +58,9 @@ SHAPES = {
 }
 
 
-def make_layer(options: argparse.Namespace) -> tuple[LayerRunner, PreTrainedModel]:
+def make_layer(
+    options: argparse.Namespace, ops: Sequence[str]
+) -> tuple[LayerRunner, PreTrainedModel]:
     """One decoder layer with its adapter under its runner, and the model it is from."""
     model_type, hidden, inner, heads, key_heads, head_size = SHAPES[options.shape]
     scale = options.scale
@@ -81,8 +82,10 @@ def make_layer(options: argparse.Namespace) -> tuple[LayerRunner, PreTrainedMode
     add_lora(
         model, targets="all", rank=16 // scale, alpha=16, dropout=0, rank_stabilised=False, seed=0
     )
-    for op in options.ops:
-        OPS[op](model)
+    if "norms" in ops:
+        fuse_norms(model)
+    if "tiles" in ops:
+        tile_layers(model.model.layers, has_randomness=False, tile_rows=options.tile_rows)
     model.set_attn_implementation(ONE_SEQUENCE)
     return LayerRunner(model.model.layers[0], inputs_on_host=False, has_randomness=False), model
 
@@ -157,48 +160,100 @@ class LiveTensors(TorchDispatchMode):
         return result
 
 
+def shrink_blocks() -> None:
+    """Blocks of rows as small, beside these tokens, as they are beside those of a real pack."""
+    sys.modules[rms_norm.__module__]._BLOCK_NUMBERS = 1  # type: ignore[attr-defined]
+
+
 @dataclasses.dataclass
 class Peak:
     """Most bytes alive, and on a CPU by what made them."""
 
     total: int
-    causes: Counter[str]
-    where: str
+    causes: Counter[str] = dataclasses.field(default_factory=Counter)
+    where: str = ""
 
 
-def shrink_blocks() -> None:
-    """Blocks of rows as small, beside these tokens, as they are beside those of a real pack."""
-    from lowmem_dpo_kernels import rms_norm
+class Pass:
+    """A layer with what it is run on.
 
-    sys.modules[rms_norm.__module__]._BLOCK_NUMBERS = 1
+    Args:
+        options: Shape, dtype and device.
+        ops: Names of `OPS`.
+        num_tokens: N.
+    """
+
+    def __init__(self, options: argparse.Namespace, ops: Sequence[str], num_tokens: int) -> None:
+        torch.manual_seed(0)
+        self.layer, model = make_layer(options, ops)
+        shape = (1, num_tokens, model.config.hidden_size)
+        self.hidden = torch.randn(shape, dtype=options.dtype, device=options.device)
+        self.hidden.requires_grad_()
+        self.upstream = torch.randn_like(self.hidden)
+        positions = torch.arange(num_tokens, device=options.device)[None]
+        self.arguments = {
+            "position_embeddings": model.model.rotary_emb(self.hidden, positions),
+            "position_ids": positions,
+            "attention_mask": None,
+        }
+
+    def run(self) -> None:
+        """Forth and back; the output is gone by then, as in training, its gradient is there."""
+        edge = get_gradient_edge(self.layer(self.hidden, **self.arguments))
+        torch.autograd.backward(edge, self.upstream.clone())
+
+    def peak(self) -> Peak:
+        """Most bytes alive, beyond the layer's own and its input."""
+        device = self.hidden.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            self.run()
+            return Peak(torch.cuda.max_memory_allocated(device) - before)
+        live = LiveTensors(self.layer)
+        rotary = self.arguments["position_embeddings"]
+        for tensor in (self.hidden, self.upstream, *rotary, self.arguments["position_ids"]):
+            live.add(tensor, "", 0)
+        with live:
+            self.run()
+        return Peak(live.peak, live.at_peak, live.where)
+
+    def gradients(self) -> list[Tensor]:
+        """Of the input and of every adapter matrix, after one run."""
+        self.run()
+        parameters = [p for p in self.layer.parameters() if p.requires_grad]
+        return [t.grad for t in (self.hidden, *parameters) if t.grad is not None]
 
 
-def measure(options: argparse.Namespace, num_tokens: int) -> Peak:
-    """Run the layer over so many tokens, forth, again and back."""
-    torch.manual_seed(0)
-    layer, model = make_layer(options)
-    shape = (1, num_tokens, model.config.hidden_size)
-    hidden = torch.randn(shape, dtype=options.dtype, device=options.device, requires_grad=True)
-    grad = torch.randn_like(hidden)
-    positions = torch.arange(num_tokens, device=options.device)[None]
-    rotary = model.model.rotary_emb(hidden, positions)
-    arguments = {"position_embeddings": rotary, "position_ids": positions, "attention_mask": None}
-    if options.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(layer, hidden, grad, arguments)
-        return Peak(torch.cuda.max_memory_allocated() - before, Counter(), "")
-    live = LiveTensors(layer)
-    for tensor in (hidden, grad, *rotary, positions):
-        live.add(tensor, "", 0)
-    with live:
-        run(layer, hidden, grad, arguments)
-    return Peak(live.peak, live.at_peak, live.where)
+def check(options: argparse.Namespace) -> None:
+    """Stop if the ops change a gradient by more than rounding: no figure of a wrong result."""
+    exact = argparse.Namespace(**vars(options) | {"dtype": torch.float32})
+    plain, fused = (Pass(exact, ops, 100).gradients() for ops in ((), OPS))
+    for got, want in zip(fused, plain, strict=True):
+        if not (got - want).norm() <= 1e-4 * want.norm():
+            raise SystemExit("the ops change the gradients; not measured")
 
 
-def run(layer: nn.Module, hidden: Tensor, grad: Tensor, arguments: dict[str, Any]) -> None:
-    """Forth and back; the output is gone by then, as it is in training, its gradient is there."""
-    torch.autograd.backward(get_gradient_edge(layer(hidden, **arguments)), grad.clone())
+def kilobytes_per_token(options: argparse.Namespace, ops: Sequence[str]) -> dict[str, float]:
+    """The peak's slope between N and 2 N tokens, by cause, at the shape's true size."""
+    short, long = (Pass(options, ops, n * options.tokens).peak() for n in (1, 2))
+    factor = options.scale / options.tokens / 1000
+    causes = {c: (long.causes[c] - short.causes[c]) * factor for c in long.causes}
+    return {f"peak, in {long.where}": (long.total - short.total) * factor} | {
+        cause: value for cause, value in sorted(causes.items(), key=lambda i: -i[1]) if value > 0.05
+    }
+
+
+def times(options: argparse.Namespace, variants: Sequence[Sequence[str]]) -> list[list[float]]:
+    """Milliseconds of each variant's runs, in rounds of one run each; the first is left out."""
+    passes = [Pass(options, ops, options.time_tokens) for ops in variants]
+    clock = StepClock(options.device)
+    for _ in range(options.rounds + 1):
+        for each in passes:
+            clock.start()
+            each.run()
+            clock.stop()
+    return [clock.steps_ms[len(passes) + i :: len(passes)] for i in range(len(passes))]
 
 
 def main() -> None:
@@ -209,20 +264,33 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--scale", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=256, help="of the shorter run")
-    parser.add_argument("--ops", nargs="*", choices=list(OPS), default=list(OPS))
+    parser.add_argument("--scale", type=int, default=16, help="divides hidden and MLP sizes")
+    parser.add_argument("--tokens", type=int, default=256, help="of the shorter run for memory")
+    parser.add_argument("--time_tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=0, help="measure times, so many of each")
+    parser.add_argument("--causes", action="store_true", help="what the peak is made of")
     options = parser.parse_args()
-    shrink_blocks()
     options.dtype = getattr(torch, options.dtype)
-    short, long = (measure(options, n) for n in (options.tokens, 2 * options.tokens))
-    per_token = options.scale / options.tokens
+    options.tile_rows = TILE_ROWS
+    check(options)
+    variants = [(), *((op,) for op in OPS), OPS]
     print(f"{options.shape} on {device_name(options.device)}, commit {commit()}")
-    print(f"peak in {long.where}: {(long.total - short.total) * per_token / 1000:.1f} kB a token")
-    for cause in sorted(long.causes, key=lambda c: -long.causes[c]):
-        kilobytes = (long.causes[cause] - short.causes[cause]) * per_token / 1000
-        if kilobytes:
-            print(f"  {kilobytes:8.1f}  {cause}")
+    if options.rounds:
+        found = times(options, variants)
+        print(f"{'ops':<16} {'ms':>9} {'over none':>10}")
+        for ops, ms in zip(variants, found, strict=True):
+            ratio = statistics.median(a / b for a, b in zip(ms, found[0], strict=True))
+            name = " + ".join(ops) or "none"
+            print(f"{name:<16} {statistics.median(ms):>9.1f} {ratio:>10.3f}")
+        return
+    shrink_blocks()
+    options.tile_rows = SMALL_TILE_ROWS
+    print(f"{'ops':<16} {'kB a token':>10}")
+    for ops in variants:
+        (where, peak), *causes = kilobytes_per_token(options, ops).items()
+        print(f"{' + '.join(ops) or 'none':<16} {peak:>10.1f}  {where}")
+        for name, value in causes if options.causes else ():
+            print(f"{'':<16} {value:>10.1f}  {name}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,11 @@ Found by the name of their class, put in their place under the same name; what i
 stays as it is and computes the same with more memory.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from lowmem_dpo.model.lora import LoraLinear
 from lowmem_dpo.model.tiles import TILE_ROWS, TokenTiles
 from lowmem_dpo_kernels import NormRule, rms_norm
 
@@ -78,8 +81,9 @@ def fuse_norms(model: nn.Module) -> int:
     ]
     for parent, name, norm in found:
         offset, rounds_first = _NORMS[type(norm).__name__]
-        eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-        setattr(parent, name, FusedRmsNorm(norm.weight, NormRule(eps, offset, rounds_first)))
+        eps: Any = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        weight: Any = norm.weight
+        setattr(parent, name, FusedRmsNorm(weight, NormRule(eps, offset, rounds_first)))
     return len(found)
 
 
@@ -98,7 +102,8 @@ def tile_layers(layers: nn.ModuleList, *, has_randomness: bool, tile_rows: int =
     for layer in known:
         before, after = _TOKEN_WISE[type(layer).__name__]
         names = [name for name in (before, "mlp", after) if name]
-        last = layer.mlp.down_proj if after is None else None
+        last = layer.get_submodule("mlp.down_proj") if after is None else None
+        assert last is None or isinstance(last, LoraLinear)
         modules = [layer.get_submodule(name) for name in names]
         for name in names:
             setattr(layer, name, nn.Identity())
