@@ -74,13 +74,20 @@ def make_layer(
         num_key_value_heads=key_heads,
         head_dim=head_size // scale,
         pad_token_id=None,
+        eos_token_id=None,
     )
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(config, dtype=options.dtype)
     wrap_linears(model.model.layers, "model.layers")
     model.requires_grad_(False).eval()
     add_lora(
-        model, targets="all", rank=16 // scale, alpha=16, dropout=0, rank_stabilised=False, seed=0
+        model,
+        targets="all",
+        rank=max(1, 16 // scale),
+        alpha=16,
+        dropout=0,
+        rank_stabilised=False,
+        seed=0,
     )
     if "norms" in ops:
         fuse_norms(model)
@@ -256,8 +263,8 @@ def times(options: argparse.Namespace, variants: Sequence[Sequence[str]]) -> lis
     return [clock.steps_ms[len(passes) + i :: len(passes)] for i in range(len(passes))]
 
 
-def main() -> None:
-    """Print the table."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Settings from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -269,9 +276,15 @@ def main() -> None:
     parser.add_argument("--time_tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=0, help="measure times, so many of each")
     parser.add_argument("--causes", action="store_true", help="what the peak is made of")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.dtype = getattr(torch, options.dtype)
     options.tile_rows = TILE_ROWS
+    return options
+
+
+def main() -> None:
+    """Print the table."""
+    options = parse()
     check(options)
     variants = [(), *((op,) for op in OPS), OPS]
     print(f"{options.shape} on {device_name(options.device)}, commit {commit()}")

@@ -66,6 +66,24 @@ def test_train_step_gives_trl_the_same_nf4_weights(train_step):
     assert trl["grad_norm_0"] == pytest.approx(ours["grad_norm_0"], rel=0.01)
 
 
+def test_layer_memory_sees_what_each_op_saves(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    import layer_memory
+
+    options = layer_memory.parse(["--scale", "32", "--tokens", "128"])
+    layer_memory.check(options)
+    monkeypatch.setattr(sys.modules[layer_memory.rms_norm.__module__], "_BLOCK_NUMBERS", 1)
+    options.tile_rows = 16
+    peaks = []
+    for ops in ((), ("norms",), layer_memory.OPS):
+        (_, peak), *causes = layer_memory.kilobytes_per_token(options, ops).items()
+        assert sum(value for _, value in causes) == pytest.approx(peak, rel=0.2)
+        peaks.append(peak)
+    assert peaks[1] < 0.95 * peaks[0]
+    assert peaks[2] < 0.5 * peaks[1]
+
+
 def result(impl: str, **changes: float) -> dict[str, object]:
     right = {"loss_0": math.log(2), "logps_chosen_0": -80.0, "logps_rejected_0": -90.0}
     return {"impl": impl, "ms": 1.0, "steps_ms": [1.0], "grad_norm_0": 2.0, **right, **changes}

@@ -18,6 +18,7 @@ from lowmem_dpo.model.lora import (
     wrap_linears,
 )
 from lowmem_dpo.model.nf4 import quantize_nf4
+from lowmem_dpo.model.second_run import output_unread
 
 NUM_TOKENS, IN, OUT, RANK = 5, 32, 24, 3
 ADD = {"targets": "all", "rank": RANK, "alpha": 6.0, "dropout": 0.0, "rank_stabilised": False}
@@ -336,3 +337,18 @@ def test_adapters_disabled_gives_the_base_and_comes_back():
         assert torch.equal(tower(x), before)
         raise KeyError
     assert torch.equal(tower(x), after) and not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("rank", [0, RANK])
+def test_an_output_that_is_not_read_is_left_out_and_its_gradients_are_right(rank):
+    results = []
+    for left_out in (False, True):
+        layer = make_layer("nf4", rank=rank)
+        x = torch.randn(NUM_TOKENS, IN, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        with output_unread(layer if left_out else None):
+            y = layer(x)
+        assert y.isnan().all() == left_out
+        y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
+        results.append([x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
