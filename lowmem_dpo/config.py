@@ -86,7 +86,7 @@ class TrainConfig:
     batch_size: int = 16
     """Pairs per optimizer step. How they are split into micro-batches is the plan's business."""
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"] = "adamw"
-    """adamw (torch), adamw_8bit or paged_adamw_8bit (bitsandbytes; CUDA only), or sgd."""
+    """adamw (torch), adamw_8bit or paged_adamw_8bit (bitsandbytes; the latter on CUDA), or sgd."""
     adam_beta1: float = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: float = 0.999
@@ -326,7 +326,7 @@ class GenerateConfig:
         check(self, "top_k", self.top_k >= 0, "must be >= 0")
         check_seed(self)
         if self.temperature == 0:
-            check_unused(self, "temperature", "top_p", "top_k")
+            check_unused(self, "temperature", "top_p", "top_k", "seed")
         if self.quantization == "none":
             check_unused(self, "quantization", "quantized_copy")
         if self.prompt is not None and not self.prompt.strip():

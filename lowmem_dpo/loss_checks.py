@@ -88,7 +88,7 @@ def _read_names(config: Any) -> None:
 def _nearest(name: str) -> str:
     """A hint at the loss that was meant, if there is one."""
     name = name.lower().replace("-", "_")
-    near = difflib.get_close_matches(name, LOSS_TYPES, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, LOSS_TYPES, n=1, cutoff=0.8)
     meant = _ALSO_KNOWN_AS.get(name) or next(iter(near), None)
     return f"; did you mean {meant}?" if meant else ""
 
@@ -110,10 +110,11 @@ def _check_weights(config: Any) -> None:
         )
     for weight in weights:
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not (is_number and 0 <= weight < float("inf")):
-            raise ValueError(f"loss_weights must be numbers >= 0, got {weight!r}")
-    if not any(weights):
-        raise ValueError("loss_weights are all 0; at least one must be > 0")
+        if not (is_number and 0 < weight < float("inf")):
+            raise ValueError(
+                f"loss_weights must be numbers > 0, got {weight!r}; leave a loss that should not "
+                "count out of loss_type"
+            )
     object.__setattr__(config, "loss_weights", [float(weight) for weight in weights])
 
 

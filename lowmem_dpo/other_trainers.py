@@ -64,6 +64,7 @@ NO_EFFECT = {
     "remove_unused_columns": "columns that are not read are named",
     "logging_first_step": "the first step is always checked and recorded",
     "plot_loss": "plots are always drawn",
+    "load_best_model_at_end": "best/ holds the best, adapter/ the last",
 }
 
 # Value(s) that say what happens here anyway; every other value is refused, with the reason.
@@ -97,6 +98,8 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "truncation_mode": (("keep_start", None), "completions are cut at their end"),
     "kl_coef": ((), "beta is the weight of the KL term; set beta"),
     "max_completion_length": ((None,), "completions are cut at max_length"),
+    "metric_for_best_model": (("eval_loss", "loss", None), "best/ is chosen by eval_loss"),
+    "greater_is_better": ((False, None), "best/ is chosen by the lowest eval_loss"),
     "overwrite_output_dir": ((False, None), "a run's folder is never overwritten; choose another"),
 }
 
@@ -111,12 +114,16 @@ _OPTIMIZERS = {
 _ALGORITHM = ("beta", "reference_free", "label_smoothing", "loss_type")
 
 
-def translate(mapping: Mapping[str, Any], fields: set[str]) -> tuple[Settings, list[str]]:
-    """Put the settings of another trainer's file into our words.
+def translate(
+    mapping: Mapping[str, Any], fields: set[str], context: Mapping[str, Any] | None = None
+) -> tuple[Settings, list[str]]:
+    """Put the settings of another trainer's file, or of its flags, into our words.
 
     Args:
-        mapping: Names and values as the file has them.
+        mapping: Names and values as they are given.
         fields: The names of our own settings.
+        context: All that is given in file and flags, where a rule reads several settings; by
+            default `mapping`.
 
     Returns:
         Our settings, with those left over as they were, and lines to tell the user.
@@ -124,6 +131,8 @@ def translate(mapping: Mapping[str, Any], fields: set[str]) -> tuple[Settings, l
     Raises:
         ValueError: If a value cannot be had here, or one setting is given under two names.
     """
+    context = mapping if context is None else context
+    mapping = {n: v for n, v in mapping.items() if not _is_left_out(n, v, context)}
     result = {name: value for name, value in mapping.items() if name in fields or not known(name)}
     origin = {name: name for name in result}
     notes: list[str] = []
@@ -139,13 +148,22 @@ def translate(mapping: Mapping[str, Any], fields: set[str]) -> tuple[Settings, l
         if name in FIXED:
             _check_fixed(name, value)
             continue
-        ours = _rename(name, value) if name in RENAMED else RULES[name][1](value, mapping, notes)
+        ours = _rename(name, value) if name in RENAMED else RULES[name][1](value, context, notes)
         for setting, translated in ours.items():
             twin = origin.get(setting)
             if twin is not None and result[setting] != translated:
                 raise ValueError(f"{twin} and {name} are both given for {setting}; leave one out")
             result[setting], origin[setting] = translated, name
     return {name: native_value(name, value) for name, value in result.items()}, notes
+
+
+def _is_left_out(name: str, value: Any, context: Mapping[str, Any]) -> bool:
+    """Whether a value is another trainer's way to say that a setting is not set."""
+    if value is None:
+        return name not in FIXED and name not in RULES
+    if name == "max_steps":
+        return value == -1
+    return name == "warmup_steps" and value == 0 and context.get("warmup_ratio") is not None
 
 
 def known(name: str) -> bool:
@@ -160,8 +178,6 @@ def _check_fixed(name: str, value: Any) -> None:
 
 
 def _rename(name: str, value: Any) -> Settings:
-    if value is None:  # "left at its default" in every trainer
-        return {}
     if name == "dataset_name" and value in ("json", "csv", "parquet"):
         return {}  # datasets' generic readers; data_files names the file
     return {RENAMED[name]: value}
@@ -278,9 +294,12 @@ def _resume(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Setting
 
 def _eval_strategy(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Settings:
     if value in (False, "no", None):
-        if mapping.get("eval_steps") is not None:
-            raise ValueError(f"eval_steps={mapping['eval_steps']} has no effect without evaluation")
-        notes.append("eval_strategy no: leave eval_data and eval_fraction out, and none is done")
+        for name in ("eval_steps", "eval_data", "eval_fraction", "validation_file"):
+            if mapping.get(name):
+                raise ValueError(
+                    f"{name}={mapping[name]} has no effect without evaluation (eval_strategy no); "
+                    "leave one out"
+                )
         return {}
     if value == "epoch" and mapping.get("eval_steps") is None:
         return {}
@@ -308,6 +327,7 @@ def _prompt_length(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> 
 
 Rule = Callable[[Any, Mapping[str, Any], list[str]], Settings]
 _PRODUCT = "`batch_size` = per_device_train_batch_size x gradient_accumulation_steps"
+_EVALUATION = "by steps where `eval_steps` is set, else by epoch; no: nothing to evaluate on"
 RULES: dict[str, tuple[str, Rule]] = {
     "per_device_train_batch_size": (_PRODUCT, _batch_size),
     "gradient_accumulation_steps": (_PRODUCT, _batch_size),
@@ -320,7 +340,13 @@ RULES: dict[str, tuple[str, Rule]] = {
     "adaptive_async": ("{enabled: false}; true is refused: DPO has no rollouts", _adaptive_async),
     "sglang": ("{base_url}: for sampling, said", _sglang),
     "resume_from_checkpoint": ("`resume`; true is auto", _resume),
-    "eval_strategy": ("by steps where `eval_steps` is set, else by epoch", _eval_strategy),
-    "evaluation_strategy": ("by steps where `eval_steps` is set, else by epoch", _eval_strategy),
+    "eval_strategy": (
+        "by steps where `eval_steps` is set, else by epoch; no: nothing to evaluate on",
+        _eval_strategy,
+    ),
+    "evaluation_strategy": (
+        "by steps where `eval_steps` is set, else by epoch; no: nothing to evaluate on",
+        _eval_strategy,
+    ),
     "max_prompt_length": ("`truncate_prompt` where it is half of max_length", _prompt_length),
 }

@@ -7,6 +7,7 @@ text into values of a field's type.
 import argparse
 import dataclasses
 import difflib
+import functools
 import logging
 import re
 from collections.abc import Callable, Iterable
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 # Names that a newcomer may try and whose nearest name here would be a wrong hint, or none.
-_ALIASES = {"lr": "learning_rate", "rank": "lora_r", "alpha": "lora_alpha"}
+_ALIASES = {
+    "lr": "learning_rate",
+    "rank": "lora_r",
+    "alpha": "lora_alpha",
+    "epochs": "num_train_epochs",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +48,23 @@ def parse_config(
     Raises:
         ValueError: If the file cannot be read, a name is unknown or a value does not fit its field.
     """
-    path, words, foreign = _split_arguments(cls, arguments)
+    path, own, foreign = _split_arguments(cls, arguments)
     where = f"{path}: " if path is not None else ""
     mapping = _read_mapping(path) if path is not None else {}
     names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    flags = {name: _yaml_value(name, text) for name, text in (own | foreign).items()}
+    given = mapping | flags
     try:
-        mapping, notes = translate({**mapping, **foreign}, names)
+        mapping, notes = translate(mapping, names, given)
     except ValueError as error:
-        raise ValueError(f"{'' if foreign else where}{error}") from None
+        raise ValueError(f"{'' if flags else where}{error}") from None
+    theirs, more_notes = translate({name: flags[name] for name in foreign}, names, given)
+    for name in theirs.keys() & own.keys():
+        raise ValueError(f"--{name} and another trainer's flag for it are both given")
+    mapping |= theirs
     _check_names(cls, mapping, where)
-    where = "" if words else where  # with flags about, the file may not be to blame
+    words = [f"--{name}={native_value(name, text)}" for name, text in own.items()]
+    where = "" if flags else where  # with flags about, the file may not be to blame
     parser = settings_parser(cls)
     try:
         values = parser.parse_args(words, namespace=parser.parse_object(mapping))
@@ -60,7 +73,7 @@ def parse_config(
         raise ValueError(where + _one_line(cls, str(error))) from None
     except (ValueError, OverflowError) as error:  # the latter of an int beyond every float
         raise ValueError(f"{where}{error}") from None
-    for note in notes:
+    for note in dict.fromkeys([*notes, *more_notes]):
         say(note)
     return config
 
@@ -102,23 +115,16 @@ def to_yaml(config: Any) -> str:
 
 def _split_arguments(
     cls: type, arguments: list[str]
-) -> tuple[str | None, list[str], dict[str, Any]]:
+) -> tuple[str | None, dict[str, str], dict[str, str]]:
     """Take the settings file and other trainers' flags out of the words.
 
     Returns:
-        The file, or None; our flags, each spelt as its field and with a value; the others' flags
-        and their values.
+        The file, or None; our flags, each spelt as its field, and the others', with their text.
     """
-    names = {f.name for f in dataclasses.fields(cls)}
-    booleans = {f.name for f in dataclasses.fields(cls) if f.type in (bool, "bool")}
-    lists = {
-        f.name
-        for f in dataclasses.fields(cls)
-        if any(get_origin(kind) is list for kind in get_args(f.type))
-    }
+    types = {f.name: f.type for f in dataclasses.fields(cls)}
     path: str | None = None
-    words: list[str] = []
-    foreign: dict[str, Any] = {}
+    own: dict[str, str] = {}
+    foreign: dict[str, str] = {}
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
@@ -126,26 +132,35 @@ def _split_arguments(
             raise ValueError(f"unexpected argument {word!r}; settings are given as --name value")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        is_foreign = name not in names and known(name)
+        is_foreign = name not in types and known(name)
         if name != "config" and not is_foreign:
             _check_names(cls, [name.partition(".")[0]], "")
         if not equals:
-            may_stand_alone = name in booleans or is_foreign
+            may_stand_alone = types.get(name) in (bool, "bool") or is_foreign
             if may_stand_alone and (not rest or rest[0].startswith("--")):
                 value = "true"
             elif rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
             else:
                 raise ValueError(f"--{name} needs a value; one that begins with -- as --{name}=...")
-        if name in lists and "," in value and "[" not in value:
-            value = f"[{value}]"
+        if name == "config" and path is not None:
+            raise ValueError(f"--config is given twice, {path} and {value}; give one file")
         if name == "config":
             path = value
         elif is_foreign:
-            foreign[name] = _yaml_value(name, value)
+            foreign[name] = value
         else:
-            words.append(f"--{name}={native_value(name, value)}")
-    return path, words, foreign
+            own[name] = _as_list(types.get(name), value)
+    return path, own, foreign
+
+
+def _as_list(annotation: Any, text: str) -> str:
+    """A flag's text with the brackets that a list needs: around `a,b`, and around one number."""
+    kinds = get_args(annotation)
+    takes_list = any(get_origin(kind) is list for kind in kinds)
+    if not takes_list or "[" in text or text in ("null", "None", ""):
+        return text
+    return f"[{text}]" if "," in text or str not in kinds else text
 
 
 def _yaml_value(name: str, text: str) -> Any:
@@ -164,7 +179,7 @@ def _check_names(cls: type, names: Iterable[Any], where: str) -> None:
     for name in map(str, names):
         if name not in known:
             near = [alias for alias in [_ALIASES.get(name)] if alias in known]
-            near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.65)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             raise ValueError(f"{where}unknown setting {name!r}; {hint}")
 
@@ -173,7 +188,8 @@ def _read_mapping(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        mapping = yaml.load(text, _strict_loader())
     except OSError as error:
         raise ValueError(f"cannot read the settings file {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -186,6 +202,33 @@ def _read_mapping(path: str) -> dict[str, Any]:
     return mapping
 
 
+@functools.cache
+def _strict_loader() -> Any:
+    """A safe YAML loader that refuses what would be read otherwise than it was meant."""
+    import yaml
+
+    class StrictLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for name in names:
+                if names.count(name) > 1:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"{name} is given twice", problem_mark=node.start_mark
+                    )
+            return super().construct_mapping(node, deep)
+
+        def construct_yaml_int(self, node: Any) -> Any:
+            if re.fullmatch(r"[-+]?0[0-9_]+|.*:.*", node.value):  # octal, sexagesimal
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{node.value} means another number in YAML; write it plainly",
+                    problem_mark=node.start_mark,
+                )
+            return super().construct_yaml_int(node)
+
+    StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_yaml_int)
+    return StrictLoader
+
+
 def _one_line(cls: type, message: str) -> str:
     """Shorten jsonargparse's explanation to what was expected and what was given."""
     key = re.search(r'key "(\w+)', message)
@@ -193,4 +236,7 @@ def _one_line(cls: type, message: str) -> str:
     if not key or not given:
         return " ".join(message.split())
     annotation = next(f.type for f in dataclasses.fields(cls) if f.name == key[1])
-    return f"{key[1]} must be {type_name(annotation)}, got {given[-1]}"
+    if given[-1].lower().strip("+-.") in ("nan", "inf", "infinity"):
+        return f"{key[1]} must be a finite number, got {given[-1]}"
+    example = "; for example '{name: value}'" if get_origin(annotation) is dict else ""
+    return f"{key[1]} must be {type_name(annotation)}, got {given[-1]}{example}"

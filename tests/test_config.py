@@ -90,6 +90,10 @@ def test_parse_config_reads_template_variables():
         (["--epochs", "1"], "did you mean num_train_epochs?"),
         (["--output", "x"], "did you mean output_dir?"),
         (["--rank", "8"], "did you mean lora_r?"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "--config is given twice, a.yaml and b"),
+        (["--beta", "nan"], "beta must be a finite number, got nan"),
+        (["--columns", "prompt=question"], "for example '{name: value}'"),
+        (["--loss_weights", "0.5"], "loss_weights=[0.5] has no effect with one loss"),
         (["--alpha", "8"], "did you mean lora_alpha?"),
         (["--print_config=skip_default"], "unknown setting 'print_config'"),
         (
@@ -249,3 +253,19 @@ def field_docs(cls: type) -> dict[str, str]:
 )
 def test_parse_bytes_reads_decimal_and_binary_units(text, expected):
     assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("beta: 0.1\nseed: 1\nbeta: 0.5", "beta is given twice"),
+        ("seed: 042", "042 means another number in YAML"),
+        ("max_length: 1:30", "1:30 means another number in YAML"),
+    ],
+)
+def test_from_yaml_refuses_what_yaml_reads_otherwise_than_it_was_meant(text, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        TrainConfig.from_yaml(path)
+    assert message in str(error.value) and str(path) in str(error.value)

@@ -165,7 +165,7 @@ CASES: list[dict[str, Any]] = [
     {"loss_type": "discopop", "beta": 0.05},
     {"loss_type": "discopop", "discopop_tau": 0.5, "f_divergence_type": "js_divergence"},
     {"loss_type": "sigmoid_norm", "beta": 5.0},
-    {"loss_type": ["sigmoid", "aot", "nca_pair"], "loss_weights": [0.5, 2.0, 0.0]},
+    {"loss_type": ["sigmoid", "aot", "nca_pair"], "loss_weights": [0.5, 2.0, 0.1]},
 ]
 
 

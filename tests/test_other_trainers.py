@@ -84,6 +84,11 @@ def test_every_name_is_in_one_table_and_leads_to_a_setting():
         ("resume_from_checkpoint: x/step-000001", "resume", "x/step-000001"),
         ("max_seq_length: 600\nmax_prompt_length: 300", "truncate_prompt", True),
         ("model_name: a\nmodel: a", "model", "a"),
+        ("max_steps: -1", "max_steps", None),
+        ("rpo_alpha: null\nbeta: null", "rpo_alpha", 0.0),
+        ("warmup_steps: 0\nwarmup_ratio: 0.2", "warmup_ratio", 0.2),
+        ("eval_strategy: no", "eval_fraction", 0.0),
+        ("eval_strategy: epoch\neval_fraction: 0.1", "eval_steps", None),
     ],
 )
 def test_translate_gives_the_setting_that_is_meant(text, setting, value, tmp_path):
@@ -112,6 +117,8 @@ def test_translate_gives_the_setting_that_is_meant(text, setting, value, tmp_pat
         ("model_name: a\nmodel_path: b", "model_name and model_path are both given for model"),
         ("max_prompt_length: 100", "truncate_prompt"),
         ("eval_strategy: no\neval_steps: 5", "eval_steps=5 has no effect"),
+        ("eval_strategy: no\neval_fraction: 0.2", "eval_fraction=0.2 has no effect"),
+        ("metric_for_best_model: accuracy", "best/ is chosen by eval_loss"),
         ("data_files: [a, b]", "give one file for train"),
         ("push_to_hub: true", "nothing is sent anywhere"),
         ("num_generations: 4", "unknown setting 'num_generations'"),
@@ -144,6 +151,32 @@ def test_foreign_flags_are_understood_and_override_the_file(tmp_path):
     assert parse_config(TrainConfig, ["--optim", "adamw_torch"]).optim == "adamw"
     config, _ = parse("per_device_train_batch_size: 4", tmp_path, "--batch_size", "6")
     assert config.batch_size == 6
+
+
+def test_foreign_flags_override_the_file_whatever_its_names(tmp_path):
+    text = "dtype: float32\nbatch_size: 8\nmax_length: 512"
+    words = ["--bf16", "--per_device_train_batch_size", "4", "--cutoff_len", "1024"]
+    config, _ = parse(text, tmp_path, *words)
+    assert (config.dtype, config.batch_size, config.max_length) == ("bfloat16", 4, 1024)
+    text = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 8"
+    config, _ = parse(text, tmp_path, "--per_device_train_batch_size", "4")
+    assert config.batch_size == 32
+    with pytest.raises(ValueError, match="are both given"):
+        parse_config(TrainConfig, ["--batch_size", "4", "--per_device_train_batch_size", "2"])
+
+
+def test_rules_see_what_file_and_flags_say_together(tmp_path):
+    words = ["--max_length", "2048", "--max_prompt_length"]
+    assert parse_config(TrainConfig, [*words, "1024"]).truncate_prompt
+    with pytest.raises(ValueError, match="max_prompt_length=512 is not supported"):
+        parse_config(TrainConfig, [*words, "512"])
+    text = "max_length: 1024\nmax_prompt_length: 512"
+    with pytest.raises(ValueError, match="max_prompt_length=512 is not supported"):
+        parse(text, tmp_path, "--max_length", "4096")
+    words = ["--eval_fraction", "0.1", "--eval_steps", "50", "--eval_strategy"]
+    assert parse_config(TrainConfig, [*words, "steps"]).eval_steps == 50
+    with pytest.raises(ValueError, match="eval_strategy='epoch' with eval_steps=50"):
+        parse_config(TrainConfig, [*words, "epoch"])
 
 
 def test_notes_go_to_stderr_and_to_the_log(tmp_path, capsys, caplog):
