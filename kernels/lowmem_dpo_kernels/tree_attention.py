@@ -129,6 +129,10 @@ def tree_attention(
     """
     check_attention_inputs(query, key, value, plan.num_tokens, sliding_window, softcap)
     _check_runs(query)
+    # N, not a tree's length: which code runs must not depend on what is in the pack. Nor may a
+    # window be large: kernels add positions to it in 32 bits.
+    if sliding_window is not None and sliding_window >= plan.num_tokens:
+        sliding_window = None
     return _TreeAttentionFunction.apply(query, key, value, plan, scale, sliding_window, softcap)
 
 

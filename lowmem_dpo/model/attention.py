@@ -21,7 +21,7 @@ Shapes: N packed tokens, H query heads, K key heads, E head size.
 """
 
 import functools
-import logging
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 
 import lowmem_dpo_kernels
 from lowmem_dpo.model.tiled_attention import tiled_attention
+from lowmem_dpo.model.trial import check_error, passes_trial
 from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path
 
 # One family of kernels for both segments of a tree; cuDNN would plan anew for every length.
@@ -44,8 +45,6 @@ TREE_ATTENTION = "lowmem_dpo_tree"
 
 # Relative Frobenius error between two correct attentions in bfloat16; wrong ones are far off.
 _TRIAL_TOLERANCE = 0.02
-
-logger = logging.getLogger(__name__)
 
 
 class Rule(NamedTuple):
@@ -98,7 +97,8 @@ def tree_attention(
     if on_tree_attention is not None:
         on_tree_attention(module)
     rule = Rule(scaling, sliding_window, softcap)
-    if _kernel_path(query.device, query.dtype, query.shape[3]):
+    group = query.shape[1] // key.shape[1]
+    if _kernel_path(query.device, query.dtype, query.shape[3], group):
         return _by_kernel(query, key, value, tree_layout, rule), None
     return segment_attention(query, key, value, tree_layout, rule), None
 
@@ -113,48 +113,42 @@ def attention_path(config: PretrainedConfig, device: torch.device, dtype: torch.
     """
     own_size = getattr(config, "head_dim", None)
     head_size = own_size or config.hidden_size // config.num_attention_heads
-    path = _kernel_path(device, dtype, head_size)
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    path = _kernel_path(device, dtype, head_size, config.num_attention_heads // key_heads)
     return f"{TREE_ATTENTION}, {path}" if path else TREE_ATTENTION
 
 
-def _kernel_path(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+def _kernel_path(device: torch.device, dtype: torch.dtype, head_size: int, group: int) -> str:
     """What the kernels run as here; empty where they do not run, or failed their trial."""
     path = tree_attention_path(device, dtype, head_size)
-    return path if path and _kernel_agrees(device, dtype, head_size) else ""
+    return path if path and _kernels_agree(device, dtype, head_size, group) else ""
 
 
 @functools.cache
-def _kernel_agrees(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Try the kernels once against PyTorch's attention, gradients too, before a model uses them.
+def _kernels_agree(device: torch.device, dtype: torch.dtype, head_size: int, group: int) -> bool:
+    trial = functools.partial(_try_kernels, device, dtype, head_size, group)
+    return passes_trial(trial, "the tree attention kernels", device, "PyTorch's attention")
 
-    The check at load compares log-probs only, and what a compiler makes of a kernel differs from
-    card to card.
+
+def _try_kernels(device: torch.device, dtype: torch.dtype, head_size: int, group: int) -> None:
+    """Compare with PyTorch's attention, gradients too: the check at load sees log-probs only.
+
+    A window and a soft-cap are compiled in, or not: all four are tried.
     """
     layout, num_tokens = ((0, 70, 90, 40), (200, 5, 0, 33), (238, 1, 30, 0)), 320
     generator = torch.Generator().manual_seed(0)
     query, key, value, upstream = (
         torch.randn(1, heads, num_tokens, head_size, generator=generator).to(device, dtype)
-        for heads in (4, 2, 2, 4)
+        for heads in (2 * group, 2, 2, 2 * group)
     )
-    try:
-        for rule in (Rule(head_size**-0.5, None, None), Rule(head_size**-0.5, 32, 20.0)):
-            results = [
-                _with_gradients(attend, (query, key, value), upstream, layout, rule)
-                for attend in (_by_kernel, segment_attention)
-            ]
-            for ours, expected in zip(*results, strict=True):
-                error = (ours - expected).norm() / expected.norm()
-                if not error <= _TRIAL_TOLERANCE:
-                    raise ValueError(f"relative error {error:.1e}")
-    except Exception as error:  # of Triton's compiler, of the driver, or just above
-        logger.warning(
-            "the tree attention kernels failed their trial on %s (%s); PyTorch's attention is "
-            "used, please report it",
-            device,
-            " ".join(str(error).split())[:200],
-        )
-        return False
-    return True
+    for window, softcap in itertools.product((None, 32), (None, 20.0)):
+        rule = Rule(head_size**-0.5, window, softcap)
+        results = [
+            _with_gradients(attend, (query, key, value), upstream, layout, rule)
+            for attend in (_by_kernel, segment_attention)
+        ]
+        for ours, expected in zip(*results, strict=True):
+            check_error(ours, expected, _TRIAL_TOLERANCE, f"window {window}, soft-cap {softcap}")
 
 
 def _with_gradients(
@@ -176,15 +170,13 @@ def _by_kernel(
     query: Tensor, key: Tensor, value: Tensor, tree_layout: TreeLayout, rule: Rule
 ) -> Tensor:
     """All trees at once; [1, N, H, E]."""
-    num_tokens, window = query.shape[2], rule.sliding_window
-    # N, not a tree's length: which code runs must not depend on what is in the pack.
     out = lowmem_dpo_kernels.tree_attention(
         query[0],
         key[0],
         value[0],
-        _plan(tuple(tree_layout), num_tokens),
+        _plan(tuple(tree_layout), query.shape[2]),
         scale=rule.scaling,
-        sliding_window=window if window is not None and window < num_tokens else None,
+        sliding_window=rule.sliding_window,
         softcap=rule.softcap,
     )
     return out[None]

@@ -17,15 +17,13 @@ Source: Dettmers et al., QLoRA (arXiv 2305.14314), sections 3 and 4.
 """
 
 import functools
-import logging
 
 import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
+from lowmem_dpo.model.trial import passes_trial
 from lowmem_dpo_kernels import triton_problem
-
-logger = logging.getLogger(__name__)
 
 QUANTISER_VERSION = 1
 """Raised whenever the same weight would be stored as other bytes."""
@@ -188,25 +186,27 @@ def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether one kernel of ours undoes both levels here, with the bits of bitsandbytes."""
     if device.type != "cuda" or dtype == torch.float64 or triton_problem() is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0) and _kernel_agrees(device, dtype)
+    return torch.cuda.get_device_capability(device) >= (8, 0) and _kernels_agree(device, dtype)
 
 
-def _kernel_agrees(device: torch.device, dtype: torch.dtype) -> bool:
-    """Try the kernel once: wrong weights would be wrong in every later check alike, so unseen."""
+def _kernels_agree(device: torch.device, dtype: torch.dtype) -> bool:
+    trial = functools.partial(_try_kernel, device, dtype)
+    return passes_trial(trial, "the NF4 kernels", device, "bitsandbytes")
+
+
+def _try_kernel(device: torch.device, dtype: torch.dtype) -> None:
+    """Compare bits with bitsandbytes, from scales of two levels and of one.
+
+    Wrong weights would be wrong in every later check alike, so unseen.
+    """
     trial = torch.randn(160, 256, generator=torch.Generator().manual_seed(0)).to(device)
-    weight = quantize_nf4(trial)  # of several blocks of the second level
-    by_kernel, expected = (
-        weight._dequantize_by_kernel(dtype),
-        weight._dequantize_by_bitsandbytes(dtype),
-    )
-    if torch.equal(by_kernel, expected):
-        return True
-    logger.warning(
-        "the NF4 kernel does not give bitsandbytes' numbers on %s; bitsandbytes is used, please "
-        "report it",
-        device,
-    )
-    return False
+    double = quantize_nf4(trial)  # of several blocks of the second level
+    single = Nf4Weight(double.packed, double.scales(), None, None, double.shape)
+    for weight in (double, single):
+        by_kernel = weight._dequantize_by_kernel(dtype)
+        if not torch.equal(by_kernel, weight._dequantize_by_bitsandbytes(dtype)):
+            levels = "two levels" if weight.is_double else "one level"
+            raise ValueError(f"other numbers than bitsandbytes' from scales of {levels}")
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 Policy, reference, evaluation and the checks all call `score`; with a gradient or without, it
 returns the same bits. The head runs on the rows that predict a completion token and never forms the
-full logits.
+full logits. `score_plain` is what the checks compare with: the model's own attention, and none of
+the head's kernels.
 
 Shapes: N packed tokens, T scored tokens, D hidden.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lowmem_dpo.model.attention import TREE_ATTENTION
 from lowmem_dpo.model.loading import ModelParts
+from lowmem_dpo.model.plain_head import plain_logps
 from lowmem_dpo_kernels import token_logps
 
 
@@ -59,12 +61,12 @@ def score(parts: ModelParts, pack: PackedTrees, **layer_arguments: Any) -> Tenso
         tree_layout=pack.layout,
         **layer_arguments,
     ).last_hidden_state[0]
-    return _head(parts, hidden, pack.rows.to(device), pack.targets.to(device))
+    return head_logps(parts, hidden, pack.rows.to(device), pack.targets.to(device))
 
 
 @torch.no_grad()
 def score_plain(parts: ModelParts, ids: tuple[int, ...]) -> Tensor:
-    """Log-prob of every token but the first of one plain sequence, by plain causal attention.
+    """Log-prob of every token but the first of one plain sequence, by plain attention and head.
 
     Args:
         parts: The model.
@@ -76,7 +78,7 @@ def score_plain(parts: ModelParts, ids: tuple[int, ...]) -> Tensor:
     input_ids = torch.tensor(ids, device=parts.lm_head_weight.device)
     with attention(parts, parts.plain_attention):
         hidden = parts.backbone(input_ids=input_ids[None], use_cache=False).last_hidden_state[0]
-    return _head(parts, hidden, torch.arange(len(ids) - 1, device=input_ids.device), input_ids[1:])
+    return plain_logps(parts, hidden[:-1], input_ids[1:])
 
 
 @contextmanager
@@ -89,7 +91,8 @@ def attention(parts: ModelParts, name: str) -> Any:
         parts.backbone.set_attn_implementation(TREE_ATTENTION)
 
 
-def _head(parts: ModelParts, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+def head_logps(parts: ModelParts, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """`token_logps` under a model's head: the log-prob of each target, [T], from hidden [N, D]."""
     return token_logps(
         hidden,
         rows,

@@ -2,18 +2,32 @@
 
 Model types are an allow-list, but configurations vary. So before anything is trained, two real
 pairs are scored once as one packed micro-batch and once as four plain sequences through the model's
-own attention; every decoder layer must have come to our attention function exactly once.
+own attention and a plain head; every decoder layer must have come to our attention function exactly
+once. Log-probs do not show a wrong gradient: the head's own is compared on a few rows.
+
+Shapes: T tokens, D hidden, V vocabulary.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowmem_dpo.model.loading import ModelParts
-from lowmem_dpo.model.scoring import PackedTrees, score, score_plain
+from lowmem_dpo.model.plain_head import WIDTH, plain_gradients, plain_logps
+from lowmem_dpo.model.scoring import PackedTrees, head_logps, score, score_plain
+from lowmem_dpo.model.trial import check_error, passes_trial
+from lowmem_dpo_kernels.heads import weight_slices
+from lowmem_dpo_kernels.token_logps import token_logps_path
+
+NUM_HEAD_ROWS = 64
+# Relative Frobenius errors of a right head: logits are fp32, its weights and gradients may be
+# rounded to bfloat16 (2^-9).
+HEAD_LOGPS_TOLERANCE, HEAD_GRADIENTS_TOLERANCE = 1e-3, 0.02
 
 UNSUITABLE_LAYERS = (nn.RNNBase, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -73,7 +87,69 @@ def check_packing(
             f"self-check failed: packed and plain sequences differ by {difference:.2e} nat rms per "
             f"token (at most {tolerance:g} expected); this model is not computed rightly"
         )
+    try:
+        check_head_kernels(parts)
+    except ValueError as error:
+        raise ValueError(
+            f"self-check failed: the output head's {error}; this model is not computed rightly"
+        ) from None
     return difference
+
+
+def check_head_kernels(parts: ModelParts) -> None:
+    """Compare values and gradients of `token_logps` with a plain head on a few rows.
+
+    The rows point along rows of the head itself, so that a handful of tokens have most of the
+    probability and all of them some: a fault in any part of the sums shows. The targets are spread
+    over the vocabulary, its first and last token among them.
+
+    Args:
+        parts: The model; its own head, bias, scale and soft-cap are tried.
+
+    Raises:
+        ValueError: If either is off.
+    """
+    weight, vocabulary = parts.lm_head_weight, parts.lm_head_weight.shape[0]
+    targets = torch.linspace(0, vocabulary - 1, NUM_HEAD_ROWS).long().to(weight.device)
+    directions = _head_rows(parts, targets.roll(1)).float()
+    squares = directions.square().sum(1, keepdim=True)
+    length = (math.log(vocabulary) + 1.0) / parts.logit_scale  # of the largest logit
+    hidden = directions * (length / squares.maximum(squares.mean()))
+    hidden = hidden.to(weight.dtype).requires_grad_()
+    with torch.enable_grad():
+        logps = head_logps(parts, hidden, torch.arange(len(hidden), device=hidden.device), targets)
+        (gradients,) = torch.autograd.grad(logps.sum(), hidden)
+    hidden = hidden.detach()
+    wanted = plain_logps(parts, hidden, targets)
+    check_error(logps.detach(), wanted, HEAD_LOGPS_TOLERANCE, "log-probs")
+    wanted = plain_gradients(parts, hidden, targets)
+    check_error(gradients.to(wanted.dtype), wanted, HEAD_GRADIENTS_TOLERANCE, "gradients")
+
+
+@torch.no_grad()
+def _head_rows(parts: ModelParts, tokens: Tensor) -> Tensor:
+    """[T, D] of the head, whatever its form."""
+    weight, start = parts.lm_head_weight, 0
+    rows = torch.empty(len(tokens), weight.shape[1], dtype=weight.dtype, device=tokens.device)
+    for part in weight_slices(weight, WIDTH):
+        inside = (tokens >= start) & (tokens < start + len(part))
+        rows[inside] = part[tokens[inside] - start]
+        start += len(part)
+    return rows
+
+
+def tried_head(parts: ModelParts) -> ModelParts:
+    """The parts with a head that is computed rightly here: torch's products if Triton's are not.
+
+    Args:
+        parts: The model, with the implementation of `token_logps` that is wanted.
+    """
+    device = parts.lm_head_weight.device
+    path = token_logps_path(device, parts.head_implementation).split(",")[0]
+    kernels, trial = f"the output head's {path} kernels", partial(check_head_kernels, parts)
+    if path == "torch" or passes_trial(trial, kernels, device, "the torch path"):
+        return parts
+    return replace(parts, head_implementation="torch")
 
 
 def _inside(rows: Tensor, start: int, trunk: int, branch: tuple[int, int]) -> Tensor:

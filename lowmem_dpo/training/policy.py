@@ -38,6 +38,7 @@ from lowmem_dpo.model.hub import check_download
 from lowmem_dpo.model.loading import LoadedModel, ModelParts, load_model, model_parts
 from lowmem_dpo.model.lora import add_lora
 from lowmem_dpo.model.runner import wrap_layers
+from lowmem_dpo.model.selfcheck import tried_head
 from lowmem_dpo.model.size import ModelSize
 from lowmem_dpo.model.source import load_config, load_tokenizer, resolve_source, tokenizer_source
 from lowmem_dpo.model.tiles import TILE_ROWS
@@ -281,7 +282,7 @@ def make_policy(
         dtype: In what it computes.
         seed: Of the adapter's A matrices.
         layer_inputs: device or host.
-        head_kernel: Implementation of `token_logps`.
+        head_kernel: Implementation of `token_logps`; torch takes its place where it is wrong.
     """
     add_lora(
         loaded.model,
@@ -293,6 +294,7 @@ def make_policy(
         seed=seed,
     )
     parts = dataclasses.replace(model_parts(loaded.model), head_implementation=head_kernel)
+    parts = tried_head(parts)
     fuse_norms(parts.backbone)
     tile_layers(parts.layers, has_randomness=adapter.dropout > 0)
     wrap_layers(

@@ -14,6 +14,9 @@ SETTINGS = [
     {"sliding_window": 7},
     {"softcap": 3.0},
     {"sliding_window": 19, "softcap": 2.0},
+    # A tile's first query begins to see a tile of 16 with its last key alone.
+    {"sliding_window": 2},
+    {"sliding_window": 18},
 ]
 FORESTS = {
     "tail": [(0, 5, 3, 4), (12, 18, 1, 16)],
@@ -73,15 +76,23 @@ def assert_near_float64(inputs, layout, limit, **settings):
         assert error <= limit, (name, error.item())
 
 
-@pytest.mark.parametrize("settings", SETTINGS[::3], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS[:4:3], ids=str)
 @pytest.mark.parametrize("forest", FORESTS)
 def test_tree_attention_matches_float64(forest, settings):
     assert_near_float64(make_inputs(), FORESTS[forest], 1e-6, **settings)
 
 
-@pytest.mark.parametrize("settings", SETTINGS[1:3], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS[1:3] + SETTINGS[4:], ids=str)
 def test_tree_attention_matches_float64_with_one_setting_alone(settings):
     assert_near_float64(make_inputs(), FORESTS["tail"], 1e-6, **settings)
+
+
+def test_tree_attention_with_a_window_beyond_the_pack_has_the_bits_of_none():
+    """Up to 2^31 - 1, which a position may not be added to."""
+    expected = ours(make_inputs(), FORESTS["tail"])
+    for window in (NUM_TOKENS, 2**31 - 1):
+        found = ours(make_inputs(), FORESTS["tail"], sliding_window=window)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -186,5 +197,5 @@ def test_tree_attention_takes_a_strided_gradient_from_above():
 def test_tree_attention_stays_finite_where_scores_are_large():
     inputs = make_inputs()
     inputs[0].mul_(100)
-    for settings in SETTINGS[::2]:
+    for settings in SETTINGS[:4:2]:
         assert_near_float64(inputs, FORESTS["tail"], 1e-5, **settings)

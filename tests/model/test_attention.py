@@ -141,7 +141,7 @@ def test_attention_path_names_the_kernel_and_its_tiles_where_it_runs(monkeypatch
     device = torch.device("cpu")
     assert attention_path(config, device, torch.float16) == "lowmem_dpo_tree"
     monkeypatch.setattr(attention, "tree_attention_path", path)
-    monkeypatch.setattr(attention, "_kernel_agrees", lambda *arguments: True)
+    monkeypatch.setattr(attention, "_kernels_agree", lambda *arguments: True)
     found = attention_path(config, device, torch.float16)
     assert found == "lowmem_dpo_tree, triton, tiles 1x2"
     config.head_dim = 32
@@ -149,9 +149,24 @@ def test_attention_path_names_the_kernel_and_its_tiles_where_it_runs(monkeypatch
     assert asked == [(device, torch.float16, 16), (device, torch.float16, 32)]
 
 
+@pytest.fixture
+def trial(monkeypatch):
+    """Run the trial of some kernels on a CPU; gives the path that is taken then."""
+
+    def take(kernel):
+        monkeypatch.setattr(attention, "_by_kernel", kernel)
+        monkeypatch.setattr(attention, "tree_attention_path", lambda *arguments: "triton")
+        return attention._kernel_path(torch.device("cpu"), torch.float32, 24, 3)
+
+    attention._kernels_agree.cache_clear()
+    yield take
+    attention._kernels_agree.cache_clear()
+
+
 @pytest.mark.parametrize("fault", ["", "values", "gradients", "crash"])
-def test_kernels_that_fail_their_trial_are_not_used(fault, monkeypatch, caplog):
+def test_kernels_that_fail_their_trial_are_not_used(fault, trial, caplog):
     def kernel(query, key, value, tree_layout, rule):
+        assert query.shape[1] == 3 * key.shape[1]
         if fault == "crash":
             raise RuntimeError("no kernel image\nfor this card")
         if fault == "gradients":  # of trunk keys: rejected's part is missing
@@ -159,13 +174,28 @@ def test_kernels_that_fail_their_trial_are_not_used(fault, monkeypatch, caplog):
         output = segment_attention(query, key, value, tree_layout, rule)
         return output * 1.03 if fault == "values" else output
 
-    monkeypatch.setattr(attention, "_by_kernel", kernel)
-    monkeypatch.setattr(attention, "tree_attention_path", lambda *arguments: "triton")
-    attention._kernel_agrees.cache_clear()
-    path = attention._kernel_path(torch.device("cpu"), torch.float32, 24)
-    attention._kernel_agrees.cache_clear()
-    assert path == ("" if fault else "triton")
+    assert trial(kernel) == ("" if fault else "triton")
     assert ("PyTorch's attention is used" in caplog.text) == bool(fault)
+
+
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("softcap", [False, True])
+def test_each_compiled_variant_of_the_kernels_is_tried(window, softcap, trial):
+    def kernel(query, key, value, tree_layout, rule):
+        output = segment_attention(query, key, value, tree_layout, rule)
+        is_wrong = (rule.sliding_window is not None, rule.softcap is not None) == (window, softcap)
+        return output * 1.03 if is_wrong else output
+
+    assert trial(kernel) == ""
+
+
+def test_a_full_card_does_not_change_the_path(trial):
+    def greedy(*arguments):
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        trial(greedy)
+    assert trial(segment_attention) == "triton"
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")

@@ -131,11 +131,29 @@ def test_quantize_nf4_refuses_what_is_not_finite(value):
         quantize_nf4(weight)
 
 
-@pytest.mark.parametrize("fault", [0.0, 2.0**-20])
-def test_a_kernel_that_differs_from_bitsandbytes_is_not_used(fault, monkeypatch, caplog):
+@pytest.mark.parametrize("fault", ["", "two levels", "one level", "no kernel image"])
+def test_a_kernel_that_differs_from_bitsandbytes_fails_its_trial(fault, monkeypatch, caplog):
     def kernel(weight, dtype):
-        return weight._dequantize_by_bitsandbytes(dtype) + fault
+        if fault == "no kernel image":
+            raise RuntimeError(fault)
+        levels = "two levels" if weight.is_double else "one level"
+        return weight._dequantize_by_bitsandbytes(dtype) + (2.0**-20 if levels == fault else 0)
 
     monkeypatch.setattr(Nf4Weight, "_dequantize_by_kernel", kernel)
-    assert nf4._kernel_agrees(torch.device("cpu"), torch.float32) == (fault == 0)
-    assert ("bitsandbytes is used" in caplog.text) == (fault != 0)
+    assert nf4._kernels_agree(torch.device("cpu"), torch.float32) == (not fault)
+    assert ("bitsandbytes is used" in caplog.text) == bool(fault)
+    assert fault in caplog.text
+
+
+@pytest.mark.parametrize("agrees", [False, True])
+def test_a_kernel_is_used_on_a_card_if_it_passes_its_trial(agrees, monkeypatch):
+    asked = []
+    monkeypatch.setattr(nf4, "triton_problem", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(nf4, "_kernels_agree", lambda *case: asked.append(case) or agrees)
+    nf4._has_kernel.cache_clear()
+    case = torch.device("cuda"), torch.bfloat16
+    found = [nf4._has_kernel(*case) for _ in range(2)]
+    nf4._has_kernel.cache_clear()
+    assert found == [agrees, agrees]
+    assert asked == [case]

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -6,6 +7,7 @@ from lowmem_dpo import TrainConfig, Trainer
 from lowmem_dpo.config import GenerateConfig
 from lowmem_dpo.model.head import Int8Head
 from lowmem_dpo.pipeline.generate import generate
+from lowmem_dpo.training import policy
 from lowmem_dpo.training.policy import load_policy, read_source
 from tests.tiny import save_tiny_model
 
@@ -30,6 +32,41 @@ def test_runs_with_a_quantised_head_have_an_exact_step_zero(
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["step_zero"]["exact"]
     assert record["numerics"]["head"].startswith("torch,")
+
+
+def test_fingerprint_names_all_that_can_move_a_last_bit(llama_dir, monkeypatch):
+    wanted = load_policy(TrainConfig(model=str(llama_dir), device="cpu"))
+    found = wanted.fingerprint(448)
+    assert found.keys() == {
+        "device",
+        "threads",
+        "dtype",
+        "pack_tokens",
+        "head",
+        "kernels",
+        "attention",
+        "norms",
+        "tile_rows",
+        "matmul_precision",
+        "torch",
+        "triton",
+        "transformers",
+        "bitsandbytes",
+    }
+    assert found["head"].startswith("torch, blocks of ")
+    assert (found["attention"], found["pack_tokens"]) == ("lowmem_dpo_tree", 448)
+    wanted.parts = replace(wanted.parts, head_implementation="triton")
+    assert wanted.fingerprint(448)["head"].startswith("triton, blocks of ")
+    monkeypatch.setattr(policy, "attention_path", lambda *arguments: "lowmem_dpo_tree, triton")
+    assert wanted.fingerprint(448)["attention"] == "lowmem_dpo_tree, triton"
+
+
+def test_load_policy_takes_torchs_products_where_the_heads_kernels_fail(llama_dir, monkeypatch):
+    monkeypatch.setattr(
+        policy, "tried_head", lambda parts: replace(parts, head_implementation="torch")
+    )
+    made = load_policy(TrainConfig(model=str(llama_dir), device="cpu"))
+    assert made.parts.head_implementation == "torch"
 
 
 def test_policies_with_another_head_are_another_model(llama_dir):

@@ -15,7 +15,7 @@ from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.model.lora import linear_layers, lora_parameters
 from lowmem_dpo.model.nf4 import Nf4Weight
 from lowmem_dpo.reference import ReferenceCache
-from lowmem_dpo.training import reference_pass, setup
+from lowmem_dpo.training import policy, reference_pass, setup
 from lowmem_dpo.training.health import RunStopped
 from lowmem_dpo.training.policy import Policy, cache_directory
 from lowmem_dpo.training.setup import prepare_run
@@ -213,6 +213,13 @@ def test_reference_accept_keeps_the_numbers(config, monkeypatch, capsys):
     run = prepare_run(replace(config, reference="accept"), config.data)
     assert run.reference.num_scored == 0 and not run.reference.same_fingerprint
     assert "kept" in capsys.readouterr().out
+
+
+def test_another_attention_path_is_another_fingerprint(config, monkeypatch):
+    assert prepare_run(config, config.data).reference.same_fingerprint
+    monkeypatch.setattr(policy, "attention_path", lambda *arguments: "lowmem_dpo_tree, triton")
+    run = prepare_run(replace(config, reference="accept"), config.data)
+    assert run.reference.num_scored == 0 and not run.reference.same_fingerprint
 
 
 def test_cached_micro_batch_size_is_used_again(config):

@@ -1,0 +1,60 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lowmem_dpo.model.head import Int8Head
+from lowmem_dpo.model.plain_head import WIDTH, plain_gradients, plain_logps
+from lowmem_dpo_kernels import reference
+
+RULES = [
+    {},
+    {"bias": True, "logit_scale": 1.7, "logit_softcap": 3.0},
+    {"logit_scale": 0.25},
+]
+
+
+def make_parts(weight, bias=None, logit_scale=1.0, logit_softcap=None):
+    return SimpleNamespace(
+        lm_head_weight=weight,
+        lm_head_bias=bias,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+    )
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("vocabulary", [50, 2 * WIDTH + 37])
+def test_plain_head_equals_the_reference_in_value_and_gradient(vocabulary, rule):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(vocabulary, 12, generator=generator, dtype=torch.float64)
+    hidden = torch.randn(6, 12, generator=generator, dtype=torch.float64).requires_grad_()
+    targets = torch.tensor([0, 7, 49, vocabulary - 1, vocabulary // 2, 3])
+    settings = dict(rule)
+    if settings.pop("bias", False):
+        settings["bias"] = torch.randn(vocabulary, generator=generator, dtype=torch.float64)
+    expected = reference.token_logps(hidden, torch.arange(6), weight, targets, **settings)
+    (gradients,) = torch.autograd.grad(expected.sum(), hidden)
+    parts = make_parts(weight, **settings)
+    torch.testing.assert_close(plain_logps(parts, hidden.detach(), targets), expected.detach())
+    torch.testing.assert_close(plain_gradients(parts, hidden.detach(), targets), gradients)
+
+
+def test_plain_head_reads_a_head_that_is_no_tensor():
+    """Its slices share one buffer."""
+    weight = torch.randn(3 * WIDTH, 8, generator=torch.Generator().manual_seed(0))
+    head = Int8Head(weight, None)
+    dense = torch.cat([part.clone() for part in head.slices(WIDTH)])
+    hidden, targets = torch.randn(4, 8), torch.tensor([0, WIDTH, 3 * WIDTH - 1, 5])
+    for function in (plain_logps, plain_gradients):
+        found = function(make_parts(head), hidden, targets)
+        assert torch.equal(found, function(make_parts(dense), hidden, targets))
+
+
+def test_plain_head_computes_half_numbers_in_fp32():
+    weight, hidden = torch.randn(100, 8).bfloat16(), torch.randn(3, 8).bfloat16()
+    targets = torch.tensor([1, 2, 3])
+    found = plain_logps(make_parts(weight), hidden, targets)
+    assert found.dtype == torch.float32
+    exact = reference.token_logps(hidden, torch.arange(3), weight, targets)
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
