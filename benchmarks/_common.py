@@ -1,14 +1,17 @@
 """What every benchmark here needs: the packages on the path, memory peaks, and records of runs."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
 import math
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA_VERSION = 1
-PACKAGES = ("torch", "transformers", "triton", "bitsandbytes", "peft", "trl")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "bitsandbytes",
+    "peft",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
 
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
@@ -37,8 +49,13 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter, where they are installed."""
+    """Versions of Python, CUDA, its driver and the packages that matter, where they are there."""
     found = {"python": platform.python_version()}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    if torch.cuda.is_available() and shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -73,6 +90,42 @@ def peak_mib(device: torch.device) -> float | None:
     match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert match
     return int(match[1]) / 1024
+
+
+def attempt(action: Callable[[], object]) -> str:
+    """Run it; "memory" or "failed: ..." says why it came to nothing, "" that it did not."""
+    try:
+        action()
+    except torch.OutOfMemoryError:
+        return "memory"
+    except Exception as error:  # a peer's, of any kind: the other rows are still wanted
+        return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
+
+
+def exit_code(failures: list[str]) -> int:
+    """1 if any row was wrong or failed; a card that is too small is an answer."""
+    return int(any(failure not in ("", "memory") for failure in failures))
+
+
+def add_memory_limit(parser: argparse.ArgumentParser) -> None:
+    """The flag that emulates a smaller card."""
+    parser.add_argument("--memory_limit", metavar="8GB", help="emulates a smaller card")
+
+
+def hold_memory(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, device: torch.device
+) -> None:
+    """Do as `add_memory_limit`'s flag says."""
+    from lowmem_dpo.memory.limits import limit_memory
+
+    if not options.memory_limit:
+        return
+    try:
+        limit_memory(options.memory_limit, device)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"memory limit {options.memory_limit}: the memory of a smaller card, not its speed")
 
 
 class StepClock:

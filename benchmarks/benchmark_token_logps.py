@@ -5,9 +5,9 @@
 
 A shape is NxDxV: N packed positions, of which the second half is scored, as a pair's completions
 are. Every implementation gets the same positions, does with the others what its project does, and
-returns values and gradient. On 64 scored rows both are compared with float64: where they are wrong,
-no speed is printed. Peers that are not installed are left out; Liger, Cut Cross-Entropy and
-PyTorch's chunked head run on CUDA only.
+returns values and gradient. On 64 scored rows, spread over all, both are compared with float64:
+where they are wrong, no speed is printed and the exit code is 1. Peers that are not installed are
+left out; Liger, Cut Cross-Entropy and PyTorch's chunked head run on CUDA only.
 """
 
 import argparse
@@ -23,10 +23,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _common import StepClock, commit, device_name, peak_mib, reset_peak, write_record
+from _common import (
+    StepClock,
+    add_memory_limit,
+    attempt,
+    commit,
+    device_name,
+    exit_code,
+    hold_memory,
+    peak_mib,
+    reset_peak,
+    write_record,
+)
 from torch import Tensor
 
 from lowmem_dpo_kernels import reference, token_logps
+from lowmem_dpo_kernels.token_logps import check_implementation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {
@@ -61,7 +73,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table; None where there is nothing to tell, as where memory ran out."""
+    """One line of the table; None where there is nothing to tell, and failure says why."""
 
     op: str
     impl: str
@@ -73,6 +85,7 @@ class Result:
     commit: str
     logps_error: float | None
     grad_error: float | None
+    failure: str
 
 
 Implementation = Callable[[Case], Tensor]
@@ -161,7 +174,10 @@ def implementations(device: torch.device) -> dict[str, Implementation]:
     """What can run here, ours first."""
     found: dict[str, Implementation] = {"ours": ours}
     if device.type == "cuda":
-        found |= {"ours (torch)": ours_torch, "ours (fused)": ours_fused}
+        found["ours (torch)"] = ours_torch
+        with contextlib.suppress(ValueError):
+            check_implementation("fused", device)
+            found["ours (fused)"] = ours_fused
     found |= {"twin": twin, "plain": plain}
     if importlib.util.find_spec("trl"):
         found["trl"] = trl
@@ -196,8 +212,12 @@ def step(implementation: Implementation, case: Case) -> tuple[Tensor, Tensor]:
 
 
 def errors(case: Case, logps: Tensor, grad: Tensor) -> tuple[float, float]:
-    """Errors of the first scored rows: largest of a log-prob (nats), relative of the gradient."""
-    rows, targets = case.rows[:NUM_CHECKED], case.targets[:NUM_CHECKED]
+    """Errors of some scored rows: largest of a log-prob (nats), relative of the gradient.
+
+    Rows are worked on in blocks, the last of them not full: those checked are spread over all.
+    """
+    some = torch.linspace(0, len(case.rows) - 1, NUM_CHECKED, device=logps.device).long()
+    rows, targets = case.rows[some], case.targets[some]
     hidden = case.hidden.detach()[rows].double()
     # In float64 the whole head would not fit beside a large one: slice by slice.
     parts = case.weight.split(8192)
@@ -205,7 +225,7 @@ def errors(case: Case, logps: Tensor, grad: Tensor) -> tuple[float, float]:
     exact_grad = case.weight[targets].double()
     for part, some_logps in zip(parts, exact_logps.split(8192, 1), strict=True):
         exact_grad -= some_logps.exp() @ part.double()
-    logps_error = logps[:NUM_CHECKED] - exact_logps.gather(1, targets[:, None])[:, 0]
+    logps_error = logps[some] - exact_logps.gather(1, targets[:, None])[:, 0]
     grad_error = (grad[rows] - exact_grad).norm() / exact_grad.norm()
     return logps_error.abs().max().item(), grad_error.item()
 
@@ -243,22 +263,24 @@ def measure(
     """Check, then measure memory, then time."""
     device, dtype = case.hidden.device, case.hidden.dtype
     logps_error = grad_error = peak = ms = None
-    with contextlib.suppress(torch.OutOfMemoryError):
+
+    def check_and_time() -> None:
+        nonlocal logps_error, grad_error, peak, ms
         logps_error, grad_error = errors(case, *step(implementation, case))
         if is_right(logps_error, grad_error, dtype):
             peak = extra_mib(lambda: step(implementation, case), device)
             ms = median_ms(lambda: step(implementation, case), device, repeats)
+
+    failure = attempt(check_and_time) or ("wrong" if ms is None else "")
     dtype_name = str(dtype).removeprefix("torch.")
     where = device_name(device)
-    return Result(
-        "token_logps", name, shape, dtype_name, ms, peak, where, commit(), logps_error, grad_error
-    )
+    found = (logps_error, grad_error, failure)
+    return Result("token_logps", name, shape, dtype_name, ms, peak, where, commit(), *found)
 
 
 def print_row(result: Result) -> None:
     """One line of the table; a wrong result gets its errors in place of a speed."""
-    failure = "memory" if result.logps_error is None else "wrong"
-    ms = failure if result.ms is None else f"{result.ms:.1f}"
+    ms = result.failure.split(":")[0] if result.ms is None else f"{result.ms:.1f}"
     peak = "-" if result.peak_mib is None else f"{result.peak_mib:.0f}"
     line = (
         result.op,
@@ -271,7 +293,9 @@ def print_row(result: Result) -> None:
         result.commit,
     )
     print(COLUMNS.format(*line), flush=True)
-    if result.ms is None and result.logps_error is not None:
+    if result.failure.startswith("failed"):
+        print(f"  {result.failure}")
+    if result.failure == "wrong":
         logps_error, grad_error = result.logps_error, result.grad_error
         print(f"  refused: log-probs off by {logps_error:.1e} nats, gradient by {grad_error:.1e}")
 
@@ -290,6 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="one toy shape, one repeat: does it run?"
     )
+    add_memory_limit(parser)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -297,6 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
     for shape in shapes:
         if not re.fullmatch(r"\d+x\d+x\d+", shape):
             parser.error(f"a shape must be NxDxV, such as 512x512x128256, got {shape}")
+    hold_memory(parser, options, device)
 
     print(COLUMNS.format("op", "impl", "shape", "dtype", "ms", "peak_mib", "device", "commit"))
     results = []
@@ -309,11 +335,11 @@ def main(arguments: list[str] | None = None) -> int:
                 )
                 results.append(result)
                 print_row(result)
-    if options.output:
-        settings = {"shapes": shapes, "repeats": options.repeats}
-        rows = [asdict(result) for result in results]
-        write_record(options.output, "token_logps", device, settings, rows)
-    return 0
+        if options.output:  # after every shape: a crash loses one
+            settings = {name: vars(options)[name] for name in ("repeats", "memory_limit")}
+            rows = [asdict(result) for result in results]
+            write_record(options.output, "token_logps", device, {"shapes": shapes} | settings, rows)
+    return exit_code([result.failure for result in results])
 
 
 if __name__ == "__main__":

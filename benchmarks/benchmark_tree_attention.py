@@ -3,11 +3,13 @@
     python benchmarks/benchmark_tree_attention.py
     python benchmarks/benchmark_tree_attention.py --shapes 4x512+256+256x32/8x128 --output h200.json
 
-A shape is TREESxTRUNK+CHOSEN+REJECTEDxH/KxE. "Plain" rows hold the same pairs as sequences of their
-own, the trunk twice: there PyTorch's FlashAttention (elsewhere its best) sets the rate to beat.
-A rate counts the products that are needed, 14 E a pair of query and seen key and head, whatever is
-recomputed: rates compare kernels at equal work, times what a training step sees. Values and
-gradients are compared with float64 on the first tree: where they are wrong, no speed is printed.
+A shape is TREESxTRUNK+CHOSEN+REJECTEDxH/KxE, then wWINDOW and cCAP where a model has them. "Plain"
+rows hold the same pairs as sequences of their own, the trunk twice: there PyTorch's FlashAttention
+(elsewhere its best) sets the rate to beat. A rate counts the products that are needed, 14 E a pair
+of query and seen key and head, whatever is recomputed: rates compare kernels at equal work, times
+what a training step sees. Values and gradients of the first and the last tree are compared with
+float64: where they are wrong, no speed is printed and the exit code is 1. The twin is left out
+where its scores would fill a card.
 """
 
 import argparse
@@ -22,7 +24,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _common import commit, device_name, write_record
+from _common import (
+    add_memory_limit,
+    attempt,
+    commit,
+    device_name,
+    exit_code,
+    hold_memory,
+    write_record,
+)
 from benchmark_token_logps import DTYPES, extra_mib, median_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -37,11 +47,13 @@ SHAPES = {
         "8x512+256+256x32/8x128",  # Llama 3.1 8B
         "2x2048+1024+1024x32/8x128",
         "8x512+256+256x14/2x64",  # Qwen2.5 0.5B
-        "8x512+256+256x8/4x256",  # Gemma 2 2B
+        "8x512+256+256x8/4x256c50",  # Gemma 2 2B, every second layer
+        "8x512+256+256x8/4x256w4096c50",  # and the others
     ],
 }
-SHAPE = re.compile(r"(\d+)x(\d+)\+(\d+)\+(\d+)x(\d+)/(\d+)x(\d+)")
-COLUMNS = "{:<15} {:<16} {:<26} {:<9} {:>9} {:>9} {:>9}  {:<24} {}"
+SHAPE = re.compile(r"(\d+)x(\d+)\+(\d+)\+(\d+)x(\d+)/(\d+)x(\d+)(?:w(\d+))?(?:c([\d.]+))?")
+TWIN_SCORES = 2**28  # H N^2, 1 GiB in fp32
+COLUMNS = "{:<15} {:<16} {:<30} {:<9} {:>9} {:>9} {:>9}  {:<24} {}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,8 @@ class Case:
         value: [K, N, E].
         upstream: [N, H, E], the gradient from above.
         plan: Where the trees are.
+        sliding_window: Positions that a query looks back, or None.
+        softcap: Of the scores, or None.
     """
 
     query: Tensor
@@ -61,16 +75,30 @@ class Case:
     value: Tensor
     upstream: Tensor
     plan: TreePlan
+    sliding_window: int | None
+    softcap: float | None
 
     @property
     def scale(self) -> float:
         """The usual factor on the scores."""
         return self.query.shape[2] ** -0.5
 
+    @property
+    def settings(self) -> dict[str, float | int | None]:
+        """What the kernels and their twin are told."""
+        rule = {"sliding_window": self.sliding_window, "softcap": self.softcap}
+        return {"scale": self.scale} | rule
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether plain causal attention would do for every sequence."""
+        longest = max(trunk + max(rest) for _, trunk, *rest in self.plan.layout)
+        return self.softcap is None and (self.sliding_window or longest) >= longest
+
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table; ms, tflops and peak_mib are None where there is nothing to tell."""
+    """One line of the table; None where there is nothing to tell, and failure says why."""
 
     op: str
     impl: str
@@ -81,7 +109,8 @@ class Result:
     peak_mib: float | None
     device: str
     commit: str
-    error: float
+    error: float | None
+    failure: str
 
 
 Implementation = Callable[[Case], Tensor]
@@ -89,19 +118,20 @@ Implementation = Callable[[Case], Tensor]
 
 def ours(case: Case) -> Tensor:
     """This repository's kernels."""
-    return tree_attention(case.query, case.key, case.value, case.plan, scale=case.scale)
+    return tree_attention(case.query, case.key, case.value, case.plan, **case.settings)
 
 
 def ours_sdpa(case: Case) -> Tensor:
     """This repository's portable path: PyTorch's attention, segment by segment."""
     tensors = [x[None] for x in (case.query, case.key, case.value)]
-    return segment_attention(*tensors, case.plan.layout, Rule(case.scale, None, None))[0]
+    rule = Rule(case.scale, case.sliding_window, case.softcap)
+    return segment_attention(*tensors, case.plan.layout, rule)[0]
 
 
 def twin(case: Case) -> Tensor:
     """A dense mask over the pack, and autograd."""
     return reference.tree_attention(
-        case.query, case.key, case.value, case.plan.layout, scale=case.scale
+        case.query, case.key, case.value, case.plan.layout, **case.settings
     )
 
 
@@ -131,21 +161,27 @@ def implementations(trees: Case, plain: Case) -> dict[str, tuple[Implementation,
     found: dict[str, tuple[Implementation, Case]] = {}
     if kernels_run or os.environ.get("TRITON_INTERPRET") == "1":
         found = {"ours": (ours, trees), "ours, plain": (ours, plain)}
-    found |= {"ours (sdpa)": (ours_sdpa, trees), "flash, plain": (flash, plain)}
-    return found | {"twin": (twin, trees)}
+    found["ours (sdpa)"] = (ours_sdpa, trees)
+    if plain.sees_all:
+        found["flash, plain"] = (flash, plain)
+    if query.shape[0] * query.shape[1] ** 2 <= TWIN_SCORES:
+        found["twin"] = (twin, trees)
+    return found
 
 
 def make_cases(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Case, Case]:
     """The trees of a shape, and their pairs as plain sequences, all chosen ones first."""
     match = SHAPE.fullmatch(shape)
     assert match
-    trees, trunk, chosen, rejected, *heads = map(int, match.groups())
+    *numbers, window, softcap = match.groups()
+    trees, trunk, chosen, rejected, *heads = map(int, numbers)
+    rule = (int(window) if window else None, float(softcap) if softcap else None)
     length = trunk + chosen + rejected
     layout = [(i * length, trunk, chosen, rejected) for i in range(trees)]
     lengths = [trunk + chosen] * trees + [trunk + rejected] * trees
     starts = itertools.accumulate(lengths, initial=0)
     plain = [(start, length, 0, 0) for start, length in zip(starts, lengths, strict=False)]
-    return tuple(_make_case(some, *heads, dtype, device) for some in (layout, plain))
+    return tuple(_make_case(some, *heads, dtype, device, rule) for some in (layout, plain))
 
 
 def _make_case(
@@ -155,6 +191,7 @@ def _make_case(
     size: int,
     dtype: torch.dtype,
     device: torch.device,
+    rule: tuple[int | None, float | None],
 ) -> Case:
     """Seeded numbers; query, key and value require a gradient."""
     num_tokens = sum(sum(lengths) for _, *lengths in layout)
@@ -167,14 +204,15 @@ def _make_case(
     query, key, value = (
         normal(count).transpose(0, 1).requires_grad_() for count in (heads, key_heads, key_heads)
     )
-    return Case(query, key, value, normal(heads), TreePlan(layout, num_tokens))
+    return Case(query, key, value, normal(heads), TreePlan(layout, num_tokens), *rule)
 
 
 def needed_flops(case: Case) -> float:
     """Of the products of a forward and a backward pass: seven, of 2 E a pair of query and key."""
 
     def causal(length: int) -> float:
-        return length * (length + 1) / 2
+        window = min(case.sliding_window or length, length)
+        return window * (window + 1) / 2 + (length - window) * window
 
     pairs = sum(
         causal(trunk + chosen) + causal(trunk + rejected) - causal(trunk)
@@ -191,19 +229,39 @@ def step(implementation: Implementation, case: Case) -> tuple[Tensor, ...]:
 
 
 def largest_error(case: Case, found: tuple[Tensor, ...]) -> float:
-    """Of the first tree: largest relative Frobenius error of output and gradients."""
-    layout = case.plan.layout[:1]
-    end = sum(layout[0][1:])
-    query, key, value = (
-        x.detach()[:, :end].double().requires_grad_() for x in (case.query, case.key, case.value)
-    )
-    exact = Case(query, key, value, case.upstream[:end].double(), TreePlan(layout, end))
-    expected = step(twin, exact)
-    first = (found[0][:end], *(grad[:, :end] for grad in found[1:]))
-    errors = [
-        (one - other).norm() / other.norm() for one, other in zip(first, expected, strict=True)
-    ]
-    return torch.stack(errors).max().item()
+    """Of the first and the last tree: largest relative Frobenius error of output and gradients."""
+    group = len(case.query) // len(case.key)
+    squares = torch.zeros(2, 4, dtype=torch.float64)  # of differences, of exact numbers
+    for start, *lengths in {case.plan.layout[0], case.plan.layout[-1]}:
+        rows = slice(start, start + sum(lengths))
+        for k in range(len(case.key)):
+            exact = _exact(case, rows, lengths, k)
+            heads = slice(k * group, (k + 1) * group)
+            out, *grads = found
+            ours = (out[rows, heads], grads[0][heads, rows], grads[1][k, rows], grads[2][k, rows])
+            for i, (one, other) in enumerate(zip(ours, exact, strict=True)):
+                squares[0, i] += (one - other).square().sum().cpu()
+                squares[1, i] += other.square().sum().cpu()
+    return (squares[0] / squares[1]).sqrt().max().item()
+
+
+def _exact(case: Case, rows: slice, lengths: list[int], k: int) -> list[Tensor]:
+    """Of one tree and the queries of one key head, as `step`, in float64.
+
+    Head by head: its scores, and what autograd keeps of them, are five matrices [n, n].
+    """
+    group, num_tokens = len(case.query) // len(case.key), sum(lengths)
+    plan = TreePlan([(0, *lengths)], num_tokens)
+    key, value = (x.detach()[k : k + 1, rows].double() for x in (case.key, case.value))
+    steps = []
+    for head in range(k * group, (k + 1) * group):
+        query = case.query.detach()[head : head + 1, rows].double()
+        upstream = case.upstream[rows, head : head + 1].double()
+        tensors = [x.requires_grad_() for x in (query, key, value)]
+        steps.append(step(twin, Case(*tensors, upstream, plan, case.sliding_window, case.softcap)))
+    outs, query_grads, key_grads, value_grads = zip(*steps, strict=True)
+    sums = [torch.stack(grads).sum(0)[0] for grads in (key_grads, value_grads)]
+    return [torch.cat(outs, 1), torch.cat(query_grads), *sums]
 
 
 def measure(
@@ -211,36 +269,35 @@ def measure(
 ) -> Result:
     """Check, then measure memory, then time."""
     device, dtype = case.query.device, case.query.dtype
-    error = largest_error(case, step(implementation, case))
-    ms = tflops = peak = None
-    if error <= (1e-5 if dtype == torch.float32 else 0.02):
-        peak = extra_mib(lambda: step(implementation, case), device)
-        ms = median_ms(lambda: step(implementation, case), device, repeats)
+    error = ms = tflops = peak = None
+
+    def check_and_time() -> None:
+        nonlocal error, peak, ms
+        error = largest_error(case, step(implementation, case))
+        if error <= (1e-5 if dtype == torch.float32 else 0.02):
+            peak = extra_mib(lambda: step(implementation, case), device)
+            ms = median_ms(lambda: step(implementation, case), device, repeats)
+
+    failure = attempt(check_and_time) or ("wrong" if ms is None else "")
+    if ms is not None:
         tflops = needed_flops(case) / ms / 1e9
-    return Result(
-        "tree_attention",
-        name,
-        shape,
-        str(dtype).removeprefix("torch."),
-        ms,
-        tflops,
-        peak,
-        device_name(device),
-        commit(),
-        error,
-    )
+    dtype_name, where = str(dtype).removeprefix("torch."), device_name(device)
+    numbers = (ms, tflops, peak, where, commit(), error, failure)
+    return Result("tree_attention", name, shape, dtype_name, *numbers)
 
 
 def print_row(result: Result) -> None:
     """One line of the table; a wrong result gets its error in place of a speed."""
     if result.ms is None:
-        numbers = ["wrong", "-", "-"]
+        numbers = [result.failure.split(":")[0], "-", "-"]
     else:
         peak = "-" if result.peak_mib is None else f"{result.peak_mib:.0f}"
         numbers = [f"{result.ms:.2f}", f"{result.tflops:.3g}", peak]
     line = (result.op, result.impl, result.shape, result.dtype, *numbers)
     print(COLUMNS.format(*line, result.device, result.commit), flush=True)
-    if result.ms is None:
+    if result.failure.startswith("failed"):
+        print(f"  {result.failure}")
+    if result.failure == "wrong":
         print(f"  refused: off by {result.error:.1e} of its size")
 
 
@@ -260,6 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="one toy shape, one repeat: does it run?"
     )
+    add_memory_limit(parser)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -267,6 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     for shape in shapes:
         if not SHAPE.fullmatch(shape):
             parser.error(f"a shape must be like 8x512+256+256x32/8x128, got {shape}")
+    hold_memory(parser, options, device)
 
     header = ("op", "impl", "shape", "dtype", "ms", "tflops", "peak_mib", "device", "commit")
     print(COLUMNS.format(*header))
@@ -278,11 +337,13 @@ def main(arguments: list[str] | None = None) -> int:
                 repeats = 1 if options.quick else options.repeats
                 results.append(measure(name, implementation, shape, case, repeats))
                 print_row(results[-1])
-    if options.output:
-        settings = {"shapes": shapes, "repeats": options.repeats}
-        rows = [asdict(result) for result in results]
-        write_record(options.output, "tree_attention", device, settings, rows)
-    return 0
+        if options.output:  # after every shape: a crash loses one
+            settings = {name: vars(options)[name] for name in ("repeats", "memory_limit")}
+            rows = [asdict(result) for result in results]
+            write_record(
+                options.output, "tree_attention", device, {"shapes": shapes} | settings, rows
+            )
+    return exit_code([result.failure for result in results])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_main_quick_prints_a_table_and_writes_json(benchmark, tmp_path, capsys):
 def test_main_prints_no_speed_of_other_bits(benchmark, monkeypatch, capsys):
     right = benchmark.ours
     monkeypatch.setattr(benchmark, "ours", lambda weight, out: right(weight, out) + torch.ones(()))
-    benchmark.main(["--quick", "--device", "cpu"])
+    assert benchmark.main(["--quick", "--device", "cpu"]) == 1
     _, ours, theirs, _ = capsys.readouterr().out.splitlines()
     assert ours.split()[4:6] == ["wrong", "-"]
     assert float(theirs.split()[4]) > 0

@@ -54,7 +54,7 @@ def test_main_prints_no_speed_of_a_wrong_result(benchmark, monkeypatch, capsys, 
         return logps + 0.01 if defect == "value" else logps + 0.01 * (logps - logps.detach())
 
     monkeypatch.setattr(benchmark, "implementations", lambda device: {"wrong": wrong})
-    benchmark.main(["--quick", "--device", "cpu", "--dtypes", "float32"])
+    assert benchmark.main(["--quick", "--device", "cpu", "--dtypes", "float32"]) == 1
     _, row, refusal = capsys.readouterr().out.splitlines()
     assert row.split()[4:6] == ["wrong", "-"]
     assert refusal.startswith("  refused: log-probs off by")
@@ -71,6 +71,36 @@ def test_main_goes_on_where_memory_runs_out(benchmark, monkeypatch, capsys):
     _, failed, ours = capsys.readouterr().out.splitlines()
     assert failed.split()[1:6] == ["greedy", "64x32x1000", "float32", "memory", "-"]
     assert float(ours.split()[4]) > 0
+
+
+def test_main_goes_on_after_a_peer_that_fails(benchmark, monkeypatch, capsys):
+    def broken(case):
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr(
+        benchmark, "implementations", lambda device: {"broken": broken, "ours": benchmark.ours}
+    )
+    assert benchmark.main(["--quick", "--device", "cpu", "--dtypes", "float32"]) == 1
+    _, failed, reason, ours = capsys.readouterr().out.splitlines()
+    assert failed.split()[4:6] == ["failed", "-"]
+    assert reason == "  failed: TypeError: no such argument"
+    assert float(ours.split()[4]) > 0
+
+
+def test_memory_limit_needs_a_card(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--quick", "--device", "cpu", "--memory_limit", "8GB"])
+    assert "memory_limit has no effect on cpu" in capsys.readouterr().err
+
+
+def test_errors_see_the_last_of_many_rows(benchmark):
+    case = benchmark.make_case("1000x8x100", torch.float32, torch.device("cpu"))
+    logps, grad = benchmark.step(benchmark.ours, case)
+    assert max(benchmark.errors(case, logps, grad)) < 1e-4
+    logps[-1] += 0.5
+    assert benchmark.errors(case, logps, grad)[0] == pytest.approx(0.5, abs=1e-3)
+    grad[case.rows[-1]] *= 2
+    assert benchmark.errors(case, logps, grad)[1] > 0.01
 
 
 def test_main_refuses_a_shape_it_cannot_read(benchmark, capsys):

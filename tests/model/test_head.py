@@ -166,3 +166,19 @@ def test_host_head_streams_the_weight_to_the_card(vocabulary):
             torch.cuda._sleep(10**6)  # work that still reads the slice when the next is asked for
             seen.append(part.clone())
         assert torch.equal(torch.cat(seen).cpu(), weight)
+
+
+@pytest.mark.gpu
+def test_host_head_hands_out_no_slice_before_it_has_come(monkeypatch):
+    weight = make_weight(30000, 512, torch.bfloat16)
+    head = HostHead(weight, None, torch.device("cuda"))
+    copy = torch.Tensor.copy_
+
+    def late(target, source, **settings):
+        if target.is_cuda and not source.is_cuda:
+            torch.cuda._sleep(10**7)  # on the stream that uploads
+        return copy(target, source, **settings)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", late)
+    seen = [part.clone() for part in head.slices(2048)]
+    assert torch.equal(torch.cat(seen).cpu(), weight)
