@@ -6,6 +6,7 @@ rest.
 """
 
 import contextlib
+import errno
 import importlib
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import IO
 
 # On Windows nothing is replaced while a virus scanner or an indexer reads it, which is soon over.
 _PATIENCE_SECONDS = 2.0 if os.name == "nt" else 0.0
+_HELD_BY_ANOTHER = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -30,7 +32,7 @@ def replace_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        _move(temporary, path)
+        move(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -66,8 +68,8 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         for path in (*new.rglob("*"), new):
             _sync(path)
         if target.exists():
-            _move(target, old)
-        _move(new, target)
+            move(target, old)
+        move(new, target)
     except BaseException:
         _recover(target)
         raise
@@ -75,11 +77,23 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def move(source: Path, target: Path) -> None:
+    """Give a file or folder another name, and wait for those who look into it on Windows."""
+    begun = time.monotonic()
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() - begun >= _PATIENCE_SECONDS:
+                raise
+            time.sleep(0.05)
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder so that it is never seen in part under its name."""
     hidden = _hidden(path, "part")
     shutil.rmtree(hidden, ignore_errors=True)
-    _move(path, hidden)
+    move(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
@@ -108,11 +122,19 @@ def remove_stale_parts(directory: Path, older_than_seconds: float) -> None:
                 part.unlink()
 
 
+class NoLocksError(OSError):
+    """A file system that gives no locks to anybody, as network file systems may."""
+
+
 def lock_file(path: Path) -> IO[bytes] | None:
     """Hold a file until `unlock_file`, or until the process ends, however it ends.
 
     Returns:
         The open file; None if another process holds it.
+
+    Raises:
+        NoLocksError: If nobody can hold it.
+        OSError: If it cannot be written.
     """
     while True:
         file = path.open("ab")
@@ -123,9 +145,12 @@ def lock_file(path: Path) -> IO[bytes] | None:
             else:
                 fcntl = importlib.import_module("fcntl")
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             file.close()
-            return None
+            if error.errno in _HELD_BY_ANOTHER:
+                return None
+            why = f"its file system gives no locks ({error.strerror})"
+            raise NoLocksError(error.errno, why, str(path)) from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
@@ -142,18 +167,6 @@ def unlock_file(file: IO[bytes]) -> None:
     file.close()
 
 
-def _move(source: Path, target: Path) -> None:
-    """Give a file or folder another name, and wait for those who look into it on Windows."""
-    begun = time.monotonic()
-    while True:
-        try:
-            return os.replace(source, target)
-        except PermissionError:
-            if time.monotonic() - begun >= _PATIENCE_SECONDS:
-                raise
-            time.sleep(0.05)
-
-
 def _hidden(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{kind}")
 
@@ -162,7 +175,7 @@ def _recover(target: Path) -> None:
     """Put an old folder back if its replacement never arrived; delete what is left over."""
     old = _hidden(target, "old")
     if old.exists() and not target.exists():
-        _move(old, target)
+        move(old, target)
     for leftover in (_hidden(target, "part"), old):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -5,10 +5,14 @@ used by itself), the optimizer's tensors, the generators' states and a JSON reco
 is written under a temporary name and renamed when whole, so a folder with a checkpoint's name is
 always a checkpoint. Its SHA256SUMS (what `sha256sum --check` reads) tells a damaged one: no run
 goes on from it, and no older one is deleted in its favour. Nothing is pickled.
+
+A run that goes back to an older checkpoint renames the later ones `step-000200.ahead-of-000100`:
+they are another future's, good or damaged, and go once this one has a checkpoint of its own.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +24,17 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from lowmem_dpo.files import remove_folder, replace_file, replace_folder
+from lowmem_dpo.files import move, remove_folder, replace_file, replace_folder
 from lowmem_dpo.training.console import warn
 from lowmem_dpo.training.optimizers import page_state
 
 STATE_FILE = "trainer_state.json"
 TENSOR_FILE = "trainer_state.safetensors"
-DIGESTS_FILE = "SHA256SUMS"
-SCHEMA_VERSION = 2
+SUMS_FILE = "SHA256SUMS"
+SCHEMA_VERSION = 3
+
+_NAME = re.compile(r"step-[0-9]+")
+_SET_ASIDE = re.compile(r"step-[0-9]+\.ahead-of-([0-9]+)")
 
 
 @dataclass
@@ -105,7 +112,7 @@ def save_checkpoint(
         }
         replace_file(folder / TENSOR_FILE, save(tensors))
         replace_file(folder / STATE_FILE, json.dumps(record, indent=1, allow_nan=False).encode())
-        replace_file(folder / DIGESTS_FILE, _digests(folder).encode())
+        replace_file(folder / SUMS_FILE, _digests(folder).encode())
 
     replace_folder(directory / f"step-{state.step:06d}", write)
 
@@ -159,45 +166,58 @@ def check_undamaged(directory: Path) -> None:
 
 
 def _damaged(directory: Path, why: Exception | str) -> ValueError:
-    siblings = reversed(list_checkpoints(directory.parent))
-    older = (p for p in siblings if p.name < directory.name and not find_damage(p))
-    good = next(older, None)
+    siblings = list_checkpoints(directory.parent)
+    older = siblings[: siblings.index(directory)] if directory in siblings else siblings
+    good = next((path for path in reversed(older) if not find_damage(path)), None)
     hint = "start afresh in another output_dir" if good is None else f"resume from {good}"
     why = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
     return ValueError(f"{directory} is no checkpoint that can be resumed ({why}); {hint}")
 
 
 def find_damage(directory: Path) -> str | None:
-    """Hold every file of a checkpoint against its digest.
+    """Hold the files of a checkpoint against their digests; what else lies there is not ours.
 
     Returns:
-        Which file is damaged, missing or not listed; None if all are as they were written.
+        Which file is damaged or missing; None if all are as they were written.
     """
+    listed = set()
     try:
-        listed = (directory / DIGESTS_FILE).read_bytes()
-        if listed == _digests(directory).encode():
-            return None
+        for line in (directory / SUMS_FILE).read_bytes().splitlines():
+            digest, separator, raw = line.partition(b"  ")
+            name = raw.decode(errors="replace")
+            if not separator or digest.decode(errors="replace") != _digest(directory / name):
+                return f"{name or SUMS_FILE} is damaged"
+            listed.add(name)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(directory).as_posix()} is missing"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    ours = set(_digests(directory).encode().splitlines())
-    names = [line.partition(b"  ")[2] for line in sorted(ours ^ set(listed.splitlines()))]
-    return f"{names[0].decode(errors='replace') if names else DIGESTS_FILE} is damaged"
+    except ValueError:  # a zero byte in a name
+        return f"{SUMS_FILE} is damaged"
+    # A list that was cut short has lost its end, which is where these are.
+    return None if listed >= {STATE_FILE, TENSOR_FILE} else f"{SUMS_FILE} is damaged"
 
 
 def _digests(directory: Path) -> str:
     """A line with digest and name for every file, as `sha256sum` writes them."""
-    lines = []
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if path.is_file() and name != DIGESTS_FILE:
-            with path.open("rb") as file:
-                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
-    return "".join(lines)
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return "".join(f"{_digest(p)}  {p.relative_to(directory).as_posix()}\n" for p in paths)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(path for path in directory.glob("step-*") if path.is_dir())
+    """The checkpoints of a run, oldest first; folders of other names are nobody's here."""
+    found = (path for path in directory.glob("step-*") if _NAME.fullmatch(path.name))
+    return sorted((path for path in found if path.is_dir()), key=_step)
+
+
+def _step(path: Path) -> int:
+    """The step of a checkpoint of ours; text would sort step-1000000 before step-999999."""
+    return int(path.name.removeprefix("step-"))
 
 
 def newest_good_checkpoint(directory: Path) -> Path | None:
@@ -220,22 +240,42 @@ def newest_good_checkpoint(directory: Path) -> Path | None:
 
 
 def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, once the newest is known to be good."""
+    """Delete all but the newest `keep` checkpoints, once the newest is known to be good.
+
+    What was set aside goes too, once there is a checkpoint ahead of where the run went back to.
+    """
     checkpoints = list_checkpoints(directory)
-    if not checkpoints[:-keep]:
+    if not checkpoints:
+        return
+    newest, unwanted = _step(checkpoints[-1]), checkpoints[:-keep]
+    for path in directory.glob("step-*"):
+        match = _SET_ASIDE.fullmatch(path.name)
+        if match and int(match[1]) < newest:
+            unwanted.append(path)
+    if not unwanted:
         return
     if damage := find_damage(checkpoints[-1]):
         warn(f"checkpoint {checkpoints[-1]} is not what was written ({damage}); all are kept")
         return
-    for path in checkpoints[:-keep]:
+    for path in unwanted:
         remove_folder(path)
 
 
-def drop_checkpoints_after(directory: Path, step: int) -> None:
-    """Delete the checkpoints ahead of where a run goes on from: they are another future's."""
+def set_aside_checkpoints(directory: Path, step: int) -> list[Path]:
+    """Rename the checkpoints ahead of where a run goes on from; no resume finds them any more.
+
+    Returns:
+        What they are called now.
+    """
+    renamed = []
     for path in list_checkpoints(directory):
-        if path.name > f"step-{step:06d}":
-            remove_folder(path)
+        if _step(path) > step:
+            target = path.with_name(f"{path.name}.ahead-of-{step:06d}")
+            if target.exists():  # of a still earlier future
+                remove_folder(target)
+            move(path, target)
+            renamed.append(target)
+    return renamed
 
 
 def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -15,11 +15,11 @@ from lowmem_dpo.model.adapters import load_adapter
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.training.checkpoints import (
     TrainingState,
-    drop_checkpoints_after,
     load_checkpoint,
     prune_checkpoints,
     read_record,
     save_checkpoint,
+    set_aside_checkpoints,
 )
 from lowmem_dpo.training.console import ProgressBar, duration, say, size, speed, warn
 from lowmem_dpo.training.health import check_adapter_moves, check_weights_finite
@@ -100,7 +100,7 @@ class Fit:
             check_resumable(self.facts, read_record(checkpoint)["facts"], checkpoint)
             load_adapter(self.run.policy.loaded.model, checkpoint)
             load_checkpoint(checkpoint, self.state)
-            drop_checkpoints_after(self.folder.checkpoints, self.state.step)
+            self._leave_later_steps()
             # A kill may have come between a checkpoint and the deletion of older ones.
             prune_checkpoints(self.folder.checkpoints, self.config.keep_checkpoints)
             say(f"resumed from {checkpoint}")
@@ -141,6 +141,21 @@ class Fit:
             num_steps=self.state.step,
             output_dir=self.folder.root,
         )
+
+    def _leave_later_steps(self) -> None:
+        """Set aside, and name, what belongs to steps ahead of the checkpoint."""
+        step = self.state.step
+        if aside := set_aside_checkpoints(self.folder.checkpoints, step):
+            names = ", ".join(path.name for path in aside)
+            warn(
+                f"going back to step {step}: the later checkpoints are {names} now, and are "
+                "deleted when a new one is written"
+            )
+        if best := self.folder.set_aside_best(step, self.state.best_eval_loss):
+            say(
+                f"best/ is of a later step than {step}: it is {best.name} now, until an evaluation "
+                "writes a new one"
+            )
 
     def _train(self, interrupt: Interrupt) -> None:
         num_steps = self.schedule.num_steps
@@ -214,15 +229,14 @@ class Fit:
             f"{metrics['eval_rewards/margins']:+.3f}, accuracy "
             f"{metrics['eval_rewards/accuracies']:.2f}"
         )
-        best = self.folder.root / "best"
         lowest = self.state.best_eval_loss
         if lowest is None or lowest - loss > self.config.early_stopping_threshold:
             self.state.num_evaluations_without_improvement = 0
         else:
             self.state.num_evaluations_without_improvement += 1
-        if lowest is None or loss < lowest or not best.exists():
+        if lowest is None or loss < lowest or not self.folder.best.exists():
             self.state.best_eval_loss = loss
-            replace_folder(best, self.run.policy.save)
+            self.folder.save_best(self.run.policy.save)
         if self._stops_early():
             times = self.state.num_evaluations_without_improvement
             say(f"stopped early: the last {times} evaluations did not improve on {lowest:.4f}")
@@ -235,10 +249,9 @@ class Fit:
     def _save_adapters(self) -> None:
         """adapter/ is the last state; best/ the best evaluated one, or the last."""
         check_weights_finite(self.parameters, self.state.step)
-        best = self.folder.root / "best"
         replace_folder(self.folder.root / "adapter", self.run.policy.save)
-        if not self.run.pairs.evaluation or not best.exists():
-            replace_folder(best, self.run.policy.save)
+        if not self.run.pairs.evaluation or not self.folder.best.exists():
+            self.folder.save_best(self.run.policy.save)
 
     def _draw_plots(self) -> None:
         try:

@@ -8,11 +8,13 @@ by its own number of pairs.
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.data.packing import Pack, fill, pack_trees
@@ -114,6 +116,7 @@ def train_steps(run: Run, state: TrainingState, schedule: Schedule) -> Iterator[
                 **metrics,
                 "epoch": state.step / schedule.steps_per_epoch,
                 "step": state.step,
+                "num_pairs": len(batch),
                 "num_tokens": state.num_tokens,
                 "pairs_per_second": len(batch) / seconds,
                 "tokens_per_second": tokens / seconds,
@@ -160,11 +163,18 @@ def _update(
     state.scaler.update()
     if state.scaler.is_enabled():
         check_loss_scale(state.scaler.get_scale(), state.step + 1)
-    state.schedule.step()
+    _advance(state.schedule)
     state.optimizer.zero_grad(set_to_none=True)
     if skipped:
         return {"skipped_steps": 1}
     return {} if overflowed else {"grad_norm": grad_norm}
+
+
+def _advance(schedule: LRScheduler) -> None:
+    """Move the schedule on; torch takes a first step that was skipped for a mistake."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        schedule.step()
 
 
 @torch.no_grad()

@@ -5,8 +5,12 @@
 every pair seen, prompts counted twice as TRL does.
 """
 
+import contextlib
+import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,16 +95,25 @@ def _extra_rows(logps: PairLogps, config: TrainConfig) -> dict[str, Tensor]:
 
 
 def mean_metrics(steps: Iterable[Mapping[str, float]]) -> Metrics:
-    """Mean over steps of the per-pair means and the gradient norm; the rest is the last step's.
+    """Mean over the pairs of several steps; of the gradient norm, over the steps.
 
-    Steps that were skipped are counted (`skipped_steps`) and give nothing to the means.
+    `num_pairs` is how many pairs that were; the rest is the last step's. Steps that were skipped
+    are counted (`skipped_steps`) and give nothing to the means.
     """
     steps = list(steps)
     result = dict(steps[-1])
-    for name in (*PER_PAIR, *EXTRA_PER_PAIR, "grad_norm"):
-        values = [step[name] for step in steps if name in step]
-        if values:  # a step whose float16 gradient overflowed has no norm
-            result[name] = sum(values) / len(values)
+    taken = [step for step in steps if "skipped_steps" not in step]
+    if taken:
+        counts = [step["num_pairs"] for step in taken]
+        weights = [count / max(counts) for count in counts]  # exactly 1 for full batches
+        result["num_pairs"] = sum(counts)
+        for name in (*PER_PAIR, *EXTRA_PER_PAIR):
+            if name in taken[0]:
+                total = sum(w * step[name] for w, step in zip(weights, taken, strict=True))
+                result[name] = total / sum(weights)
+    norms = [step["grad_norm"] for step in taken if "grad_norm" in step]
+    if norms:  # a step whose float16 gradient overflowed has no norm
+        result["grad_norm"] = sum(norms) / len(norms)
     if skipped := sum(step.get("skipped_steps", 0) for step in steps):
         result["skipped_steps"] = skipped
     return result
@@ -108,8 +121,19 @@ def mean_metrics(steps: Iterable[Mapping[str, float]]) -> Metrics:
 
 def without_pairs(metrics: Mapping[str, float]) -> Metrics:
     """The metrics of a skipped step that may be written: not those of its pairs and gradient."""
-    left_out = {*PER_PAIR, *EXTRA_PER_PAIR, "grad_norm"}
+    left_out = {*PER_PAIR, *EXTRA_PER_PAIR, "num_pairs", "grad_norm"}
     return {name: value for name, value in metrics.items() if name not in left_out}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, if there is one; what a kill cut short is left out."""
+    rows = []
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
 
 
 def with_friendly_names(metrics: Mapping[str, float]) -> Metrics:

@@ -2,15 +2,27 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
 from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.files import append, lock_file, recover, replace_file, unlock_file
+from lowmem_dpo.files import (
+    NoLocksError,
+    append,
+    lock_file,
+    move,
+    recover,
+    remove_folder,
+    replace_file,
+    replace_folder,
+    unlock_file,
+)
 from lowmem_dpo.settings import to_yaml
 from lowmem_dpo.training.checkpoints import check_undamaged, newest_good_checkpoint, read_record
+from lowmem_dpo.training.console import warn
+from lowmem_dpo.training.metrics import read_metrics
 
 SCHEMA_VERSION = 1
 
@@ -63,6 +75,7 @@ class RunFolder:
         self.root = Path(config.output_dir)
         self.checkpoints = self.root / "checkpoints"
         self.metrics = self.root / "metrics.jsonl"
+        self.best = self.root / "best"
         self.record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "sessions": []}
         self._lock: IO[bytes] | None = None
 
@@ -94,9 +107,13 @@ class RunFolder:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = lock_file(self.root / ".lock")
+            is_free = self._lock is not None
+        except NoLocksError as error:
+            is_free = True
+            warn(f"{self.root} cannot be locked: {error.strerror}; let no other run write to it")
         except OSError as error:
             raise ValueError(f"cannot write output_dir {self.root}: {error.strerror}") from None
-        if self._lock is None:
+        if not is_free:
             raise ValueError(f"another run is writing to {self.root}; choose another --output_dir")
         try:
             recover(self.root, *RUN_FILES, *RECORD_FILES)
@@ -119,18 +136,44 @@ class RunFolder:
     def start(self, config: TrainConfig, resumed_step: int) -> None:
         """Write config.yaml; cut metrics.jsonl back to the step that the run goes on from."""
         replace_file(self.root / "config.yaml", to_yaml(replace(config, resume=None)).encode())
-        kept = []
-        if self.metrics.exists():
-            for line in self.metrics.read_text("utf-8", errors="replace").splitlines():
-                try:
-                    if json.loads(line)["step"] <= resumed_step:
-                        kept.append(line + "\n")
-                except (json.JSONDecodeError, KeyError, TypeError):  # cut short by a kill
-                    continue
-        replace_file(self.metrics, "".join(kept).encode())
+        kept = [row for row in read_metrics(self.metrics) if row["step"] <= resumed_step]
+        replace_file(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
         if resumed_step:
-            with contextlib.suppress(OSError, json.JSONDecodeError):
-                self.record = json.loads((self.root / "run.json").read_text(encoding="utf-8"))
+            with contextlib.suppress(OSError, ValueError):
+                record = json.loads((self.root / "run.json").read_text(encoding="utf-8"))
+                if isinstance(record, dict) and isinstance(record.get("sessions"), list):
+                    self.record = record
+
+    def set_aside_best(self, step: int, best_eval_loss: float | None) -> Path | None:
+        """Rename best/ if it is of a step ahead of where the run goes on from.
+
+        It is if a later evaluation, which is still in metrics.jsonl, was better than what the
+        checkpoint knows as the best.
+
+        Returns:
+            What it is called now; None if it stays.
+        """
+        later = [
+            row["eval_loss"]
+            for row in read_metrics(self.metrics)
+            if row["step"] > step and "eval_loss" in row
+        ]
+        is_ahead = bool(later) and (best_eval_loss is None or min(later) < best_eval_loss)
+        if not is_ahead or not self.best.exists():
+            return None
+        self._forget_set_aside()
+        target = self.best.with_name(f"best.ahead-of-{step:06d}")
+        move(self.best, target)
+        return target
+
+    def save_best(self, save_adapter: Callable[[Path], None]) -> None:
+        """Write best/; what was set aside for it goes."""
+        replace_folder(self.best, save_adapter)
+        self._forget_set_aside()
+
+    def _forget_set_aside(self) -> None:
+        for path in self.root.glob("best.ahead-of-*"):
+            remove_folder(path)
 
     def note(self, **facts: Any) -> None:
         """Add facts to run.json."""

@@ -1,7 +1,8 @@
 """PNG plots of a run, drawn from its metrics.jsonl."""
 
-import json
 from pathlib import Path
+
+from lowmem_dpo.training.metrics import read_metrics
 
 PLOTS = {
     "loss": ("loss", "eval_loss"),
@@ -15,17 +16,6 @@ PLOTS = {
     "accuracies": ("rewards/accuracies", "eval_rewards/accuracies"),
     "logps": ("logps/chosen", "logps/rejected"),
 }
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 def draw_plots(metrics_path: Path, directory: Path) -> list[Path]:

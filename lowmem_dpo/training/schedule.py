@@ -25,7 +25,9 @@ class Schedule:
     def of(cls, config: TrainConfig, num_pairs: int) -> "Schedule":
         """The schedule of a run: whole epochs in batches, the last one possibly short."""
         per_epoch = math.ceil(num_pairs / config.batch_size)
-        num_steps = config.max_steps or max(1, math.ceil(per_epoch * config.num_train_epochs))
+        # Rounded first: 100 * 1.1 is a little more than 110.
+        steps = math.ceil(round(per_epoch * config.num_train_epochs, 6))
+        num_steps = config.max_steps or max(1, steps)
         return cls(num_pairs, config.batch_size, num_steps, config.seed, config.shuffle)
 
     @property

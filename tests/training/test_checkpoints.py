@@ -57,7 +57,7 @@ def test_every_flipped_byte_of_a_checkpoint_is_found(tmp_path):
             flip(path, place)
     assert find_damage(folder) is None
     (folder / "additional" / "template.jinja").unlink()
-    assert "template.jinja is damaged" in str(find_damage(folder))
+    assert "template.jinja is missing" in str(find_damage(folder))
 
 
 def test_newest_good_checkpoint_passes_over_damaged_ones(tmp_path, capsys):

@@ -161,7 +161,7 @@ def test_a_non_finite_evaluation_stops_and_names_its_rows(config, monkeypatch):
 
 
 LINE = dict.fromkeys(("rewards/chosen", "rewards/rejected", "rewards/accuracies"), 0.0)
-LINE |= {"loss": 0.7, "rewards/margins": 0.0, "pairs_per_second": 1.0, "step": 1}
+LINE |= {"loss": 0.7, "num_pairs": 2, "rewards/margins": 0.0, "pairs_per_second": 1.0, "step": 1}
 
 
 def evaluations(monkeypatch, *losses: float) -> None:
