@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowmem_dpo.files import (
+    NoLocksError,
     append,
     lock_file,
     recover,
@@ -60,6 +61,19 @@ def test_lock_file_holds_against_another_process_until_it_is_closed(tmp_path):
     assert refused()
     unlock_file(lock)
     assert not path.exists() and not refused()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks by another function there")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_lock_file_tells_a_file_system_without_locks_from_a_held_one(tmp_path, monkeypatch, number):
+    def refuse(*arguments):
+        raise OSError(number, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(NoLocksError, match=r"gives no locks \(No locks available\)"):
+        lock_file(tmp_path / ".lock")
+    number = errno.EWOULDBLOCK
+    assert lock_file(tmp_path / ".lock") is None
 
 
 def die_at(number: int) -> None:

@@ -32,6 +32,7 @@ _DTYPES = {
     "U8": torch.uint8,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PIECE_BYTES = 2**24
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -86,6 +87,23 @@ class StoredTensor:
         if self.digest is not None and hashlib.sha256(content).hexdigest() != self.digest:
             raise _damaged(self.path, "a tensor's digest is not the recorded one")
         return data.view(self.dtype).view(self.shape)
+
+    def content_digest(self) -> str:
+        """SHA-256 of its bytes, in hex; they are read a piece at a time.
+
+        Raises:
+            ValueError: If the file ends too early.
+        """
+        digest, left = hashlib.sha256(), self.nbytes
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            while left:
+                piece = file.read(min(left, _PIECE_BYTES))
+                if not piece:
+                    raise _damaged(self.path, "it ends inside a tensor")
+                digest.update(piece)
+                left -= len(piece)
+        return digest.hexdigest()
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -179,15 +197,14 @@ def file_digest(path: Path, cache_dir: Path | None = None) -> str:
 
     Args:
         path: The file.
-        cache_dir: Where to remember it, so that gigabytes are read once; a file whose size and
-            time of change are the same counts as the same. None remembers nothing.
+        cache_dir: Where to remember it, so that gigabytes are read once; a file with the same
+            stamp counts as the same. None remembers nothing.
     """
-    stat = path.stat()
-    key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+    key, stamp = str(path.resolve()), file_stamp(path)
     memory = cache_dir / DIGESTS_FILE if cache_dir else None
     known = _read_digests(memory)
-    if key in known and known[key][:2] == stamp:
-        return known[key][2]
+    if key in known and known[key][:-1] == stamp:
+        return known[key][-1]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if memory:
@@ -204,5 +221,15 @@ def _read_digests(path: Path | None) -> dict[str, list]:
     with contextlib.suppress(OSError, ValueError):
         entries = json.loads(path.read_text(encoding="utf-8")) if path else {}
         if isinstance(entries, dict):
-            return {key: v for key, v in entries.items() if isinstance(v, list) and len(v) == 3}
+            return {key: v for key, v in entries.items() if isinstance(v, list) and v}
     return {}
+
+
+def file_stamp(path: Path) -> list[int]:
+    """What is another after a file was changed or replaced, even at equal size and mtime.
+
+    Returns:
+        Size, mtime, ctime (which no tool sets back), inode and device.
+    """
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]

@@ -201,3 +201,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
             f"{torch.cuda.get_device_name(device)} has no bfloat16; use dtype float16 or auto"
         )
     return DTYPES[name]
+
+
+def cuda_devices(device: torch.device) -> list[torch.device]:
+    """The device for `torch.random.fork_rng`, whose list is of CUDA devices beside the CPU."""
+    return [device] if device.type == "cuda" else []

@@ -11,6 +11,7 @@ from transformers import (
     TextStreamer,
 )
 
+from lowmem_dpo.model.device import cuda_devices
 from lowmem_dpo.model.loading import ModelParts
 from lowmem_dpo.model.scoring import attention
 from lowmem_dpo.model.source import rope_limit
@@ -79,7 +80,7 @@ def generate_text(
     streamer = (
         TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     )
-    with attention(parts, parts.plain_attention), torch.random.fork_rng(_cuda(device)):
+    with attention(parts, parts.plain_attention), torch.random.fork_rng(cuda_devices(device)):
         torch.manual_seed(sampling.seed)
         output = model.generate(
             input_ids.to(device),
@@ -126,7 +127,3 @@ def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ids = getattr(config, "eos_token_id", None)
         found += ids if isinstance(ids, list) else [ids]
     return list(dict.fromkeys(i for i in found if i is not None))
-
-
-def _cuda(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []

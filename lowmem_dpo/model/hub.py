@@ -202,7 +202,7 @@ def explain(model_id: str, error: Exception) -> str:
         return _refused(model_id, error)
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         return _refused(model_id, error.__cause__)
-    reason = _one_line(causes[-1])
+    reason = one_line(causes[-1])
     return f"Hugging Face cannot be reached ({reason}), and {_not_in_cache(model_id)}"
 
 
@@ -251,7 +251,7 @@ def _refused(model_id: str, error: HfHubHTTPError) -> str:
         return f"Hugging Face refuses the token in use for {model_id}; renew or unset HF_TOKEN"
     if status == 429:
         return "Hugging Face refuses more requests for now (429); wait, or set HF_TOKEN"
-    return f"Hugging Face does not give {model_id}: {_one_line(error)}"
+    return f"Hugging Face does not give {model_id}: {one_line(error)}"
 
 
 def _not_in_cache(model_id: str) -> str:
@@ -269,5 +269,6 @@ def _cached_models() -> list[str]:
     return sorted(name.removeprefix("models--").replace("--", "/", 1) for name in names)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The text of an error, its line breaks made spaces."""
     return " ".join(str(error).split())

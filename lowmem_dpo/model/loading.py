@@ -10,6 +10,7 @@ What was quantised goes to disk at the same time, in the format of bitsandbytes'
 (`quantized_copy`). So the next start, and a model that comes quantised, are read in the same way.
 """
 
+import copy
 import hashlib
 import os
 from collections.abc import Mapping
@@ -31,7 +32,13 @@ from lowmem_dpo.model.bnb_checkpoint import (
     nf4_layout,
     nf4_tensors,
 )
-from lowmem_dpo.model.checkpoint import StoredTensor, file_digest, read_headers, weight_files
+from lowmem_dpo.model.checkpoint import (
+    StoredTensor,
+    file_digest,
+    file_stamp,
+    read_headers,
+    weight_files,
+)
 from lowmem_dpo.model.lora import LoraLinear, linear_layers, wrap_linears
 from lowmem_dpo.model.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4
 from lowmem_dpo.model.quantized_copy import (
@@ -48,6 +55,7 @@ Quantization = Literal["nf4", "none"]
 Weights = Mapping[str, StoredTensor | StoredNf4]
 
 _LAYERS_PATH = "model.layers"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _TABLE_SUFFIX = "rotary_emb.inv_freq"  # stored by old releases; computed from config.json instead
 _LINEAR_KINDS = {"self_attn": "attention linears", "mlp": "mlp linears"}
 
@@ -157,26 +165,46 @@ def load_model(
         quantized_copy: Whether to keep what is quantised here, and to read it the next time.
 
     Raises:
-        ValueError: If the files are missing, damaged, or do not fit config.json.
+        ValueError: If the files are missing, damaged, change while they are read, or do not fit
+            config.json.
     """
     folder, device = model_folder(source), torch.device(device)
     files = weight_files(folder)
+    sources = [folder / "config.json", *files]
+    stamps = [file_stamp(path) for path in sources]
     stored = group_nf4(read_headers(files))
     as_stored = any(isinstance(weight, StoredNf4) for weight in stored.values())
     if as_stored:
         check_kept_quantised(source, quantization)
     quantise = quantization == "nf4" and not as_stored
-    identity = _identity([folder / "config.json", *files], quantization, quantise, cache_dir)
-    copy = copy_folder(cache_dir, identity) if quantise and quantized_copy and cache_dir else None
-    model, notes = None, []
-    if copy is not None and os.path.isdir(copy):  # Path.is_dir raises where one may not look
-        model, note = _read_copied(copy, source, config, dtype, device)
+    notes, own_head = [], config.tie_word_embeddings and _has_own_head(stored)
+    if own_head:  # transformers decides in the same way
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = False
+        notes.append(
+            f"model: {source} stores a head of its own, which is used, although its "
+            "config.json says that it is the embedding (tie_word_embeddings)"
+        )
+
+    def identify() -> str:
+        return _identity(sources, quantization, quantise, own_head, cache_dir)
+
+    identity, model = identify(), None
+    kept = copy_folder(cache_dir, identity) if quantise and quantized_copy and cache_dir else None
+    if kept is not None and os.path.isdir(kept):  # Path.is_dir raises where one may not look
+        model, note = _read_copied(kept, source, config, dtype, device)
         notes.append(note)
     if model is None:
         model = _empty_model(config, dtype)
         weights = _matched(source, model, stored)
-        with _copy_writer(copy, model, weights) as writer:
+        with _copy_writer(kept, model, weights) as writer:
             _fill(model, weights, source, dtype, device, quantise, writer)
+            # A stamp may change without the content: when a link to the file is made.
+            if stamps != [file_stamp(path) for path in sources] and identify() != identity:
+                raise ValueError(
+                    f"the files of {source} changed while they were read; "
+                    "start again once nothing writes to them"
+                )
             if writer is not None:
                 notes += _finished(writer, folder)
     if as_stored:
@@ -273,8 +301,8 @@ def _matched(
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     harmless = {name for name in stored if name.endswith(_TABLE_SUFFIX)}
     if model.config.tie_word_embeddings:
-        expected.pop("lm_head.weight")
-        harmless.add("lm_head.weight")
+        expected.pop(_HEAD)
+        harmless.add(_HEAD)
     wanted = {name: tensor for name, tensor in stored.items() if name not in harmless}
     for problem, names in (
         ("lack", expected.keys() - wanted.keys()),
@@ -297,6 +325,15 @@ def _matched(
                 f"{list(expected[name])}; they do not belong together"
             )
     return wanted
+
+
+def _has_own_head(stored: Weights) -> bool:
+    """Whether a head is stored whose numbers are not the embedding's."""
+    head, embedding = stored.get(_HEAD), stored.get(_EMBEDDING)
+    if not isinstance(head, StoredTensor) or not isinstance(embedding, StoredTensor):
+        return isinstance(head, StoredNf4)
+    same_kind = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    return not same_kind or head.content_digest() != embedding.content_digest()
 
 
 def _some(names: set[str]) -> str:
@@ -389,12 +426,18 @@ def _check_complete(source: str, model: PreTrainedModel) -> None:
 
 
 def _identity(
-    files: list[Path], quantization: Quantization, quantise: bool, cache_dir: Path | None
+    files: list[Path],
+    quantization: Quantization,
+    quantise: bool,
+    own_head: bool,
+    cache_dir: Path | None,
 ) -> str:
     lines = [f"{path.name} {file_digest(path, cache_dir)}" for path in files]
     lines.append(f"quantization {quantization}")
     if quantise:
         lines.append(f"quantiser {QUANTISER_VERSION}")
+    if own_head:
+        lines.append("head not tied")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

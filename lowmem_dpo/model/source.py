@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from lowmem_dpo.model.bnb_checkpoint import check_quantization_config
-from lowmem_dpo.model.hub import download_config, download_model, download_small_files
+from lowmem_dpo.model.hub import download_config, download_model, download_small_files, one_line
 
 SUPPORTED_MODEL_TYPES = (
     "cohere",
@@ -133,7 +133,7 @@ def load_config(source: str, *, max_length: int | None = None) -> PretrainedConf
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
-        raise ValueError(f"config.json of {source} is not valid: {_one_line(error)}") from None
+        raise ValueError(f"config.json of {source} is not valid: {one_line(error)}") from None
     _check_attention(source, config)
     _check_rope(source, config, max_length)
     return config
@@ -201,7 +201,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises Exception itself, transformers what it meets
-        raise ValueError(f"cannot load the tokenizer of {source}: {_one_line(error)}") from None
+        raise ValueError(f"cannot load the tokenizer of {source}: {one_line(error)}") from None
 
 
 def answer_ends(folder: Path) -> list[int]:
@@ -295,11 +295,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {_one_line(error)}") from None
+        raise ValueError(f"{path} is not valid JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
     return content
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

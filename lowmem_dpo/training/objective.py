@@ -19,6 +19,7 @@ from torch import Tensor
 from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.data.packing import Pack, sequence_logps
 from lowmem_dpo.losses import PairLogps, join_pairs, pair_losses
+from lowmem_dpo.model.device import cuda_devices
 from lowmem_dpo.model.lora import dropout_live
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.training.metrics import PairStats
@@ -94,7 +95,7 @@ def coupled_slopes(run: Run, packs: Sequence[Pack], stats: PairStats) -> list[Sl
     device = run.policy.device
     # The second pass must draw the dropout of the first again.
     with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.random.fork_rng(cuda_devices(device)),
         torch.no_grad(),
         dropout_live(run.policy.loaded.model),
     ):

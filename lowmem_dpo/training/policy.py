@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from typing import Any
 import bitsandbytes
 import torch
 import transformers
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 import lowmem_dpo_kernels
@@ -36,7 +38,7 @@ from lowmem_dpo.model.fused import fuse_norms, tile_layers
 from lowmem_dpo.model.head import check_head, head_to_host, quantize_head
 from lowmem_dpo.model.hub import check_download
 from lowmem_dpo.model.loading import LoadedModel, ModelParts, load_model, model_parts
-from lowmem_dpo.model.lora import add_lora
+from lowmem_dpo.model.lora import add_lora, linear_layers, lora_layers, match_targets
 from lowmem_dpo.model.runner import wrap_layers
 from lowmem_dpo.model.selfcheck import tried_head
 from lowmem_dpo.model.size import ModelSize
@@ -46,7 +48,7 @@ from lowmem_dpo.reference import Fingerprint
 from lowmem_dpo.training.console import say, warn
 from lowmem_dpo_kernels.token_logps import check_implementation
 
-LORA_SHAPE = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora")
+LORA_SHAPE = ("lora_r", "lora_alpha", "use_rslora")
 
 
 def cache_directory(setting: str | None) -> Path:
@@ -258,7 +260,22 @@ def load_policy(config: TrainConfig, source: Source | None = None) -> Policy:
     policy.chat_template = build_renderer(source.tokenizer, template_settings(config)).template
     if source.init_adapter:
         load_adapter(loaded.model, Path(source.init_adapter))
+        _warn_of_other_targets(loaded.model, config.lora_target_modules, source.init_adapter)
     return policy
+
+
+def _warn_of_other_targets(
+    model: nn.Module, targets: str | Sequence[str], init_adapter: str
+) -> None:
+    """Say that lora_target_modules has no effect, if it was set to other layers."""
+    if targets == TrainConfig().lora_target_modules:
+        return
+    ours = lora_layers(model).keys()
+    if set(match_targets(linear_layers(model), targets)) != ours:
+        warn(
+            f"lora_target_modules: no effect, the run starts from {init_adapter}, which is on "
+            f"{len(ours)} layers of its own"
+        )
 
 
 def make_policy(
@@ -327,6 +344,6 @@ def _adapter_settings(config: TrainConfig, init_adapter: str | None) -> AdapterS
     ):
         warn(
             f"{', '.join(asked)}: no effect, the run starts from {init_adapter}, which has rank "
-            f"{given.rank}, alpha {given.alpha:g} and target modules of its own"
+            f"{given.rank} and alpha {given.alpha:g}"
         )
     return given

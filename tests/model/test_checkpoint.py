@@ -1,5 +1,8 @@
+import hashlib
 import json
+import os
 import struct
+import time
 
 import pytest
 import torch
@@ -130,6 +133,31 @@ def test_file_digest_depends_on_the_content_alone(tmp_path):
     a, b, c = (file_digest(tmp_path / name) for name in "abc")
     assert a == b != c
     assert a == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+
+
+def test_file_digest_notices_another_content_of_equal_size_and_mtime(tmp_path):
+    path, cache = tmp_path / "a", tmp_path / "cache"
+    path.write_bytes(b"1")
+    file_digest(path, cache)
+    stat = path.stat()
+    time.sleep(0.02)  # ctime advances in ticks of the kernel's clock
+    path.write_bytes(b"2")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns
+    assert file_digest(path, cache) == file_digest(path)
+
+
+def test_content_digest_is_that_of_the_bytes_and_notices_a_short_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    tensors = {"a": torch.arange(9.0), "b": torch.arange(5.0)}
+    save_file(tensors, path)
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 7)
+    header = read_header(path)
+    for name, tensor in tensors.items():
+        expected = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        assert header[name].content_digest() == expected
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "it ends inside a tensor" in refusal(header["b"].content_digest)
 
 
 def test_file_digest_reads_a_file_once_until_it_changes(tmp_path, monkeypatch):

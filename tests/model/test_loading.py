@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from lowmem_dpo.model import loading
 from lowmem_dpo.model.loading import load_model, model_parts, storage_table
@@ -137,11 +138,31 @@ def test_load_model_ignores_harmless_extras(tiny_checkpoint):
     folder, model = tiny_checkpoint("llama", tie_word_embeddings=True)
 
     def add(tensors):
-        tensors["lm_head.weight"] = torch.full((96, 32), float("nan"))
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
     rewrite(folder, add)
     assert torch.equal(logits(load(folder).model), logits(model))
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_load_model_uses_a_head_of_its_own_whatever_the_config_says(
+    tiny_checkpoint, tmp_path, quantization
+):
+    folder, _ = tiny_checkpoint("llama", tie_word_embeddings=True)
+    head = torch.randn(96, 32, generator=torch.Generator().manual_seed(1)) * 0.2
+    tied = load(folder, quantization, cache_dir=tmp_path / "cache")
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for _ in range(2):  # the second start reads the copy
+        loaded = load(folder, quantization, cache_dir=tmp_path / "cache")
+        assert torch.equal(loaded.model.lm_head.weight, theirs.lm_head.weight)
+        assert "stores a head of its own" in loaded.notes[0]
+        assert {row.format for row in loaded.storage if row.kind == "head"} == {"float32"}
+        assert loaded.identity != tied.identity
+    assert quantization == "none" or "quantised copy" in loaded.notes[1]
+    if quantization == "none":
+        torch.testing.assert_close(logits(loaded.model), logits(theirs), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowmem_dpo.files import lock_file, unlock_file
 from lowmem_dpo.model import loading, quantized_copy
+from lowmem_dpo.model.checkpoint import StoredTensor
 from lowmem_dpo.model.loading import load_model
 from lowmem_dpo.model.quantized_copy import CopyWriter
 from lowmem_dpo.model.source import load_config
@@ -93,11 +94,13 @@ def test_second_load_has_the_same_bits_and_neither_quantises_nor_reads_the_sourc
     plain = load(base, None, dtype)
     first = load(base, cache)  # the copy does not depend on what its maker computed in
     assert MADE in first.notes[0] and str(only_copy(cache)) in first.notes[0]
-    weights = base / "model.safetensors"
-    stat, data = weights.stat(), bytearray(weights.read_bytes())
-    data[-1000:] = bytes(1000)
-    weights.write_bytes(data)
-    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    read = StoredTensor.read
+
+    def not_the_source(self, *arguments):
+        assert self.path.parent != base
+        return read(self, *arguments)
+
+    monkeypatch.setattr(StoredTensor, "read", not_the_source)
     forbid_quantising(monkeypatch)
     second = load(base, cache, dtype)
     assert USED in second.notes[0] and len(second.notes) == 1
@@ -112,6 +115,42 @@ def test_second_load_of_every_family_is_the_first_to_the_bit(tiny_checkpoint, ca
     assert USED in second.notes[0]
     assert_same(second, first)
     assert torch.equal(logits(second.model), logits(first.model))
+
+
+def test_a_source_that_is_replaced_while_it_is_read_leaves_no_copy(
+    base, cache, tmp_path, monkeypatch
+):
+    whole = content(load(base, None))
+    old, weights = tmp_path / "old.safetensors", base / "model.safetensors"
+    shutil.copyfile(weights, old)
+    empty = loading._empty_model
+
+    def while_it_is_replaced(*arguments):
+        tensors = {name: tensor * 2 for name, tensor in load_file(old).items()}
+        save_file(tensors, weights, {"format": "pt"})
+        return empty(*arguments)
+
+    monkeypatch.setattr(loading, "_empty_model", while_it_is_replaced)
+    with pytest.raises(ValueError, match="changed while they were read"):
+        load(base, cache)
+    assert is_clean(cache) and not list((cache / "models").iterdir())
+    monkeypatch.undo()
+    shutil.copyfile(old, weights)
+    again = load(base, cache)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in content(again).items())
+
+
+def test_a_source_that_is_only_linked_to_while_it_is_read_is_no_other(
+    base, cache, tmp_path, monkeypatch
+):
+    empty = loading._empty_model
+
+    def while_it_is_linked(*arguments):
+        os.link(base / "model.safetensors", tmp_path / "link")  # another ctime
+        return empty(*arguments)
+
+    monkeypatch.setattr(loading, "_empty_model", while_it_is_linked)
+    assert MADE in load(base, cache).notes[0]
 
 
 def test_copy_holds_the_sources_own_numbers(base, cache):

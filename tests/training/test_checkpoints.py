@@ -5,12 +5,14 @@ import torch
 
 from lowmem_dpo.training.checkpoints import (
     TrainingState,
+    check_undamaged,
     find_damage,
     list_checkpoints,
     load_checkpoint,
     newest_good_checkpoint,
     prune_checkpoints,
     save_checkpoint,
+    set_aside_checkpoints,
 )
 
 
@@ -104,3 +106,67 @@ def test_save_checkpoint_refuses_numbers_that_json_lacks(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         save_checkpoint(tmp_path, new_state(best_eval_loss=float("nan")), lambda folder: None, {})
     assert list_checkpoints(tmp_path) == [] and list(tmp_path.iterdir()) == []
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_stray_file_does_not_make_a_checkpoint_damaged(tmp_path):
+    (folder,) = save(tmp_path, 3)
+    (folder / ".DS_Store").write_text("x")
+    assert find_damage(folder) is None
+
+
+def test_a_list_of_digests_that_was_cut_short_is_damaged(tmp_path):
+    (folder,) = save(tmp_path, 3)
+    lines = (folder / "SHA256SUMS").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4
+    for number in range(len(lines)):
+        (folder / "SHA256SUMS").write_bytes(b"".join(lines[:number]))
+        assert find_damage(folder) == "SHA256SUMS is damaged"
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    save(tmp_path, 999_999, 1_000_000, 999_998)
+    assert [path.name for path in list_checkpoints(tmp_path)][-1] == "step-1000000"
+    prune_checkpoints(tmp_path, 2)
+    assert names(tmp_path) == ["step-1000000", "step-999999"]
+    set_aside_checkpoints(tmp_path, 999_999)
+    assert names(tmp_path) == ["step-1000000.ahead-of-999999", "step-999999"]
+    set_aside_checkpoints(tmp_path, 2_000_000)
+    assert "step-999999" in names(tmp_path)
+    flip(tmp_path / "step-999999" / "trainer_state.safetensors", 9)
+    with pytest.raises(ValueError, match="start afresh"):
+        check_undamaged(tmp_path / "step-999999")  # the newer one is no older one
+
+
+def test_folders_of_other_names_are_neither_listed_nor_deleted(tmp_path):
+    mine = ["step-000001-good", "step-best", "step-000009.bak", "step-"]
+    for name in mine:
+        (tmp_path / name).mkdir()
+    save(tmp_path, 1, 2)
+    assert len(list_checkpoints(tmp_path)) == 2
+    prune_checkpoints(tmp_path, 1)
+    set_aside_checkpoints(tmp_path, 0)
+    assert names(tmp_path) == sorted([*mine, "step-000002.ahead-of-000000"])
+
+
+def test_what_was_set_aside_goes_once_a_newer_checkpoint_is_good(tmp_path):
+    save(tmp_path, 2, 4, 6)
+    set_aside_checkpoints(tmp_path, 2)
+    aside = ["step-000004.ahead-of-000002", "step-000006.ahead-of-000002"]
+    prune_checkpoints(tmp_path, 9)
+    assert names(tmp_path) == ["step-000002", *aside]
+    *_, newest = save(tmp_path, 3)
+    flip(newest / "trainer_state.safetensors", 9)
+    prune_checkpoints(tmp_path, 9)
+    assert set(aside) < set(names(tmp_path))
+    flip(newest / "trainer_state.safetensors", 9)
+    prune_checkpoints(tmp_path, 9)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+    save(tmp_path, 4)
+    set_aside_checkpoints(tmp_path, 3)
+    save(tmp_path, 4)
+    set_aside_checkpoints(tmp_path, 3)  # again from the same one
+    assert names(tmp_path)[-1] == "step-000004.ahead-of-000003"

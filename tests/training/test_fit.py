@@ -137,6 +137,30 @@ def test_a_non_finite_gradient_names_the_step_and_leaves_the_adapter(config, mon
     assert weights(output, 1) == weights(output, 2) != weights(output, 3)
 
 
+def test_an_adapter_that_is_not_finite_is_never_saved(config, monkeypatch):
+    update = loop._update
+
+    def then_poisoned(config, state, parameters, *arguments):
+        result = update(config, state, parameters, *arguments)
+        if state.step == 1:  # of the second step
+            next(iter(parameters.values())).data[0, 0] = math.nan
+        return result
+
+    monkeypatch.setattr(loop, "_update", then_poisoned)
+    with pytest.raises(RunStopped, match="after step 2 the adapter holds NaN"):
+        Trainer(config).fit()
+    output = Path(config.output_dir)
+    assert [path.name for path in list_checkpoints(output / "checkpoints")] == ["step-000001"]
+    assert not (output / "adapter").exists() and not (output / "best").exists()
+
+
+def test_a_first_step_that_is_skipped_warns_of_nothing_else(config, monkeypatch, recwarn):
+    poison(monkeypatch, 1)
+    # Without a reference: with one, a first step that is not finite stops the run.
+    Trainer(replace(config, loss_type="simpo", beta=2.0, max_steps=3)).fit()
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
+
+
 def test_three_skipped_steps_in_a_row_stop_the_run_even_across_a_resume(
     config, monkeypatch, tmp_path
 ):

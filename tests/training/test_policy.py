@@ -115,3 +115,26 @@ def test_read_source_refuses_to_quantise_a_tied_head(tmp_path):
     model = save_tiny_model(tmp_path / "model", "llama-tied")
     with pytest.raises(ValueError, match=r"head_quantization nf4 cannot be: .* leave"):
         read_source(TrainConfig(model=str(model), device="cpu", head_quantization="nf4"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, []),
+        ({"lora_target_modules": ["v_proj", "q_proj"]}, []),
+        ({"lora_target_modules": ["q_proj"]}, ["lora_target_modules"]),
+        ({"lora_r": 8, "lora_target_modules": ["q_proj"]}, ["lora_r", "lora_target_modules"]),
+    ],
+)
+def test_settings_that_a_starting_adapter_overrides_are_said(
+    llama_dir, tmp_path, capsys, settings, said
+):
+    config = TrainConfig(
+        model=str(llama_dir), cache_dir=str(tmp_path / "cache"), quantization="none"
+    )
+    shape = {"lora_target_modules": ["q_proj", "v_proj"]}
+    load_policy(replace(config, **shape)).save(tmp_path / "start")
+    capsys.readouterr()
+    load_policy(replace(config, init_adapter=str(tmp_path / "start"), **settings))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+    assert [line.split(": ")[1] for line in warnings] == said

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.files import NoLocksError
 from lowmem_dpo.training.checkpoints import find_damage
 from lowmem_dpo.training.output import RunFolder
 from lowmem_dpo.training.trainer import Trainer
@@ -39,7 +40,8 @@ def config(llama_dir, pairs_file, tmp_path) -> TrainConfig:
 
 def rows(directory: str | Path) -> list[tuple]:
     lines = (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [tuple(json.loads(line)[name] for name in ("step", *EXACT)) for line in lines]
+    steps = [row for row in map(json.loads, lines) if "loss" in row]
+    return [tuple(row[name] for name in ("step", *EXACT)) for row in steps]
 
 
 def adapter(directory: str | Path) -> dict[str, torch.Tensor]:
@@ -204,13 +206,15 @@ def test_resume_of_a_finished_run_into_another_folder_is_whole(config, tmp_path)
     assert (tmp_path / "other" / "best" / "adapter_model.safetensors").exists()
 
 
-def test_resume_from_an_older_checkpoint_forgets_the_newer_ones(config, tmp_path):
+def test_resume_from_an_older_checkpoint_forgets_the_newer_ones(config, tmp_path, capsys):
     Trainer(replace(config, keep_checkpoints=3)).fit()
     checkpoints = tmp_path / "whole" / "checkpoints"
     assert sorted(p.name for p in checkpoints.iterdir())[0] == "step-000006"
     before = rows(config.output_dir)
     again = replace(config, keep_checkpoints=3, resume=str(checkpoints / "step-000006"))
     Trainer(again).fit()
+    printed = capsys.readouterr().out
+    assert "going back to step 6" in printed and "step-000010.ahead-of-000006" in printed
     assert rows(config.output_dir) == before
     names = sorted(p.name for p in checkpoints.iterdir())
     assert names == ["step-000006", "step-000008", "step-000010"]
@@ -218,6 +222,57 @@ def test_resume_from_an_older_checkpoint_forgets_the_newer_ones(config, tmp_path
     assert record["step_zero"]["exact"]
     spans = [(session["from_step"], session["to_step"]) for session in record["sessions"]]
     assert spans == [(0, 10), (6, 10)]
+
+
+def test_later_checkpoints_and_best_outlive_a_resume_that_fails_at_once(
+    config, tmp_path, monkeypatch
+):
+    config = replace(config, eval_fraction=0.3, eval_steps=2, keep_checkpoints=3)
+    Trainer(config).fit()
+    whole = tmp_path / "whole"
+    before = rows(whole)
+    # The last evaluation is the best one of such a run; a checkpoint's state says which it knew.
+    evaluated = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+    losses = [row["eval_loss"] for row in evaluated if "eval_loss" in row]
+    assert min(losses) == losses[-1]
+    best = (whole / "best" / "adapter_model.safetensors").read_bytes()
+    back = replace(config, resume=str(whole / "checkpoints" / "step-000006"))
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lowmem_dpo.training.fit.train_steps", fail)
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(back).fit()
+    names = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert names == ["step-000004", "step-000006", "step-000008.ahead-of-000006"]
+    assert find_damage(whole / "checkpoints" / names[-1]) is None
+    assert not (whole / "best").exists()  # it was not of this future
+    set_aside = whole / "best.ahead-of-000006" / "adapter_model.safetensors"
+    assert set_aside.read_bytes() == best
+    Trainer(replace(config, resume="auto")).fit()
+    assert rows(whole) == before
+    assert (whole / "best" / "adapter_model.safetensors").read_bytes() == best
+    assert not list(whole.rglob("*.ahead-of-*"))
+
+
+@pytest.mark.parametrize("content", ['{"sessions": [', "[]", '{"sessions": 3}', "\udcff"])
+def test_a_damaged_record_is_begun_anew(config, tmp_path, content):
+    Trainer(config).fit()
+    record = tmp_path / "whole" / "run.json"
+    record.write_bytes(content.encode(errors="surrogateescape"))
+    Trainer(replace(config, resume="auto")).fit()
+    assert [s["from_step"] for s in json.loads(record.read_text())["sessions"]] == [10]
+
+
+def test_a_run_on_a_file_system_without_locks_says_so_and_goes_on(config, monkeypatch, capsys):
+    def no_locks(path):
+        raise NoLocksError(37, "its file system gives no locks (No locks available)", str(path))
+
+    monkeypatch.setattr("lowmem_dpo.training.output.lock_file", no_locks)
+    Trainer(replace(config, max_steps=1, save_steps=1)).fit()
+    assert "let no other run write to it" in capsys.readouterr().out
 
 
 def test_resume_keeps_the_micro_batch_size_whatever_the_cache_holds_now(config, tmp_path):
