@@ -38,7 +38,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lowmem_dpo.model.fused import fuse_norms, tile_layers
+from lowmem_dpo.model.fused import fuse_mlps, fuse_norms, tile_layers
 from lowmem_dpo.model.lora import add_lora, wrap_linears
 from lowmem_dpo.model.runner import LayerRunner
 from lowmem_dpo.model.tiles import TILE_ROWS
@@ -46,7 +46,7 @@ from lowmem_dpo_kernels import rms_norm
 
 SMALL_TILE_ROWS = 64
 ONE_SEQUENCE = "layer_memory"
-OPS = ("norms", "tiles")
+OPS = ("norms", "mlps", "tiles")
 
 # type, hidden, intermediate, query heads, key heads, head size
 SHAPES = {
@@ -91,6 +91,8 @@ def make_layer(
     )
     if "norms" in ops:
         fuse_norms(model)
+    if "mlps" in ops:
+        fuse_mlps(model.model.layers)
     if "tiles" in ops:
         tile_layers(model.model.layers, has_randomness=False, tile_rows=options.tile_rows)
     model.set_attn_implementation(ONE_SEQUENCE)
@@ -275,6 +277,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256, help="of the shorter run for memory")
     parser.add_argument("--time_tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=0, help="measure times, so many of each")
+    parser.add_argument(
+        "--one_tile", action="store_true", help="memory of packs no longer than a tile"
+    )
     parser.add_argument("--causes", action="store_true", help="what the peak is made of")
     options = parser.parse_args(arguments)
     options.dtype = getattr(torch, options.dtype)
@@ -286,24 +291,24 @@ def main() -> None:
     """Print the table."""
     options = parse()
     check(options)
-    variants = [(), *((op,) for op in OPS), OPS]
+    variants = [(), *((op,) for op in OPS), ("norms", "tiles"), OPS]
     print(f"{options.shape} on {device_name(options.device)}, commit {commit()}")
     if options.rounds:
         found = times(options, variants)
-        print(f"{'ops':<16} {'ms':>9} {'over none':>10}")
+        print(f"{'ops':<22} {'ms':>9} {'over none':>10}")
         for ops, ms in zip(variants, found, strict=True):
             ratio = statistics.median(a / b for a, b in zip(ms, found[0], strict=True))
             name = " + ".join(ops) or "none"
-            print(f"{name:<16} {statistics.median(ms):>9.1f} {ratio:>10.3f}")
+            print(f"{name:<22} {statistics.median(ms):>9.1f} {ratio:>10.3f}")
         return
     shrink_blocks()
-    options.tile_rows = SMALL_TILE_ROWS
-    print(f"{'ops':<16} {'kB a token':>10}")
+    options.tile_rows = 2 * options.tokens if options.one_tile else SMALL_TILE_ROWS
+    print(f"{'ops':<22} {'kB a token':>10}")
     for ops in variants:
         (where, peak), *causes = kilobytes_per_token(options, ops).items()
-        print(f"{' + '.join(ops) or 'none':<16} {peak:>10.1f}  {where}")
+        print(f"{' + '.join(ops) or 'none':<22} {peak:>10.1f}  {where}")
         for name, value in causes if options.causes else ():
-            print(f"{'':<16} {value:>10.1f}  {name}")
+            print(f"{'':<22} {value:>10.1f}  {name}")
 
 
 if __name__ == "__main__":

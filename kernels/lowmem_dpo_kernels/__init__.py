@@ -3,7 +3,7 @@
 Needs torch; triton is optional and only used on CUDA cards.
 """
 
-from lowmem_dpo_kernels.rms_norm import NormRule, rms_norm, rms_norm_path
+from lowmem_dpo_kernels.rms_norm import NormRule, rms_norm
 from lowmem_dpo_kernels.token_logps import token_logps, token_logps_path
 from lowmem_dpo_kernels.tree_attention import tree_attention, tree_attention_path
 from lowmem_dpo_kernels.tree_attention_plan import TreeLayout, TreePlan
@@ -18,7 +18,6 @@ __all__ = [
     "TreeLayout",
     "TreePlan",
     "rms_norm",
-    "rms_norm_path",
     "token_logps",
     "token_logps_path",
     "tree_attention",

@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowmem_dpo_kernels.triton_support import triton_problem
-
 _BLOCK_NUMBERS = 2**20  # of a block of rows on a CPU: 4 MiB in fp32, about four times alive
 
 
@@ -41,13 +39,14 @@ class NormRule(NamedTuple):
     rounds_first: bool = True
 
 
-def rms_norm(x: Tensor, weight: Tensor, rule: NormRule) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, rule: NormRule, *, implementation: str = "torch") -> Tensor:
     """Normalise rows.
 
     Args:
         x: [..., D], floating point.
         weight: [D], frozen, in x's dtype.
         rule: How.
+        implementation: torch, or on CUDA triton; they differ in the last bits.
 
     Returns:
         [..., D] in x's dtype and memory order.
@@ -64,21 +63,16 @@ def rms_norm(x: Tensor, weight: Tensor, rule: NormRule) -> Tensor:
             f"weight must be [{x.shape[-1]}] in {x.dtype}, as x's rows are, "
             f"got {list(weight.shape)} in {weight.dtype}"
         )
-    return _RmsNorm.apply(x, weight, rule)
-
-
-def rms_norm_path(device: torch.device) -> str:
-    """What norms on a device run by; another path may differ in the last bits."""
-    return "triton" if device.type == "cuda" and triton_problem() is None else "torch"
+    return _RmsNorm.apply(x, weight, rule, implementation == "triton")
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rule: NormRule) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rule: NormRule, by_kernel: bool) -> Tensor:
         out = torch.empty_like(x)
         rows, out_rows = _rows(x, out), _rows(out, out)
         rstd = torch.empty(len(rows), dtype=torch.float32, device=x.device)
-        if rms_norm_path(x.device) == "triton":
+        if by_kernel:
             from lowmem_dpo_kernels import rms_norm_triton
 
             rms_norm_triton.forward(rows, weight, rule, out_rows, rstd)
@@ -90,27 +84,27 @@ class _RmsNorm(torch.autograd.Function):
                 rstd[block] = scale[:, 0]
                 out_rows[block] = _weighted(wide * scale, weight, rule)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.rule = rule
+        ctx.rule, ctx.by_kernel = rule, by_kernel
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, rstd = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         rows, grad_rows, upstream = (_rows(t, grad_x) for t in (x, grad_x, grad_out))
-        if rms_norm_path(x.device) == "triton":
+        if ctx.by_kernel:
             from lowmem_dpo_kernels import rms_norm_triton
 
             rms_norm_triton.backward(upstream, rows, weight, ctx.rule, rstd, grad_rows)
-            return grad_x, None, None
+            return grad_x, None, None, None
         factor = weight.float() + ctx.rule.offset
         for block in _blocks(rows):
             scale = rstd[block, None]
             normed, grad = rows[block].float() * scale, upstream[block] * factor
             grad -= normed.mul_((grad * normed).mean(-1, keepdim=True))
             grad_rows[block] = grad.mul_(scale)
-        return grad_x, None, None
+        return grad_x, None, None, None
 
 
 def _weighted(normed: Tensor, weight: Tensor, rule: NormRule) -> Tensor:

@@ -4,13 +4,18 @@ Found by the name of their class, put in their place under the same name; what i
 stays as it is and computes the same with more memory.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lowmem_dpo.model.gated_mlp import GatedMlp, gate_activation
 from lowmem_dpo.model.lora import LoraLinear
 from lowmem_dpo.model.tiles import TILE_ROWS, TokenTiles
-from lowmem_dpo_kernels import NormRule, rms_norm
+from lowmem_dpo.model.trial import check_error, passes_trial
+from lowmem_dpo_kernels import NormRule, reference, rms_norm, triton_problem
 
 # Class name to (offset of the weight, whether rows are rounded before the product with it).
 _NORMS = {
@@ -52,16 +57,57 @@ class FusedRmsNorm(nn.Module):
 
     def __init__(self, weight: nn.Parameter, rule: NormRule) -> None:
         super().__init__()
+        self.implementation = norm_implementation(weight.device, weight.dtype)
         self.weight = weight
         self.rule = rule
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the rows of [..., D]."""
-        return rms_norm(x, self.weight, self.rule)
+        return rms_norm(x, self.weight, self.rule, implementation=self.implementation)
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
         return f"{tuple(self.weight.shape)}, eps={self.rule.eps}"
+
+
+@functools.cache
+def norm_implementation(device: torch.device, dtype: torch.dtype) -> str:
+    """Triton on cards where its kernels can be compiled and are right, torch elsewhere."""
+    if device.type != "cuda" or dtype == torch.float64 or triton_problem() is not None:
+        return "torch"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "torch"
+    trial = functools.partial(_try_norm_kernels, device, dtype)
+    return "triton" if passes_trial(trial, "the norms' kernels", device, "PyTorch") else "torch"
+
+
+def _try_norm_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Compare values and gradients with the plain twin in float64, at the width of heads and rows."""
+    generator = torch.Generator().manual_seed(0)
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    for width in (128, 4096):
+        x, grad = torch.randn(2, 70, width, generator=generator).to(device, dtype)
+        weight = torch.randn(width, generator=generator).to(device, dtype)
+        for offset, rounds_first in sorted(set(_NORMS.values())):
+            rule = NormRule(1e-6, offset, rounds_first)
+            found = _value_and_gradient(
+                functools.partial(rms_norm, implementation="triton"), x, weight, grad, rule
+            )
+            exact = (x.double(), weight.double(), grad.double(), rule)
+            expected = _value_and_gradient(reference.rms_norm, *exact)
+            for got, want, what in zip(found, expected, ("value", "gradient"), strict=True):
+                check_error(got, want, limit, f"{what} at {width}")
+
+
+def _value_and_gradient(
+    norm: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor, rule: NormRule
+) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        out = norm(x, weight, rule)
+    out.backward(grad)
+    assert x.grad is not None
+    return out.detach(), x.grad
 
 
 def fuse_norms(model: nn.Module) -> int:
@@ -85,6 +131,24 @@ def fuse_norms(model: nn.Module) -> int:
         weight: Any = norm.weight
         setattr(parent, name, FusedRmsNorm(weight, NormRule(eps, offset, rounds_first)))
     return len(found)
+
+
+def fuse_mlps(layers: nn.ModuleList) -> int:
+    """Replace the gated MLPs of known decoder layers, in place.
+
+    Args:
+        layers: The decoder layers, before `tile_layers`.
+
+    Returns:
+        How many.
+    """
+    num_fused = 0
+    for layer in layers:
+        mlp = layer.get_submodule("mlp") if type(layer).__name__ in _TOKEN_WISE else None
+        if mlp is not None and (activation := gate_activation(mlp)):
+            layer.mlp = GatedMlp(mlp, activation)
+            num_fused += 1
+    return num_fused
 
 
 def tile_layers(layers: nn.ModuleList, *, has_randomness: bool, tile_rows: int = TILE_ROWS) -> int:

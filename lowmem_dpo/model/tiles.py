@@ -89,11 +89,11 @@ class _RunTiles(torch.autograd.Function):
         return module.run(x) if module.output_is_read else unread(x, *x.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None]:
         (x,) = ctx.saved_tensors
         module: TokenTiles = ctx.module
         tiles = module.tiles(x.shape[1])
-        grad_x = torch.empty_like(x)
+        grad_x = torch.empty_like(x) if len(tiles) > 1 else None
         state = ctx.random_state
         with restored(state, x.device) if state else nullcontext():
             for tile in tiles:
@@ -103,7 +103,8 @@ class _RunTiles(torch.autograd.Function):
                 edge = get_gradient_edge(out)
                 del out  # only its place in the graph is needed
                 torch.autograd.backward(edge, _padded(grad_out[:, tile], tiles[0].stop))
-                assert part.grad is not None
+                if grad_x is None or part.grad is None:
+                    return part.grad, None
                 rows = grad_x[:, tile]
                 rows.copy_(part.grad[:, : rows.shape[1]])
         return grad_x, None

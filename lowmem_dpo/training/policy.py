@@ -34,7 +34,7 @@ from lowmem_dpo.model.adapters import (
 from lowmem_dpo.model.attention import TREE_ATTENTION, attention_path
 from lowmem_dpo.model.bnb_checkpoint import check_kept_quantised
 from lowmem_dpo.model.device import resolve_device, resolve_dtype
-from lowmem_dpo.model.fused import fuse_norms, tile_layers
+from lowmem_dpo.model.fused import fuse_mlps, fuse_norms, norm_implementation, tile_layers
 from lowmem_dpo.model.head import check_head, head_to_host, quantize_head
 from lowmem_dpo.model.hub import check_download
 from lowmem_dpo.model.loading import LoadedModel, ModelParts, load_model, model_parts
@@ -132,7 +132,7 @@ class Policy:
             ),
             "kernels": lowmem_dpo_kernels.NUMERICS_VERSION,
             "attention": attention_path(self.loaded.model.config, self.device, self.dtype),
-            "norms": lowmem_dpo_kernels.rms_norm_path(self.device),
+            "norms": norm_implementation(self.device, self.dtype),
             "tile_rows": TILE_ROWS,
             "matmul_precision": torch.get_float32_matmul_precision(),
             "torch": torch.__version__,
@@ -313,6 +313,7 @@ def make_policy(
     parts = dataclasses.replace(model_parts(loaded.model), head_implementation=head_kernel)
     parts = tried_head(parts)
     fuse_norms(parts.backbone)
+    fuse_mlps(parts.layers)
     tile_layers(parts.layers, has_randomness=adapter.dropout > 0)
     wrap_layers(
         parts.layers, inputs_on_host=layer_inputs == "host", has_randomness=adapter.dropout > 0

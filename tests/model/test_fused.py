@@ -1,10 +1,15 @@
+import functools
+
 import pytest
 import torch
 from torch import nn
 
-from lowmem_dpo.model.fused import FusedRmsNorm, fuse_norms, tile_layers
+from lowmem_dpo.model import fused
+from lowmem_dpo.model.fused import FusedRmsNorm, fuse_mlps, fuse_norms, tile_layers
 from lowmem_dpo.model.lora import LoraLinear, add_lora, lora_parameters, wrap_linears
 from lowmem_dpo.model.runner import wrap_layers
+from lowmem_dpo.model.trial import passes_trial
+from lowmem_dpo_kernels import rms_norm
 from tests.tiny import FAMILIES, tiny_model
 
 NUM_TOKENS = 20
@@ -48,10 +53,10 @@ def test_fused_norms_have_the_bits_of_their_family(family, dtype):
     model = make_model(family).to(dtype)
     assert fuse_norms(model.model) == len(norms) > 0
     for name, norm in norms.items():
-        fused = model.get_submodule(name)
-        assert isinstance(fused, FusedRmsNorm)
+        replaced = model.get_submodule(name)
+        assert isinstance(replaced, FusedRmsNorm)
         x = (3 * torch.randn(40, len(norm.weight))).to(dtype)
-        assert torch.equal(fused(x), norm(x))
+        assert torch.equal(replaced(x), norm(x))
 
 
 @pytest.mark.parametrize("tile_rows", [7, 64])
@@ -60,6 +65,7 @@ def test_fused_layers_give_the_plain_outputs_and_gradients(family, tile_rows):
     want = gradients(make_model(family))
     model = make_model(family)
     fuse_norms(model.model)
+    assert fuse_mlps(model.model.layers) == 2
     assert tile_layers(model.model.layers, has_randomness=False, tile_rows=tile_rows) == 2
     wrap_layers(model.model.layers, inputs_on_host=False, has_randomness=False)
     got = gradients(model)
@@ -96,5 +102,24 @@ def test_unknown_layers_and_norms_stay_as_they_are():
 
     layers = nn.ModuleList([nn.ModuleDict({"norm": NewRMSNorm(), "mlp": nn.Linear(4, 4)})])
     assert fuse_norms(layers) == 0
+    assert fuse_mlps(layers) == 0
     assert tile_layers(layers, has_randomness=False) == 0
     assert isinstance(layers[0]["norm"], NewRMSNorm)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_norm_kernels_are_tried_before_they_are_used(is_right, monkeypatch, caplog):
+    """A card that is not there: PyTorch stands for its kernels, and is wrong by a tenth or not."""
+
+    def by_kernel(x, weight, rule, *, implementation):
+        assert implementation == "triton"
+        return rms_norm(x, weight, rule) * (1.0 if is_right else 1.1)
+
+    monkeypatch.setattr(fused, "rms_norm", by_kernel)
+    trial = functools.partial(fused._try_norm_kernels, torch.device("cpu"), torch.float32)
+    assert passes_trial(trial, "the norms' kernels", torch.device("cpu"), "PyTorch") == is_right
+    assert ("the norms' kernels failed their trial" in caplog.text) != is_right
+
+
+def test_norms_run_by_pytorch_without_a_card():
+    assert fused.norm_implementation(torch.device("cpu"), torch.bfloat16) == "torch"
