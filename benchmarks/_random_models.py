@@ -25,6 +25,7 @@ _FIELDS = (
 )
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "tiny": ("llama", (512, 64, 128, 2, 4, 2, 16, False)),
+    "layer-dominated": ("llama", (2048, 768, 2688, 4, 12, 4, 64, False)),
     "head-dominated": ("llama", (128256, 512, 1408, 2, 8, 4, 64, False)),
     "qwen2.5-0.5b": ("qwen2", (151936, 896, 4864, 24, 14, 2, 64, True)),
     "llama-3.2-1b": ("llama", (128256, 2048, 8192, 16, 32, 8, 64, True)),
