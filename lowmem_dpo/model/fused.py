@@ -82,7 +82,7 @@ def norm_implementation(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _try_norm_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compare values and gradients with the plain twin in float64, at a head's and a row's width."""
+    """Compare values and gradients with the twin in float64, at a head's and a row's width."""
     generator = torch.Generator().manual_seed(0)
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     for width in (128, 4096):
