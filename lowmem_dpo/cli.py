@@ -34,6 +34,14 @@ LOWMEM_DPO_DEBUG=1 in the environment       an error shows where it came from
 """
 
 
+# What helps where the system refuses to write any more.
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+}
+
+
 def _train(config: TrainConfig) -> int:
     from lowmem_dpo.training.trainer import Trainer
 
@@ -142,10 +150,10 @@ def _os_error(error: OSError) -> str:
     """What the system refused, and to which file, where it says so."""
     if error.strerror is None:  # a library's own message
         return str(error)
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    action = "cannot write" if is_full or error.errno == errno.EROFS else "cannot read or write"
+    mend = _REMEDIES.get(error.errno or 0, "")
+    action = "cannot write" if mend or error.errno == errno.EROFS else "cannot read or write"
     path = "" if error.filename is None else f" {error.filename}"
-    mend = "; free some space and run again with --resume auto" if is_full else ""
+    mend = mend and f"; {mend} and run again with --resume auto"
     return f"{action}{path}: {error.strerror}{mend}"
 
 

@@ -154,17 +154,17 @@ class TrainConfig:
     eval_steps: int | None = None
     """Evaluate every so many steps; by default at the end of each epoch."""
     early_stopping_patience: int | None = None
-    """Stop after so many evaluations in a row that did not lower eval_loss; by default never."""
+    """Stop after so many evaluations in a row that did not improve; by default never."""
     early_stopping_threshold: float = 0.0
-    """An evaluation counts as better if eval_loss falls by more than this."""
+    """An evaluation improves if it lowers eval_loss by more than this since the last that did."""
     save_strategy: Literal["epoch", "steps", "no"] = "epoch"
-    """When to write a checkpoint."""
+    """When to write a checkpoint; epoch and steps write one at the last step too."""
     save_steps: int | None = None
     """Steps between checkpoints, with save_strategy steps."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
     resume: str | None = None
-    """auto (output_dir's newest good checkpoint; without one, start afresh) or a checkpoint."""
+    """auto (output_dir's newest good checkpoint; without one, afresh) or a checkpoint."""
     cache_dir: str | None = None
     """Folder of caches (reference, quantised base); $LOWMEM_DPO_CACHE or ~/.cache/lowmem_dpo."""
     report_to: str | list[str] = "none"

@@ -219,6 +219,11 @@ def test_train_without_model_or_data_says_which(capsys):
             OSError(errno.ENOSPC, "disk full"),
             "cannot write: disk full; free some space and run again with --resume auto",
         ),
+        (
+            OSError(errno.EFBIG, "File too large", "a/b"),
+            "cannot write a/b: File too large; raise the limit on the size of files (ulimit -f) "
+            "and run again with --resume auto",
+        ),
         (OSError("a library's words"), "a library's words"),
     ],
 )
@@ -310,6 +315,11 @@ def generate(model: Path, *words: str) -> int:
     return main(["generate", "--model", str(model), "--max_new_tokens", "8", *words])
 
 
+def test_generate_warns_of_answers_beyond_the_models_positions(llama_dir, capsys):
+    assert generate(llama_dir, "--prompt", "a" * 600, "--max_new_tokens", "1") == 0
+    assert "the model was made for 512; shorten one" in " ".join(capsys.readouterr().out.split())
+
+
 def test_generate_refuses_prompts_that_the_model_cannot_answer(tmp_path, llama_dir, capsys):
     assert generate(llama_dir, "--prompt", "") == 2
     assert "prompt is empty" in one_line_error(capsys)
@@ -333,6 +343,23 @@ def test_generate_refuses_a_bad_file_of_prompts(tmp_path, llama_dir, capsys):
         main(["generate", "--model", str(llama_dir), "--prompts", str(tmp_path / "p.jsonl")]) == 2
     )
     assert "p.jsonl, line 1: every row must be an object with" in one_line_error(capsys)
+    path = tmp_path / "p.txt"
+    for content, said in (
+        (
+            b"one\n\nz\xff\n",
+            "p.txt, line 3: not valid UTF-8 (byte 1 of the line); save the file as",
+        ),
+        ("one".encode("utf-16-le"), "p.txt, line 1: holds NUL bytes, as UTF-16 does"),
+        (b" \n", "p.txt holds no prompts; write one a line"),
+    ):
+        path.write_bytes(content)
+        assert generate(llama_dir, "--prompts", str(path)) == 2
+        assert said in one_line_error(capsys)
+    for name, said in ((tmp_path, "give a file of prompts"), ("gone.txt", "No such file or")):
+        assert generate(llama_dir, "--prompts", str(name)) == 2
+        line = one_line_error(capsys)
+        assert f"cannot read the prompts in {name}: " in line and said in line
+        assert "Errno" not in line
     assert main(["generate", "--model", str(llama_dir)]) == 2
     assert "--prompt" in one_line_error(capsys)
 

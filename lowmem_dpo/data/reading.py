@@ -4,8 +4,10 @@ Here rows get our names of columns, bad rows stop the run or are left out, and a
 one format.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from lowmem_dpo.data.repositories import read_dataset
 from lowmem_dpo.data.rows import READERS, Row, read_rows
 
 SHOWN_FAULTS = 3
+# Rows of which most decide the format.
+FIRST_ROWS = 100
 
 
 @dataclass
@@ -119,19 +123,20 @@ def _preferences(
     rows: Iterator[Row], columns: Mapping[str, str], on_bad_row: str, report: ReadReport
 ) -> Iterator[Preference]:
     """Yield the good rows and write the report."""
-    first: tuple[Format, str] | None = None
+    first_rows = list(islice(rows, FIRST_ROWS))
+    usual = _usual_format(first_rows, columns)
     unused: dict[str, None] = {}
-    for row in rows:
+    for row in chain(first_rows, rows):
         report.num_rows += 1
         try:
             value = _renamed(row, columns)
             preference, found = parse_row(value, row.number)
-            if first is None:
-                first = found, row.place
-                report.format = found.name
-            elif found is not first[0]:
+            usual = usual or (found, row.place)
+            report.format = usual[0].name
+            if found is not usual[0]:
+                null = ", its prompt is null" if _has_null_prompt(value) else ""
                 raise RowFault(
-                    f"this row is {found.name}, but the first was {first[0].name} ({first[1]}); "
+                    f"this row is {found.name}{null}, but others are {usual[0].name} ({usual[1]}); "
                     "give all rows of a file the same format"
                 )
         except RowFault as fault:
@@ -146,6 +151,29 @@ def _preferences(
         unused.update(dict.fromkeys(_unused_columns(row.value, found, columns)))
         yield preference
     report.unused = list(unused)
+
+
+def _usual_format(rows: Iterable[Row], columns: Mapping[str, str]) -> tuple[Format, str] | None:
+    """The format that most of some rows have, and where one stands; None if all are bad.
+
+    Rows whose prompt is null have no say: they lack a prompt, they are no other layout. Where all
+    prompts are null, the first good row decides.
+    """
+    places: dict[Format, list[str]] = {}
+    for row in rows:
+        with suppress(RowFault):
+            value = _renamed(row, columns)
+            found = parse_row(value, row.number)[1]
+            if not _has_null_prompt(value):
+                places.setdefault(found, []).append(row.place)
+    if not places:
+        return None
+    usual = max(places, key=lambda found: len(places[found]))
+    return usual, places[usual][0]
+
+
+def _has_null_prompt(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("prompt", "") is None
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Any:

@@ -22,6 +22,7 @@ BATCH_ROWS = 256
 JSON_MESSAGES = re.compile(r'\[\{\s*"(role|content|from|value)"')
 PYTHON_MESSAGES = re.compile(r"\[\{\s*'(role|content|from|value)'")
 HALF_CHARACTERS = re.compile("[\ud800-\udfff]")
+UTF_16 = "holds NUL bytes, as UTF-16 does; save the file as UTF-8"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,25 @@ def read_rows(path: Path, max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Row]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; check the path")
     return READERS[path.suffix.lower()](path, max_row_bytes)
+
+
+def read_text_lines(path: Path, max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Row]:
+    """The lines of a text file that are not blank, each a row whose value is its text.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    for number, line in _lines(path, max_row_bytes):
+        place = f"{path}, line {number}"
+        if line is None:
+            yield Row(number, place, fault=_too_long(max_row_bytes))
+        elif not _is_blank(line):
+            try:
+                text = line.decode("utf-8-sig").strip("\r\n")
+            except UnicodeDecodeError as error:
+                yield Row(number, place, fault=_not_utf8(error))
+            else:
+                yield Row(number, place, text, UTF_16 if "\0" in text else "")
 
 
 def drop_nulls(value: Any) -> Any:
@@ -106,14 +126,20 @@ def _parse_line(line: bytes) -> tuple[Any, str]:
     try:
         return json.loads(line.decode("utf-8-sig")), ""
     except UnicodeDecodeError as error:
-        return None, f"not valid UTF-8 (byte {error.start} of the line); save the file as UTF-8"
+        return None, _not_utf8(error)
     except json.JSONDecodeError as error:
+        if b"\0" in line:
+            return None, UTF_16
         return None, (
             f"broken JSON ({error.msg}, column {error.colno}); "
             "each line holds one row, a list of rows belongs in a .json file"
         )
     except (RecursionError, ValueError) as error:
         return None, _unreadable(error)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not valid UTF-8 (byte {error.start} of the line); save the file as UTF-8"
 
 
 def _unreadable(error: Exception) -> str:
@@ -237,6 +263,8 @@ class _JsonValues:
         return f"{self.path}, row {self.row}"
 
     def _broken(self, what: str, position: int | None = None) -> ValueError:
+        if "\0" in self.text:
+            return ValueError(f"{self._where()}: {UTF_16}")
         line = self.lines_before + self.text.count("\n", 0, position or self.place) + 1
         return ValueError(
             f"{self.path}, line {line}: broken JSON ({what}, in row {self.row}); "
@@ -251,6 +279,7 @@ def _read_csv(path: Path, max_row_bytes: int) -> Iterator[Row]:
     try:
         reader = csv.reader(lines, strict=True)
         header = next(reader, [])
+        _check_header(path, header)
         if len(set(header)) < len(header) or (header and "" in header[1:]):
             raise ValueError(f"{path}, line 1: names of columns are empty or stand there twice")
         while True:
@@ -269,11 +298,25 @@ def _read_csv(path: Path, max_row_bytes: int) -> Iterator[Row]:
         csv.field_size_limit(usual)
 
 
+def _check_header(path: Path, header: list[str]) -> None:
+    """Refuse a header that was read wrongly: another encoding, cells that no comma parts."""
+    text = "".join(header)
+    if HALF_CHARACTERS.search(text):
+        raise ValueError(f"{path}, line 1: not valid UTF-8; save the file as UTF-8")
+    if len(header) == 1 and re.search("[;\t]", text):
+        raise ValueError(
+            f"{path}, line 1: the header is one cell ({shown(text)}); separate cells by commas, "
+            "not by semicolons or tabs"
+        )
+
+
 def _csv_lines(path: Path, max_row_bytes: int) -> Iterator[str]:
     """Lines as text, with line breaks; bytes that are no UTF-8 become half characters."""
     for number, line in _lines(path, max_row_bytes):
         if line is None:
             raise ValueError(f"{path}, line {number}: {_too_long(max_row_bytes)}")
+        if number == 1 and b"\0" in line:
+            raise ValueError(f"{path}, line 1: {UTF_16}")
         encoding = "utf-8-sig" if number == 1 else "utf-8"
         yield line.decode(encoding, "surrogateescape")
 

@@ -75,6 +75,7 @@ class EncodeReport:
         num_prompts_cut: Kept pairs whose prompt lost its beginning.
         num_mismatches: Pairs whose last prompt tokens change where a completion follows.
         num_rendered: Pairs that were already rendered.
+        num_joined: Pairs whose answers repeat a plain prompt, as implicit prompts do.
         ignored_columns: Columns for the template that change nothing in what it writes.
         first_fault: Why the template refused the first of the rows it refused.
         max_length: The limit, in tokens.
@@ -88,6 +89,7 @@ class EncodeReport:
     num_prompts_cut: int = 0
     num_mismatches: int = 0
     num_rendered: int = 0
+    num_joined: int = 0
     ignored_columns: list[str] = field(default_factory=list)
     first_fault: str = ""
     max_length: int = 0
@@ -227,7 +229,8 @@ def _pair_texts(
         if text is None:
             report.num_dropped["empty"] += 1
         else:
-            report.num_rendered += text.was_rendered
+            report.num_rendered += text.was_rendered and rendered
+            report.num_joined += text.was_rendered and not rendered
             texts.append((preference.row, text))
     return texts
 
@@ -333,11 +336,17 @@ def _template_choice(
 ) -> str:
     """One sentence: the template, and what was done with plain and with rendered text."""
     parts = [f"text goes through {renderer.choice}" if renderer.template else renderer.choice]
-    num_plain = sum(isinstance(p.prompt, str) for p in preferences) - report.num_rendered
+    num_as_is = report.num_rendered + report.num_joined
+    num_plain = sum(isinstance(p.prompt, str) for p in preferences) - num_as_is
     if renderer.template and num_plain > 0:
         parts.append("plain strings as one user and one assistant turn")
+    unprompted = ", without the system_prompt" if renderer.settings.system_prompt else ""
+    if report.num_joined and renderer.template:
+        parts.append(
+            f"no chat template is put around text that holds its prompt, as implicit prompts do "
+            f"({report.num_joined} of {report.num_pairs} pairs){unprompted}"
+        )
     if report.num_rendered:
-        unprompted = ", without the system_prompt" if renderer.settings.system_prompt else ""
         parts.append(
             f"{report.num_rendered} of {report.num_pairs} pairs are already rendered "
             f"and stay as they are{unprompted}"
@@ -347,6 +356,6 @@ def _template_choice(
         for p in preferences
         if p.system or (not isinstance(p.prompt, str) and has_system(p.prompt))
     ]
-    if renderer.settings.system_prompt and len(own) + report.num_rendered >= report.num_pairs:
+    if renderer.settings.system_prompt and len(own) + num_as_is >= report.num_pairs:
         parts.append("system_prompt has no effect: every row has a system message of its own")
     return "; ".join(parts)

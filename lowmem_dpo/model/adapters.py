@@ -10,7 +10,7 @@ Source: PEFT, https://github.com/huggingface/peft, `LoraConfig` and `save_pretra
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from lowmem_dpo.model.lora import lora_layers, lora_parameters
 from lowmem_dpo.model.source import ADAPTER_CONFIG_FILE, read_json
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+# Not PEFT's, which passes it over: how the base was stored that the adapter was trained on.
+BASE_STORAGE_FILE = "lowmem_dpo.json"
 
 _PREFIX = "base_model.model."
 _SUFFIXES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
@@ -112,6 +114,25 @@ def save_adapter(
         directory / ADAPTER_WEIGHTS_FILE, safetensors.torch.save(tensors, {"format": "pt"})
     )
     replace_file(directory / ADAPTER_CONFIG_FILE, json.dumps(config, indent=2).encode())
+
+
+def save_base_storage(directory: Path, storage: Mapping[str, str]) -> None:
+    """Write beside an adapter which settings made the base that it was trained on."""
+    replace_file(directory / BASE_STORAGE_FILE, json.dumps(storage, indent=2).encode())
+
+
+def other_base_storage(directory: Path, storage: Mapping[str, str]) -> dict[str, str]:
+    """The settings of the base an adapter was trained on, where they are not those of `storage`.
+
+    Empty for an adapter that does not say, such as one of PEFT's own.
+    """
+    path = directory / BASE_STORAGE_FILE
+    recorded = read_json(path) if path.is_file() else {}
+    return {
+        name: recorded[name]
+        for name, value in storage.items()
+        if recorded.get(name, value) != value
+    }
 
 
 def read_adapter_config(directory: Path) -> AdapterSettings:

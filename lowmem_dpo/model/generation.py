@@ -120,6 +120,17 @@ def check_prompts(prompts: list[list[int]], config: PretrainedConfig, sampling: 
         )
 
 
+def position_warning(prompts: list[list[int]], config: PretrainedConfig, sampling: Sampling) -> str:
+    """A line for the user where answers may pass the positions of a model; else empty."""
+    length = max(map(len, prompts)) + sampling.max_new_tokens
+    if length <= config.max_position_embeddings:
+        return ""
+    return (
+        f"prompt and max_new_tokens make {length} tokens, the model was made for "
+        f"{config.max_position_embeddings}; shorten one"
+    )
+
+
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the tokenizer's EOS and those of both of the model's configs."""
     found = [tokenizer.eos_token_id]

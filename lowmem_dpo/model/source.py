@@ -45,12 +45,15 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def resolve_source(model: str, init_adapter: str | None) -> tuple[str, str | None, str | None]:
+def resolve_source(
+    model: str, init_adapter: str | None, setting: str = "init_adapter"
+) -> tuple[str, str | None, str | None]:
     """Tell the base from the adapter, where `model` may be either.
 
     Args:
         model: Folder or Hugging Face id of a model, or folder of a PEFT adapter.
         init_adapter: Folder of the PEFT adapter to start from, or None.
+        setting: The user's name of `init_adapter`, for messages.
 
     Returns:
         The base's folder or id, the adapter's folder or None, and a line to tell the user or None.
@@ -68,14 +71,14 @@ def resolve_source(model: str, init_adapter: str | None) -> tuple[str, str | Non
         return model, init_adapter, _other_base(model, init_adapter)
     if init_adapter is not None and Path(init_adapter).resolve() != folder.resolve():
         raise ValueError(
-            f"model {model} is an adapter and init_adapter is {init_adapter}; "
-            "give the base as model, or leave init_adapter out"
+            f"model {model} is an adapter and {setting} is {init_adapter}; "
+            f"give the base as model, or leave {setting} out"
         )
     base = read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ValueError(
             f"adapter {model} does not name its base; "
-            f"give the base as model and {model} as init_adapter"
+            f"give the base as model and {model} as {setting}"
         )
     base = _found_base(folder, base)
     return base, model, f"{model} is an adapter: starting from it, on its base {base}"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from lowmem_dpo.config import GenerateConfig, TrainConfig
 from lowmem_dpo.data.reading import is_single_file
-from lowmem_dpo.data.rows import Row, read_rows
+from lowmem_dpo.data.rows import Row, read_rows, read_text_lines
 from lowmem_dpo.data.templates import render_prompt
-from lowmem_dpo.model.generation import Sampling, check_prompts, generate_text
+from lowmem_dpo.model.generation import Sampling, check_prompts, generate_text, position_warning
 from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.model.size import ModelSize
-from lowmem_dpo.training.console import console, say
+from lowmem_dpo.training.console import console, say, warn
 from lowmem_dpo.training.policy import Policy, load_policy, read_source, template_settings
 
 
@@ -38,10 +38,12 @@ def generate(config: GenerateConfig) -> None:
         cache_dir=config.cache_dir,
         seed=config.seed,
     )
-    source = read_source(settings)
+    source = read_source(settings, adapter_setting="adapter")
     template = template_settings(config)
     rendered = [render_prompt(source.tokenizer, prompt, template) for prompt in prompts]
     check_prompts(rendered, source.model_config, Sampling.of(config))
+    if line := position_warning(rendered, source.model_config, Sampling.of(config)):
+        warn(line)
     if config.compare and source.init_adapter is None:
         say("no adapter given, so there is nothing to compare: the base answers alone")
     size = ModelSize.of(source.model_config)
@@ -79,13 +81,20 @@ def read_prompts(path: str | None) -> list[str]:
         prompts = [_prompt_of(row) for row in read_rows(Path(path))]
     else:
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read the prompts in {path}: {error}") from None
-        prompts = [line for line in text.splitlines() if line.strip()]
+            prompts = [_text_of(row) for row in read_text_lines(Path(path))]
+        except OSError as error:
+            raise ValueError(
+                f"cannot read the prompts in {path}: {error.strerror}; give a file of prompts"
+            ) from None
     if not prompts:
         raise ValueError(f"{path} holds no prompts; write one a line")
     return prompts
+
+
+def _text_of(row: Row) -> str:
+    if row.fault:
+        raise ValueError(f"{row.place}: {row.fault}")
+    return row.value
 
 
 def _prompt_of(row: Row) -> str:

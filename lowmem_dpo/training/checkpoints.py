@@ -31,7 +31,7 @@ from lowmem_dpo.training.optimizers import page_state
 STATE_FILE = "trainer_state.json"
 TENSOR_FILE = "trainer_state.safetensors"
 SUMS_FILE = "SHA256SUMS"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _NAME = re.compile(r"step-[0-9]+")
 _SET_ASIDE = re.compile(r"step-[0-9]+\.ahead-of-([0-9]+)")
@@ -49,6 +49,7 @@ class TrainingState:
         step: Optimizer steps done.
         num_tokens: Tokens seen.
         best_eval_loss: Lowest evaluation loss so far.
+        eval_loss_to_beat: Evaluation loss at the last improvement that early stopping counted.
         num_evaluations_without_improvement: In a row, to the last one.
         num_skipped_in_a_row: Steps skipped for a loss or gradient that is not finite, to the last.
         unlogged: Metrics of the steps since the last logged line.
@@ -63,6 +64,7 @@ class TrainingState:
     step: int = 0
     num_tokens: int = 0
     best_eval_loss: float | None = None
+    eval_loss_to_beat: float | None = None
     num_evaluations_without_improvement: int = 0
     num_skipped_in_a_row: int = 0
     unlogged: list[dict[str, float]] = field(default_factory=list)
@@ -74,6 +76,7 @@ PLAIN = (
     "step",
     "num_tokens",
     "best_eval_loss",
+    "eval_loss_to_beat",
     "num_evaluations_without_improvement",
     "num_skipped_in_a_row",
     "unlogged",

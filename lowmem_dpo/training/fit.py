@@ -86,7 +86,7 @@ class Fit:
         )
         few = self.schedule.num_steps < FEW_STEPS_TO_LOG_ALL
         self.logging_steps = config.logging_steps or (1 if few else 10)
-        self.eval_steps = config.eval_steps or self.schedule.steps_per_epoch
+        self.eval_steps = self.schedule.eval_steps(config)
         self.facts = resume_facts(
             config,
             model_digest=run.policy.digest,
@@ -213,10 +213,11 @@ class Fit:
         self.trackers.log(metrics)
 
     def _is_save_step(self, step: int, is_last: bool) -> bool:
-        if self.config.save_strategy == "steps":
-            return step % (self.config.save_steps or 1) == 0
-        ends_epoch = step % self.schedule.steps_per_epoch == 0 or is_last
-        return self.config.save_strategy == "epoch" and ends_epoch
+        if self.config.save_strategy == "no":
+            return False
+        by_steps = self.config.save_strategy == "steps"
+        every = self.config.save_steps if by_steps else self.schedule.steps_per_epoch
+        return is_last or step % (every or 1) == 0
 
     def _evaluate(self) -> None:
         check_weights_finite(self.parameters, self.state.step)
@@ -229,17 +230,32 @@ class Fit:
             f"{metrics['eval_rewards/margins']:+.3f}, accuracy "
             f"{metrics['eval_rewards/accuracies']:.2f}"
         )
+        self._count_improvement(loss)
         lowest = self.state.best_eval_loss
-        if lowest is None or lowest - loss > self.config.early_stopping_threshold:
-            self.state.num_evaluations_without_improvement = 0
-        else:
-            self.state.num_evaluations_without_improvement += 1
         if lowest is None or loss < lowest or not self.folder.best.exists():
             self.state.best_eval_loss = loss
             self.folder.save_best(self.run.policy.save)
         if self._stops_early():
             times = self.state.num_evaluations_without_improvement
-            say(f"stopped early: the last {times} evaluations did not improve on {lowest:.4f}")
+            threshold = self.config.early_stopping_threshold
+            by = f" by more than early_stopping_threshold {threshold:g}" if threshold else ""
+            say(
+                f"stopped early: the last {times} evaluations did not lower eval_loss "
+                f"{self.state.eval_loss_to_beat:.4f}{by}"
+            )
+
+    def _count_improvement(self, loss: float) -> None:
+        """Count evaluations since the loss last fell by more than the threshold.
+
+        The loss to beat stays until then, so that many small steps down count in the end.
+        """
+        state = self.state
+        to_beat = state.eval_loss_to_beat
+        if to_beat is None or to_beat - loss > self.config.early_stopping_threshold:
+            state.eval_loss_to_beat = loss
+            state.num_evaluations_without_improvement = 0
+        else:
+            state.num_evaluations_without_improvement += 1
 
     def _save_checkpoint(self) -> None:
         check_weights_finite(self.parameters, self.state.step)

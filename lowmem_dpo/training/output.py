@@ -87,7 +87,8 @@ class RunFolder:
 
         Raises:
             ValueError: If the folder holds a run and resume is not set, the checkpoint is not
-                there or is another setting's, or the folder cannot be written.
+                there or is another setting's, there is none and a new run would overwrite what
+                an earlier one left, or the folder cannot be written.
         """
         holds_run = any((self.root / name).exists() for name in RUN_FILES)
         if config.resume is None and holds_run:
@@ -120,12 +121,26 @@ class RunFolder:
             recover(self.checkpoints, "step-")
             if config.resume == "auto":
                 checkpoint = newest_good_checkpoint(self.checkpoints)
+                if checkpoint is None:
+                    self._check_nothing_is_lost()
             if checkpoint is not None:
                 check_resumable(resume_facts(config), read_record(checkpoint)["facts"], checkpoint)
         except BaseException:
             self.close()
             raise
         return checkpoint
+
+    def _check_nothing_is_lost(self) -> None:
+        """Refuse to start afresh over adapters, or over the record of a finished run."""
+        left = [f"{name}/" for name in ("adapter", "best") if (self.root / name).exists()]
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            if json.loads((self.root / "run.json").read_text(encoding="utf-8"))["finished"]:
+                left.append("the record of a finished run")
+        if left:
+            raise ValueError(
+                f"{self.root} holds {' and '.join(left)} but no checkpoint to go on from, and "
+                "starting afresh would overwrite that; choose another --output_dir"
+            )
 
     def close(self) -> None:
         """Let other runs have the folder."""

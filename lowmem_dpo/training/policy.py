@@ -8,7 +8,7 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +28,10 @@ from lowmem_dpo.model.adapters import (
     AdapterSettings,
     adapter_digest,
     load_adapter,
+    other_base_storage,
     read_adapter_config,
     save_adapter,
+    save_base_storage,
 )
 from lowmem_dpo.model.attention import TREE_ATTENTION, attention_path
 from lowmem_dpo.model.bnb_checkpoint import check_kept_quantised
@@ -78,6 +80,7 @@ class Policy:
         source: The base's folder or id.
         init_adapter: The adapter folder it starts from.
         chat_template: Jinja text in use, or None for plain text.
+        base_storage: The settings that say how the base is stored.
     """
 
     loaded: LoadedModel
@@ -89,6 +92,7 @@ class Policy:
     source: str = ""
     init_adapter: str | None = None
     chat_template: str | None = None
+    base_storage: dict[str, str] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -108,6 +112,7 @@ class Policy:
     def save(self, directory: Path) -> None:
         """Write the adapter in PEFT's format, with the tokenizer and template it trained under."""
         save_adapter(directory, self.loaded.model, base_model=self.source, settings=self.adapter)
+        save_base_storage(directory, self.base_storage)
         own = self.tokenizer.chat_template
         self.tokenizer.chat_template = self.chat_template
         try:
@@ -177,15 +182,19 @@ class Source:
     dtype: torch.dtype
 
 
-def read_source(config: TrainConfig) -> Source:
+def read_source(config: TrainConfig, adapter_setting: str = "init_adapter") -> Source:
     """Find base, tokenizer and starting adapter, and refuse what cannot work before any download.
+
+    Args:
+        config: The settings.
+        adapter_setting: The user's name of `init_adapter`, for messages.
 
     Raises:
         ValueError: If a setting does not fit the machine, or the model is not supported.
     """
     if config.model is None:
         raise ValueError("no model given; set --model to a folder or a Hugging Face id")
-    base, init_adapter, note = resolve_source(config.model, config.init_adapter)
+    base, init_adapter, note = resolve_source(config.model, config.init_adapter, adapter_setting)
     device, notes = resolve_device(config.device)
     for line in ([note] if note else []) + notes:
         say(line)
@@ -210,6 +219,9 @@ def read_source(config: TrainConfig) -> Source:
         copies = config.quantization == "nf4" and config.quantized_copy and not comes_quantised
         copy_bytes = ModelSize.of(model_config).nf4_bytes if copies else 0
         check_download(base, cache_directory(config.cache_dir), copy_bytes)
+    dtype = resolve_dtype(config.dtype, device)
+    if init_adapter is not None:
+        _warn_of_other_storage(Path(init_adapter), _base_storage(config, dtype))
     return Source(
         base=base,
         init_adapter=init_adapter,
@@ -217,7 +229,7 @@ def read_source(config: TrainConfig) -> Source:
         tokenizer=load_tokenizer(tokenizer_source(base, init_adapter)),
         adapter=_adapter_settings(config, init_adapter),
         device=device,
-        dtype=resolve_dtype(config.dtype, device),
+        dtype=dtype,
     )
 
 
@@ -257,6 +269,7 @@ def load_policy(config: TrainConfig, source: Source | None = None) -> Policy:
         head_kernel=config.head_kernel,
     )
     policy.source, policy.init_adapter = source.base, source.init_adapter
+    policy.base_storage = _base_storage(config, source.dtype)
     policy.chat_template = build_renderer(source.tokenizer, template_settings(config)).template
     if source.init_adapter:
         load_adapter(loaded.model, Path(source.init_adapter))
@@ -320,6 +333,26 @@ def make_policy(
     )
     parts.backbone.set_attn_implementation(TREE_ATTENTION)
     return Policy(loaded, parts, tokenizer, adapter, device, dtype)
+
+
+def _base_storage(config: TrainConfig, dtype: torch.dtype) -> dict[str, str]:
+    """The settings that say how the base is stored: with others it is another base."""
+    return {
+        "quantization": config.quantization,
+        "head_quantization": config.head_quantization,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _warn_of_other_storage(adapter: Path, storage: dict[str, str]) -> None:
+    """Say where an adapter was trained on a base that was stored otherwise."""
+    if other := other_base_storage(adapter, storage):
+        trained = ", ".join(f"{name} {value}" for name, value in other.items())
+        here = ", ".join(f"{name} {storage[name]}" for name in other)
+        warn(
+            f"adapter {adapter} was trained with {trained}, this run has {here}; "
+            "its answers differ, set it as it was to have the same"
+        )
 
 
 def _adapter_settings(config: TrainConfig, init_adapter: str | None) -> AdapterSettings:

@@ -35,6 +35,14 @@ class Schedule:
         """Optimizer steps in one pass over the data."""
         return math.ceil(self.num_pairs / self.batch_size)
 
+    def eval_steps(self, config: TrainConfig) -> int:
+        """Steps between evaluations: as set, else one pass over the data."""
+        return config.eval_steps or self.steps_per_epoch
+
+    def num_evaluations(self, config: TrainConfig) -> int:
+        """How often a run evaluates that has something to evaluate on; the last step counts."""
+        return math.ceil(self.num_steps / self.eval_steps(config))
+
     def batches(self, first_step: int) -> Iterator[list[int]]:
         """Indices of the pairs of each step, from `first_step` to the end."""
         order, order_epoch = list(range(self.num_pairs)), -1
@@ -52,4 +60,29 @@ def warn_of_few_steps(schedule: Schedule) -> None:
         warn(
             f"only {steps}: {schedule.num_pairs} pairs in batches of {schedule.batch_size}; "
             "for more, lower batch_size or raise num_train_epochs"
+        )
+
+
+def warn_of_late_settings(config: TrainConfig, schedule: Schedule) -> None:
+    """Say which settings count in more steps than the run has, and what happens instead."""
+    steps = schedule.num_steps
+    settings = {
+        "logging_steps": "metrics are written at the last step only",
+        "eval_steps": "it is evaluated at the last step only",
+        "save_steps": "the only checkpoint is that of the last step",
+    }
+    for name, instead in settings.items():
+        if (getattr(config, name) or 0) > steps:
+            warn(f"{name} {getattr(config, name)} is more than the run's {steps} steps: {instead}")
+    if (config.warmup_steps or 0) >= steps:
+        warn(
+            f"warmup_steps {config.warmup_steps} leaves nothing of the run's {steps} steps, "
+            f"{steps - 1} are used; lower it"
+        )
+    patience, evaluations = config.early_stopping_patience, schedule.num_evaluations(config)
+    # The first evaluation is the best so far, and after the last there is nothing left to stop.
+    if patience is not None and patience + 1 >= evaluations:
+        warn(
+            f"early_stopping_patience {patience} cannot stop a run of {evaluations} evaluations; "
+            "lower it or eval_steps"
         )

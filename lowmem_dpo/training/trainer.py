@@ -7,14 +7,14 @@ from typing import Any
 from lowmem_dpo.config import GenerateConfig, TrainConfig
 from lowmem_dpo.data.templates import render_prompt
 from lowmem_dpo.loss_types import needs_reference
-from lowmem_dpo.model.generation import Sampling, generate_text
+from lowmem_dpo.model.generation import Sampling, generate_text, position_warning
 from lowmem_dpo.model.source import ADAPTER_CONFIG_FILE
 from lowmem_dpo.training.checkpoints import read_record
 from lowmem_dpo.training.console import warn
 from lowmem_dpo.training.fit import Fit, StepCallback, TrainResult
 from lowmem_dpo.training.output import RunFolder, check_resumable
 from lowmem_dpo.training.policy import Policy, load_policy, template_settings
-from lowmem_dpo.training.schedule import Schedule, warn_of_few_steps
+from lowmem_dpo.training.schedule import Schedule, warn_of_few_steps, warn_of_late_settings
 from lowmem_dpo.training.setup import Pairs, prepare_run
 from lowmem_dpo.training.trackers import check_installed
 
@@ -90,7 +90,9 @@ class Trainer:
         def before_weights(pairs: Pairs) -> None:
             if resumed is not None and checkpoint is not None:
                 check_resumable({"data_digest": pairs.digest}, resumed, checkpoint)
-            warn_of_few_steps(Schedule.of(config, len(pairs.train)))
+            schedule = Schedule.of(config, len(pairs.train))
+            warn_of_few_steps(schedule)
+            warn_of_late_settings(config, schedule)
 
         try:
             run = prepare_run(
@@ -132,14 +134,16 @@ class Trainer:
         known = [f.name for f in fields(Sampling)]
         if unknown := sampling.keys() - known:
             raise ValueError(f"generate has no setting {min(unknown)}; known: {', '.join(known)}")
-        settings = GenerateConfig(**sampling)
+        settings = Sampling.of(GenerateConfig(**sampling))
         ids = render_prompt(self.policy.tokenizer, prompt, template_settings(self.config))
+        if line := position_warning([ids], self.policy.loaded.model.config, settings):
+            warn(line)
         return generate_text(
             self.policy.loaded.model,
             self.policy.parts,
             self.policy.tokenizer,
             [ids],
-            Sampling.of(settings),
+            settings,
         )[0]
 
     def _data(self, data: str | Path | None) -> str:

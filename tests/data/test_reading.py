@@ -82,6 +82,31 @@ def test_read_preferences_takes_the_format_of_the_first_good_row(tmp_path):
     assert (len(preferences), report.format) == (2, "message lists")
 
 
+IMPLICIT = {"chosen": "How? x", "rejected": "How? y z"}
+
+
+@pytest.mark.parametrize("odd", [IMPLICIT, IMPLICIT | {"prompt": None}])
+def test_read_preferences_holds_all_rows_to_the_format_that_most_have(tmp_path, odd):
+    path = write(tmp_path, [odd, *[ROW] * 10])
+    preferences, report = read_preferences(path, on_bad_row="skip")
+    assert (len(preferences), report.num_skipped) == (10, 1)
+    assert report.format == "prompt/chosen/rejected strings"
+    message = (
+        r"line 1: .* implicit prompt, strings.*, but others are prompt/.* strings \(.*line 2\)"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        read_preferences(path)
+    assert ("its prompt is null" in str(error.value)) == ("prompt" in odd)
+
+
+def test_read_preferences_takes_a_null_prompt_for_none_unless_all_are(tmp_path):
+    null = IMPLICIT | {"prompt": None}
+    preferences, _ = read_preferences(write(tmp_path, [null, null, ROW]), on_bad_row="skip")
+    assert [p.row for p in preferences] == [3]
+    preferences, report = read_preferences(write(tmp_path, [null, null]))
+    assert (len(preferences), report.format) == (2, "implicit prompt, strings")
+
+
 def test_read_preferences_does_not_skip_every_row_nor_half_a_file(tmp_path):
     path = write(tmp_path, [{"a": 1}, {"b": 2}])
     with pytest.raises(ValueError, match=r"every one of the 2 rows is bad; .*line 1: missing"):

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 import tracemalloc
 
 import pytest
@@ -130,6 +131,16 @@ def test_read_rows_names_the_row_that_is_not_utf8(tmp_path, name):
     assert "not valid UTF-8" in refusal(write(tmp_path, name, b'[1,"\xe4'))
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.jsonl", GOOD), ("a.json", GOOD), ("a.json", f"[{GOOD}]"), ("a.csv", '"a","b"\n1,2\n')],
+)
+def test_read_rows_says_what_to_do_about_utf16(tmp_path, name, text, encoding):
+    message = refusal(write(tmp_path, name, text.encode(encoding)))
+    assert re.search(r"(, line 1|, row 1): .*; save the file as UTF-8$", message)
+
+
 # One row without an end
 
 
@@ -198,6 +209,9 @@ def test_read_rows_reads_messages_in_csv_cells_and_leaves_other_json_text(tmp_pa
         ('a,b\n"1" x,2\n', "line 2: broken CSV"),
         ('a,b\n1,"2\n3\n', "broken CSV (unexpected end of data)"),
         (b"a,b\n1,\xff\n", "line 2: not valid UTF-8"),
+        (b"a,\xe4\n1,2\n", "line 1: not valid UTF-8; save the file as UTF-8"),
+        ("a;b\n1;2\n", "line 1: the header is one cell (a;b); separate cells by commas"),
+        ("a\tb\n1\t2\n", "line 1: the header is one cell (a b); separate cells by commas"),
         ("a,b\n\"[{'role': 'user'}]\",2\n", "line 2: the column a holds messages in Python's"),
         ('a,b\n"[{""role"": ",2\n', "line 2: the column a: broken JSON"),
     ],

@@ -240,7 +240,12 @@ def test_encode_pairs_recognises_answers_that_repeat_the_prompt(build_tokenizer)
     joined = [Preference("hi,", "hi, yes", "hi, no", row) for row in (1, 2)]
     pairs, report = encode_pairs(joined, tokenizer, AUTO)
     assert list(sides(pairs[0], tokenizer)) == [("<s>hi,", " yes</s>"), ("<s>hi,", " no</s>")]
-    assert report.num_rendered == 2
+    assert (report.num_rendered, report.num_joined) == (0, 2)
+    said = "no chat template is put around text that holds its prompt, as implicit prompts do (2 of"
+    assert said in report.template_choice and "already rendered" not in report.template_choice
+    assert "user and one assistant turn" not in report.template_choice
+    plain = encode_pairs(joined, build_tokenizer(bos=True), AUTO)[1].template_choice
+    assert "implicit" not in plain
 
 
 def test_encode_pairs_takes_a_lone_repeated_prompt_for_an_answer(build_tokenizer):

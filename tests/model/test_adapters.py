@@ -9,8 +9,10 @@ from lowmem_dpo.model.adapters import (
     AdapterSettings,
     adapter_digest,
     load_adapter,
+    other_base_storage,
     read_adapter_config,
     save_adapter,
+    save_base_storage,
 )
 from lowmem_dpo.model.loading import load_model
 from lowmem_dpo.model.lora import add_lora, lora_layers, lora_parameters
@@ -97,6 +99,7 @@ def test_save_adapter_loads_in_peft_with_equal_logits(
     settings = AdapterSettings(3, 6.0, 0.1, targets, rank_stabilised)
     ours = trained(folder, settings)
     save_adapter(tmp_path / "adapter", ours, base_model=str(folder), settings=settings)
+    save_base_storage(tmp_path / "adapter", {"quantization": "none"})
     base_logits = logits(theirs)
     wrapped = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")).eval()
     torch.testing.assert_close(logits(wrapped), logits(ours), rtol=0, atol=1e-5)
@@ -279,3 +282,10 @@ def test_adapter_digest_follows_what_the_adapter_computes(saved):
     assert second != first
     change_tensors(directory, lambda tensors: tensors[max(tensors)].add_(1))
     assert adapter_digest(directory) not in (first, second)
+
+
+def test_other_base_storage_names_what_was_different(tmp_path):
+    assert other_base_storage(tmp_path, {"quantization": "nf4"}) == {}  # an adapter of PEFT's
+    save_base_storage(tmp_path, {"quantization": "none", "dtype": "float32"})
+    storage = {"quantization": "nf4", "dtype": "float32", "head_quantization": "int8"}
+    assert other_base_storage(tmp_path, storage) == {"quantization": "none"}

@@ -5,7 +5,13 @@ import torch
 from transformers import LlamaConfig
 
 from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.model.generation import Sampling, check_prompts, generate_text, stop_ids
+from lowmem_dpo.model.generation import (
+    Sampling,
+    check_prompts,
+    generate_text,
+    position_warning,
+    stop_ids,
+)
 from lowmem_dpo.pipeline.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.training.policy import load_policy
 from tests.tiny import FAMILIES, save_tiny_model, tiny_model
@@ -32,6 +38,13 @@ def test_check_prompts_counts_prompt_and_answer_against_the_range_of_longrope():
     check_prompts([[1] * 252], config, GREEDY)
     with pytest.raises(ValueError, match=r"changes beyond 256 tokens.* make 257"):
         check_prompts([[1] * 253], config, GREEDY)
+
+
+def test_position_warning_counts_prompt_and_answer():
+    config = LlamaConfig(vocab_size=10, max_position_embeddings=16)
+    assert position_warning([[1] * 12, [1]], config, GREEDY) == ""
+    line = position_warning([[1], [1] * 13], config, GREEDY)
+    assert "make 17 tokens, the model was made for 16" in line
 
 
 @torch.no_grad()

@@ -235,6 +235,9 @@ def test_resolve_source_refuses_contradictions(tmp_path):
     nameless = write_adapter(tmp_path / "nameless", None)
     assert "leave init_adapter out" in refusal(resolve_source, one, two)
     assert "does not name its base" in refusal(resolve_source, nameless, None)
+    for model, other in ((one, two), (nameless, None)):
+        message = refusal(resolve_source, model, other, "adapter")
+        assert "init_adapter" not in message and message.endswith(("adapter out", "as adapter"))
     assert "no adapter_config.json" in refusal(resolve_source, "some/model", str(tmp_path))
 
 

@@ -214,10 +214,21 @@ def test_early_stopping_stops_after_patience_and_keeps_the_best(config, monkeypa
     assert [line["step"] for line in read_metrics(result.output_dir) if "loss" in line] == [4]
 
 
-def test_early_stopping_wants_more_than_its_threshold(config, monkeypatch):
+def test_early_stopping_wants_more_than_its_threshold(config, monkeypatch, capsys):
     config = early(config, early_stopping_patience=2, early_stopping_threshold=0.1)
     evaluations(monkeypatch, 0.6, 0.55, 0.45, 0.4, 0.38)
     assert Trainer(config).fit().num_steps == 5
+    said = "2 evaluations did not lower eval_loss 0.4500 by more than early_stopping_threshold 0.1"
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_early_stopping_counts_small_steps_down_together(config, monkeypatch):
+    config = early(config, early_stopping_patience=2, early_stopping_threshold=0.1)
+    evaluations(monkeypatch, 0.6, 0.54, 0.48, 0.42, 0.36, 0.3)
+    result = Trainer(config).fit()
+    assert result.num_steps == 6
+    best = (result.output_dir / "best" / "adapter_model.safetensors").read_bytes()
+    assert best == weights(result.output_dir, 6)
 
 
 def test_early_stopping_is_remembered_across_a_resume(config, monkeypatch, tmp_path):

@@ -14,6 +14,28 @@ from tests.tiny import save_tiny_model
 pytestmark = pytest.mark.usefixtures("without_plots")
 
 
+def test_read_source_warns_of_an_adapter_trained_on_another_base(llama_dir, tmp_path, capsys):
+    base = TrainConfig(model=str(llama_dir), device="cpu", quantization="none")
+    load_policy(base).save(tmp_path / "a")
+    capsys.readouterr()
+    read_source(replace(base, init_adapter=str(tmp_path / "a")))
+    assert "warning" not in capsys.readouterr().out
+    generate(
+        GenerateConfig(
+            adapter=str(tmp_path / "a"),
+            prompt="a",
+            max_new_tokens=1,
+            device="cpu",
+            dtype="bfloat16",
+        )
+    )
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "trained with quantization none, dtype float32, this run has quantization nf4, dty"
+        in printed
+    )
+
+
 @pytest.mark.parametrize("method", ["int8", "nf4"])
 def test_runs_with_a_quantised_head_have_an_exact_step_zero(
     llama_dir, pairs_file, tmp_path, method

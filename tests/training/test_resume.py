@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.files import NoLocksError
-from lowmem_dpo.training.checkpoints import find_damage
+from lowmem_dpo.training.checkpoints import find_damage, list_checkpoints
 from lowmem_dpo.training.output import RunFolder
 from lowmem_dpo.training.trainer import Trainer
 from tests.training.conftest import environment
@@ -126,6 +126,32 @@ def test_resume_auto_without_a_checkpoint_starts_afresh(config, tmp_path, capsys
     Trainer(fresh).fit()
     assert "starting afresh" in capsys.readouterr().out
     assert_same_run(fresh.output_dir, config.output_dir)
+
+
+def test_resume_auto_without_a_checkpoint_overwrites_nothing(config, tmp_path):
+    config = replace(config, save_strategy="no", save_steps=None, keep_checkpoints=2, resume="auto")
+    output = Path(config.output_dir)
+    Trainer(config).fit()
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    for gone, left in (
+        (None, r"adapter/ and best/ and the record of a finished run"),
+        ("adapter", r"best/ and the record"),
+        ("best", "holds the record of a finished run but no checkpoint .* another --output_dir"),
+    ):
+        if gone:
+            (output / gone).rename(tmp_path / gone)
+        with pytest.raises(ValueError, match=left):
+            Trainer(config).fit()
+    after = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert after == {p: data for p, data in before.items() if p.parent == output}
+    (output / "run.json").write_text(json.dumps({"finished": False}))
+    assert Trainer(replace(config, max_steps=1)).fit().num_steps == 1
+
+
+def test_save_strategy_steps_keeps_the_last_step_too(config):
+    Trainer(replace(config, save_steps=4)).fit()
+    names = [path.name for path in list_checkpoints(Path(config.output_dir) / "checkpoints")]
+    assert names == ["step-000004", "step-000008", "step-000010"]
 
 
 @pytest.mark.parametrize(
