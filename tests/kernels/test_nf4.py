@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +6,7 @@ from bitsandbytes import functional as bnb
 
 from lowmem_dpo.model.nf4 import quantize_nf4
 from lowmem_dpo_kernels import reference
+from tests.interpreter import assert_passes_in_the_interpreter
 
 
 def make_state(numel, *, double):
@@ -31,20 +29,9 @@ def test_nf4_twin_has_the_bits_of_bitsandbytes(dtype, shape):
     assert torch.equal(out, weight.dequantize(dtype))
 
 
-def test_nf4_kernel_is_right_in_the_interpreter(request):
+def test_nf4_kernel_is_right_in_the_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
-    cases = Path(__file__).with_name("interpreted_nf4.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
-        cwd=request.config.rootpath,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
+    assert_passes_in_the_interpreter(Path(__file__).with_name("interpreted_nf4.py"))
 
 
 @pytest.mark.gpu

@@ -1,7 +1,5 @@
 import importlib
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import torch
 
 from lowmem_dpo_kernels import NormRule, reference, rms_norm
 from lowmem_dpo_kernels import rms_norm as rms_norm_function
+from tests.interpreter import assert_passes_in_the_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = {
@@ -105,20 +104,9 @@ def test_rms_norm_refuses_weights_that_train_or_do_not_fit(weight, message):
         rms_norm(torch.ones(3, 8), weight, NormRule(1e-6))
 
 
-def test_rms_norm_kernels_are_right_in_the_interpreter(request):
+def test_rms_norm_kernels_are_right_in_the_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
-    cases = Path(__file__).with_name("interpreted_rms_norm.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
-        cwd=request.config.rootpath,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
+    assert_passes_in_the_interpreter(Path(__file__).with_name("interpreted_rms_norm.py"))
 
 
 @pytest.mark.parametrize("capability", [(8, 6), (12, 0)])

@@ -1,5 +1,3 @@
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from lowmem_dpo_kernels import token_logps, token_logps_pass, token_logps_triton
+from tests.interpreter import assert_passes_in_the_interpreter
 from tests.kernels.conftest import SHARED_KIB
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -105,16 +104,5 @@ def test_fold_slice_fuses_multiply_and_add_whatever_tritons_default(
     assert launches[0].code.metadata.enable_fp_fusion
 
 
-def test_triton_path_is_right_in_the_interpreter(request):
-    cases = Path(__file__).with_name("interpreted_token_logps.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
-        cwd=request.config.rootpath,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
+def test_triton_path_is_right_in_the_interpreter():
+    assert_passes_in_the_interpreter(Path(__file__).with_name("interpreted_token_logps.py"))

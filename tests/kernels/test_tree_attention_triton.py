@@ -1,12 +1,12 @@
 import importlib
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.interpreter import assert_passes_in_the_interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -104,15 +104,4 @@ def test_kernel_resources_prints_a_table_and_refuses_what_does_not_fit(
 
 
 def test_tree_attention_is_right_in_the_interpreter():
-    cases = Path(__file__).with_name("interpreted_tree_attention.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
+    assert_passes_in_the_interpreter(Path(__file__).with_name("interpreted_tree_attention.py"))

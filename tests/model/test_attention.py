@@ -1,7 +1,4 @@
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +7,7 @@ from transformers import LlamaConfig
 
 from lowmem_dpo.model import attention
 from lowmem_dpo.model.attention import attention_path, segment_attention, tree_attention
+from tests.interpreter import assert_passes_in_the_interpreter
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 
@@ -199,16 +197,5 @@ def test_a_full_card_does_not_change_the_path(trial):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
-def test_models_with_the_kernels_equal_the_portable_path_in_the_interpreter(request):
-    cases = Path(__file__).with_name("interpreted_attention.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
-        cwd=request.config.rootpath,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
+def test_models_with_the_kernels_equal_the_portable_path_in_the_interpreter():
+    assert_passes_in_the_interpreter(Path(__file__).with_name("interpreted_attention.py"))
