@@ -118,11 +118,12 @@ def hold_memory(
 ) -> None:
     """Do as `add_memory_limit`'s flag says."""
     from lowmem_dpo.memory.limits import limit_memory
+    from lowmem_dpo.settings.groups import parse_bytes
 
     if not options.memory_limit:
         return
     try:
-        limit_memory(options.memory_limit, device)
+        limit_memory(parse_bytes(options.memory_limit), device)
     except ValueError as error:
         parser.error(str(error))
     print(f"memory limit {options.memory_limit}: the memory of a smaller card, not its speed")

@@ -8,22 +8,22 @@ import torch
 from _common import StepClock, peak_mib, reset_peak
 from _random_models import random_model
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.packing import pack_trees
-from lowmem_dpo.data.templates import TokenPair
-from lowmem_dpo.data.trees import build_tree
-from lowmem_dpo.model.adapters import AdapterSettings
-from lowmem_dpo.model.loading import LoadedModel
+from lowmem_dpo.data.encoding import TokenPair
+from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.model.lora import LoraLinear, lora_parameters
 from lowmem_dpo.model.scoring import score
-from lowmem_dpo.pipeline.byte_tokenizer import byte_tokenizer
-from lowmem_dpo.reference import ReferenceCache
+from lowmem_dpo.packs.packing import pack_trees
+from lowmem_dpo.packs.trees import build_tree
+from lowmem_dpo.reference.cache import ReferenceCache
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.training.batches import Schedule
 from lowmem_dpo.training.checkpoints import TrainingState
 from lowmem_dpo.training.loop import train_steps
 from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
 from lowmem_dpo.training.policy import Policy, make_policy
-from lowmem_dpo.training.schedule import Schedule
 from lowmem_dpo.training.setup import Pairs, Run, plan_pack_tokens, score_reference
+from lowmem_dpo.weights.adapters import AdapterSettings
+from lowmem_dpo.weights.loading import LoadedModel
 
 
 def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> dict[str, Any]:
@@ -56,8 +56,8 @@ def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> d
     dpo_run.pack_tokens = plan_pack_tokens(config, policy, dpo_run.pairs, cache)
     dpo_run.reference = score_reference(dpo_run, cache)
     schedule = Schedule.of(config, len(pairs))
-    optimizer = make_optimizer(config, lora_parameters(policy.loaded.model).values())
-    scaler = torch.amp.GradScaler(options.device.type, enabled=policy.dtype == torch.float16)
+    optimizer = make_optimizer(config, lora_parameters(policy.model.network).values())
+    scaler = torch.amp.GradScaler(options.device.type, enabled=policy.model.dtype == torch.float16)
     rates = make_schedule(config, optimizer, schedule.num_steps)
     state = TrainingState(optimizer, rates, scaler, options.device)
 
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> d
     reference_clock.start()
     with torch.no_grad():
         for pack in pack_trees(trees, dpo_run.pack_tokens):
-            score(policy.parts, pack)
+            score(policy.model, pack)
     reference_clock.stop()
     return {
         "steps_ms": clock.steps_ms,

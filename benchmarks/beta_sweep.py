@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from _common import default_output, write_record
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.rendering import TemplateSettings
-from lowmem_dpo.data.templates import render_prompt
+from lowmem_dpo.data.encoding import render_prompt
+from lowmem_dpo.demo.demo import answers_of, write_pairs
+from lowmem_dpo.demo.task import is_right, is_short, make_model
 from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.model.scoring import score_plain
-from lowmem_dpo.pipeline.demo import answers_of, write_pairs
-from lowmem_dpo.pipeline.demo_task import is_right, is_short, make_model
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.settings.groups import TemplateSettings
 from lowmem_dpo.training.policy import Policy, load_policy
 from lowmem_dpo.training.trainer import Trainer
 
@@ -107,9 +107,9 @@ def log_ratio(policy: Policy, question: str, answer: str) -> float:
     prompt = render_prompt(policy.tokenizer, question, TemplateSettings())
     ids = policy.tokenizer.encode(answer, add_special_tokens=False)
     sequence = (*prompt, *ids, policy.tokenizer.eos_token_id)
-    logp = score_plain(policy.parts, sequence)[len(prompt) - 1 :].sum()
-    with adapters_disabled(policy.loaded.model):
-        return (logp - score_plain(policy.parts, sequence)[len(prompt) - 1 :].sum()).item()
+    logp = score_plain(policy.model, sequence)[len(prompt) - 1 :].sum()
+    with adapters_disabled(policy.model.network):
+        return (logp - score_plain(policy.model, sequence)[len(prompt) - 1 :].sum()).item()
 
 
 if __name__ == "__main__":

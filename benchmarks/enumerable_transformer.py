@@ -22,21 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.templates import TokenPair
-from lowmem_dpo.data.trees import Tree, build_tree
-from lowmem_dpo.model.adapters import AdapterSettings
-from lowmem_dpo.model.loading import load_model
+from lowmem_dpo.data.encoding import TokenPair
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.model.scoring import attention
-from lowmem_dpo.model.source import load_config
-from lowmem_dpo.reference import ReferenceCache
+from lowmem_dpo.packs.trees import Tree, build_tree
+from lowmem_dpo.reference.cache import ReferenceCache
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.training.batches import Schedule
 from lowmem_dpo.training.checkpoints import TrainingState
 from lowmem_dpo.training.loop import train_steps
 from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
 from lowmem_dpo.training.policy import Policy, make_policy
-from lowmem_dpo.training.schedule import Schedule
 from lowmem_dpo.training.setup import Pairs, Run, score_reference
+from lowmem_dpo.weights.adapters import AdapterSettings
+from lowmem_dpo.weights.loading import load_model
+from lowmem_dpo.weights.source import load_config
 
 VOCABULARY, LENGTH, BETA = 8, 4, 1.0
 CPU = torch.device("cpu")
@@ -119,9 +119,9 @@ def load(directory: Path, *, rank: int, quantization: Any) -> Policy:
 @torch.no_grad()
 def answer_logps(policy: Policy, ids: Tensor) -> Tensor:
     """[4096] log-prob of every answer, in float64 from the hidden states on."""
-    with attention(policy.parts, policy.parts.plain_attention):
-        hidden = policy.parts.backbone(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-    logps = F.log_softmax((hidden @ policy.parts.lm_head_weight.T).double(), dim=-1)
+    with attention(policy.model, policy.model.plain_attention):
+        hidden = policy.model.backbone(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+    logps = F.log_softmax((hidden @ policy.model.lm_head_weight.T).double(), dim=-1)
     return logps.gather(-1, ids[:, 1:, None])[..., 0].sum(1)
 
 
@@ -173,7 +173,7 @@ def train_and_compare(
     run = Run(config, policy, Pairs(trees, [], "", {}), pack_tokens=1024, self_check_rms=0.0)
     run.reference = score_reference(run, ReferenceCache(cache, {"rank": rank, "q": quantization}))
     schedule = Schedule.of(config, len(trees))
-    optimizer = make_optimizer(config, lora_parameters(policy.loaded.model).values())
+    optimizer = make_optimizer(config, lora_parameters(policy.model.network).values())
     state = TrainingState(
         optimizer,
         make_schedule(config, optimizer, schedule.num_steps),

@@ -36,10 +36,11 @@ import torch
 from _common import commit, default_output, device_name, write_record
 from _random_models import SHAPES, shape_config
 
-from lowmem_dpo.data.templates import TokenPair
+from lowmem_dpo.data.encoding import TokenPair
+from lowmem_dpo.machine.device import DTYPES, resolve_device, resolve_dtype
 from lowmem_dpo.memory.limits import limit_memory
-from lowmem_dpo.model.device import DTYPES, resolve_device, resolve_dtype
 from lowmem_dpo.model.selfcheck import logp_tolerance
+from lowmem_dpo.settings.groups import parse_bytes
 
 OP = "train_step"
 IMPLEMENTATIONS = ("ours", "trl", "trl-precompute")
@@ -104,7 +105,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.device, _ = resolve_device(options.device)
         options.dtype = resolve_dtype(options.dtype, options.device)
         if options.memory_limit:
-            limit_memory(options.memory_limit, options.device)
+            limit_memory(parse_bytes(options.memory_limit), options.device)
     except ValueError as error:
         parser.error(str(error))
     on_cuda = options.device.type == "cuda"

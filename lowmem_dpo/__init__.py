@@ -7,7 +7,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.version import __version__
 
 if TYPE_CHECKING:

@@ -8,8 +8,6 @@ import os
 import sys
 from typing import Any, Literal, get_args, get_origin
 
-from lowmem_dpo.settings import type_name
-
 # Settings that name a file or folder (or a model): never empty; os.PathLike is taken too.
 _PATHS = {"model", "data", "eval_data", "output_dir", "init_adapter", "resume", "cache_dir"}
 _PATHS |= {"adapter", "prompts"}
@@ -38,6 +36,15 @@ def check_types(config: Any) -> None:
             _finite(f.name, value)
 
 
+def type_name(annotation: Any) -> str:
+    """An annotation in words, for messages and tables."""
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, get_args(annotation)))
+    if get_args(annotation):
+        return str(annotation).replace("typing.", "")
+    return annotation.__name__
+
+
 def _path_text(name: str, value: Any) -> Any:
     """A path as text; what is no path is left for the check of types."""
     if isinstance(value, os.PathLike):
@@ -59,11 +66,6 @@ def check(config: Any, name: str, holds: bool, rule: str) -> None:
         usual = _default(config, name)
         hint = "" if usual is None else f"; the usual value is {usual}"
         raise ValueError(f"{name} {rule}, got {getattr(config, name)}{hint}")
-
-
-def check_seed(config: Any) -> None:
-    """Hold a seed against what torch takes."""
-    check(config, "seed", 0 <= config.seed < 2**63, "must be in [0, 2**63)")
 
 
 def check_unused(config: Any, cause: str, *names: str) -> None:

@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from lowmem_dpo.config import DemoConfig, GenerateConfig, TrainConfig
-from lowmem_dpo.settings import parse_config, settings_parser, to_yaml
+from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.settings.parsing import parse_config, settings_parser, to_yaml
 from lowmem_dpo.version import __version__
 
 USAGE = """\
@@ -64,7 +64,7 @@ def _generate(config: GenerateConfig) -> int:
 
 
 def _demo(config: DemoConfig) -> int:
-    from lowmem_dpo.pipeline.demo import demo
+    from lowmem_dpo.demo.demo import demo
 
     return 0 if demo(config) else 1
 
@@ -127,7 +127,7 @@ def _run(run: Callable[[Any], int], config: Any) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from transformers.utils.logging import disable_progress_bar
 
-    from lowmem_dpo.training.health import RunStopped
+    from lowmem_dpo.stopping import RunStopped
 
     disable_progress_bar()
     in_main_thread = threading.current_thread() is threading.main_thread()

@@ -9,11 +9,11 @@ import json
 import re
 from pathlib import Path
 
-from lowmem_dpo.config import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.checks import type_name
 from lowmem_dpo.data.formats import formats_table
-from lowmem_dpo.loss_types import losses_table
-from lowmem_dpo.other_trainers import FIXED, NO_EFFECT, RENAMED, RULES
-from lowmem_dpo.settings import type_name
+from lowmem_dpo.losses.types import losses_table
+from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.settings.other_trainers import FIXED, NO_EFFECT, RENAMED, RULES
 
 CONFIGS = {cls.__name__: cls for cls in (TrainConfig, GenerateConfig, DemoConfig)}
 

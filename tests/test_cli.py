@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lowmem_dpo.cli import VERBS, _os_error, main
-from lowmem_dpo.config import DemoConfig, TrainConfig
+from lowmem_dpo.settings.configs import DemoConfig, TrainConfig
 from lowmem_dpo.version import __version__
 from tests.tiny import save_tiny_model
 
@@ -369,7 +369,7 @@ def test_generate_uses_the_quantised_copy(llama_dir, capsys, monkeypatch):
     first = capsys.readouterr().out
     assert "quantised; the next start reads the copy" in first
     monkeypatch.setattr(
-        "lowmem_dpo.model.loading.quantize_nf4", lambda weight: pytest.fail("quantised again")
+        "lowmem_dpo.weights.loading.quantize_nf4", lambda weight: pytest.fail("quantised again")
     )
     assert generate(llama_dir, "--prompt", "hello", "--seed", "1") == 0
     second = capsys.readouterr().out

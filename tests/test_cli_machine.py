@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lowmem_dpo.cli import main
-from lowmem_dpo.model.machine import Machine, NvidiaCards
+from lowmem_dpo.machine.cards import Machine, NvidiaCards
 
 IDLE = Machine("win32", "2.13.0+cpu", nvidia=NvidiaCards(("RTX 3060",), "580.65"))
 VERBS = ["train", "precompute", "generate", "demo"]
@@ -76,7 +76,7 @@ def test_room_on_the_disk_is_looked_at_before_a_download(monkeypatch, words, ver
     config = words(verb)
     folder = Path(config[config.index("--model") + 1])
     monkeypatch.setattr(
-        "lowmem_dpo.model.source.download_config", lambda model_id: folder / "config.json"
+        "lowmem_dpo.weights.source.download_config", lambda model_id: folder / "config.json"
     )
     monkeypatch.setattr("lowmem_dpo.training.policy.check_download", refuse)
     config[config.index("--model") + 1] = "some/model"

@@ -82,7 +82,7 @@ def test_nf4_codes_of_a_card_are_those_of_the_cpu(dtype):
 def test_memory_limit_is_held_to(config):
     from lowmem_dpo.memory.limits import limit_memory
 
-    limit_memory("1GB", torch.device("cuda"))
+    limit_memory(10**9, torch.device("cuda"))
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(2 * 10**9, dtype=torch.uint8, device="cuda")
     torch.cuda.set_per_process_memory_fraction(1.0)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.settings import parse_config
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.settings.parsing import parse_config
 from lowmem_dpo.settings_table import CONFIGS, with_tables
 from lowmem_dpo.training.trainer import Trainer
 

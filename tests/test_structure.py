@@ -16,16 +16,16 @@ PACKAGES = {
 # A room may import those after it in this list, and itself; rooms on one line are strangers.
 ORDER = [
     {"cli", "settings_table"},
-    {"pipeline"},
+    {"pipeline", "demo"},
     {"training"},
-    {"model", "reference", "losses", "data"},
-    {"memory"},
-    {"lowmem_dpo_kernels"},
-    {"config"},
-    {"loss_checks"},
-    {"loss_types", "checks"},
-    {"settings", "files", "version"},
-    {"other_trainers"},
+    {"weights"},
+    {"model"},
+    {"reference", "memory"},
+    {"machine", "packs"},
+    {"data", "lowmem_dpo_kernels"},
+    {"settings"},
+    {"losses"},
+    {"console", "checks", "files", "stopping", "version"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ENTRANCES = {"__init__", "__main__"}

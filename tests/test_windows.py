@@ -111,7 +111,7 @@ sys.exit(codes != [0, 0, 0, 0])
 
 def test_say_writes_escapes_to_a_narrow_terminal_that_nobody_prepared():
     code = """
-from lowmem_dpo.training.console import say, warn
+from lowmem_dpo.console import say, warn
 say("日本 [x]")
 warn("naïve 🌧")
 """

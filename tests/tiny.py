@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowmem_dpo.pipeline.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
+from lowmem_dpo.demo.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
 WINDOW = 8  # shorter than the tests' sequences
 _LONGROPE = {

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from lowmem_dpo.data.templates import TokenPair
+from lowmem_dpo.data.encoding import TokenPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ that rendered prompts and terminators are recognised for any template.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from jinja2 import Environment, TemplateError, meta
 
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.data.messages import Message, has_system, says_nothing
+from lowmem_dpo.settings.groups import TemplateSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,24 +43,6 @@ RESERVED_KWARGS = {
     *("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"),
     *("tokenizer_kwargs", "padding", "truncation", "max_length", "sanitize_control_tokens"),
 }
-
-
-@dataclass(frozen=True)
-class TemplateSettings:
-    """How text becomes tokens."""
-
-    chat_template: str = "auto"
-    """auto (the tokenizer's own), none, or the path of a Jinja file."""
-    system_prompt: str | None = None
-    """System message for conversations that have none."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Variables for the chat template."""
-    max_length: int = 1024
-    """Longest sequence in tokens."""
-    truncate_prompt: bool = False
-    """Cut prompts from the left first, down to half of max_length, where a pair is too long."""
-    on_bad_row: str = "error"
-    """What to do about a row that the template refuses: error or skip."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Losses of the margin alone: chosen against rejected, h = a - b.
 
-They read the scores of an f-divergence (`pairs.scores`), which are the log-ratios under reverse KL.
+They read f' of an f-divergence (`pairs.f_prime`), which is the log-ratio under reverse KL.
 """
 
 import math
@@ -13,8 +13,8 @@ from lowmem_dpo.losses.pairs import (
     LossParameters,
     PairLogps,
     bounded_expm1,
-    mean_score_margins,
-    score_margins,
+    f_prime_margins,
+    mean_f_prime_margins,
     smoothed_logistic,
 )
 
@@ -34,7 +34,7 @@ def sigmoid(logps: PairLogps, parameters: LossParameters) -> Tensor:
     Source: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; cDPO: Mitchell 2023,
         https://ericmitchell.ai/cdpo.pdf.
     """
-    scaled = parameters.beta * score_margins(logps, parameters)
+    scaled = parameters.beta * f_prime_margins(logps, parameters)
     return smoothed_logistic(scaled, parameters.label_smoothing)
 
 
@@ -53,7 +53,7 @@ def robust(logps: PairLogps, parameters: LossParameters) -> Tensor:
 
     Source: Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409.
     """
-    scaled, e = parameters.beta * score_margins(logps, parameters), parameters.label_smoothing
+    scaled, e = parameters.beta * f_prime_margins(logps, parameters), parameters.label_smoothing
     return (-(1 - e) * F.logsigmoid(scaled) + e * F.logsigmoid(-scaled)) / (1 - 2 * e)
 
 
@@ -71,7 +71,7 @@ def ipo(logps: PairLogps, parameters: LossParameters) -> Tensor:
 
     Source: Azar et al. 2023, https://arxiv.org/abs/2310.12036.
     """
-    return (mean_score_margins(logps, parameters) - 1 / (2 * parameters.beta)) ** 2
+    return (mean_f_prime_margins(logps, parameters) - 1 / (2 * parameters.beta)) ** 2
 
 
 def hinge(logps: PairLogps, parameters: LossParameters) -> Tensor:
@@ -87,7 +87,7 @@ def hinge(logps: PairLogps, parameters: LossParameters) -> Tensor:
     Source: Liu et al. 2023, https://arxiv.org/abs/2309.06657; Zhao et al. 2023 (SLiC),
         https://arxiv.org/abs/2305.10425.
     """
-    return torch.relu(1 - parameters.beta * score_margins(logps, parameters))
+    return torch.relu(1 - parameters.beta * f_prime_margins(logps, parameters))
 
 
 def sigmoid_norm(logps: PairLogps, parameters: LossParameters) -> Tensor:
@@ -102,7 +102,7 @@ def sigmoid_norm(logps: PairLogps, parameters: LossParameters) -> Tensor:
 
     Source: Lambert et al. 2024 (Tülu 3), https://arxiv.org/abs/2411.15124.
     """
-    return -F.logsigmoid(parameters.beta * mean_score_margins(logps, parameters))
+    return -F.logsigmoid(parameters.beta * mean_f_prime_margins(logps, parameters))
 
 
 def exo_pair(logps: PairLogps, parameters: LossParameters) -> Tensor:
@@ -117,7 +117,7 @@ def exo_pair(logps: PairLogps, parameters: LossParameters) -> Tensor:
 
     Source: Ji et al. 2024, https://arxiv.org/abs/2402.00856.
     """
-    scaled, e = parameters.beta * score_margins(logps, parameters), parameters.label_smoothing
+    scaled, e = parameters.beta * f_prime_margins(logps, parameters), parameters.label_smoothing
     chosen = torch.sigmoid(scaled) * (F.logsigmoid(scaled) - math.log1p(-e))
     return chosen + torch.sigmoid(-scaled) * (F.logsigmoid(-scaled) - math.log(e))
 
@@ -137,7 +137,7 @@ def discopop(logps: PairLogps, parameters: LossParameters) -> Tensor:
 
     Source: Lu et al. 2024, https://arxiv.org/abs/2406.08414.
     """
-    scaled = parameters.beta * score_margins(logps, parameters)
+    scaled = parameters.beta * f_prime_margins(logps, parameters)
     inner = scaled / parameters.discopop_tau
     exponential = bounded_expm1(F.logsigmoid(inner) - scaled) + 1
     return torch.sigmoid(-inner) * -F.logsigmoid(scaled) + exponential

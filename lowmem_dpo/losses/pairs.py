@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_dpo.config import TrainConfig
-
 # Above this exponent exp goes on as a straight line: fp32 would soon be infinite, and a run that
 # is so far from its reference is beyond saving.
 EXPONENT_LIMIT = 40.0
@@ -89,7 +87,7 @@ class LossParameters:
     Attributes:
         beta: Weight of the KL term; see each loss.
         label_smoothing: Probability e that a label is flipped, in [0, 0.5).
-        f_divergence_type: Distance to the reference; see `scores`.
+        f_divergence_type: Distance to the reference; see `f_prime`.
         f_alpha_divergence_coef: Order of the alpha-divergence.
         discopop_tau: Temperature of DiscoPOP's mixture.
         simpo_gamma: SimPO's target margin.
@@ -102,13 +100,8 @@ class LossParameters:
     discopop_tau: float = 0.05
     simpo_gamma: float = 0.5
 
-    @classmethod
-    def of(cls, config: TrainConfig) -> "LossParameters":
-        """Those of a config."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
-
-def scores(ratios: Tensor, parameters: LossParameters) -> Tensor:
+def f_prime(ratios: Tensor, parameters: LossParameters) -> Tensor:
     """f'(t) of t = pi/pi_ref, which f-DPO puts in the place of the log-ratio u = log t.
 
     reverse_kl u; forward_kl 1 - 1/t; js_divergence log 2t/(1+t); alpha_divergence of order A
@@ -137,16 +130,16 @@ def scores(ratios: Tensor, parameters: LossParameters) -> Tensor:
     return ratios
 
 
-def score_margins(logps: PairLogps, parameters: LossParameters) -> Tensor:
-    """[P] the difference of the scores of chosen and rejected: h under reverse_kl."""
-    chosen = scores(logps.chosen_ratios, parameters)
-    return chosen - scores(logps.rejected_ratios, parameters)
+def f_prime_margins(logps: PairLogps, parameters: LossParameters) -> Tensor:
+    """[P] the difference of f' of chosen and of rejected: h under reverse_kl."""
+    chosen = f_prime(logps.chosen_ratios, parameters)
+    return chosen - f_prime(logps.rejected_ratios, parameters)
 
 
-def mean_score_margins(logps: PairLogps, parameters: LossParameters) -> Tensor:
-    """[P] the same of scores divided by their completion's tokens."""
-    chosen = scores(logps.chosen_ratios, parameters) / logps.chosen_tokens
-    return chosen - scores(logps.rejected_ratios, parameters) / logps.rejected_tokens
+def mean_f_prime_margins(logps: PairLogps, parameters: LossParameters) -> Tensor:
+    """[P] the same of each divided by its completion's tokens."""
+    chosen = f_prime(logps.chosen_ratios, parameters) / logps.chosen_tokens
+    return chosen - f_prime(logps.rejected_ratios, parameters) / logps.rejected_tokens
 
 
 def smoothed_logistic(logits: Tensor, label_smoothing: float) -> Tensor:

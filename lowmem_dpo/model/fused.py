@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_dpo.machine.trial import check_error, passes_trial
 from lowmem_dpo.model.gated_mlp import GatedMlp, gate_activation
 from lowmem_dpo.model.lora import LoraLinear
 from lowmem_dpo.model.tiles import TILE_ROWS, TokenTiles
-from lowmem_dpo.model.trial import check_error, passes_trial
 from lowmem_dpo_kernels import NormRule, reference, rms_norm, triton_problem
 
 # Class name to (offset of the weight, whether rows are rounded before the product with it).

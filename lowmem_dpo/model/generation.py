@@ -1,6 +1,5 @@
 """Text from the policy: transformers' sampling over our layers, with plain attention."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,35 +10,19 @@ from transformers import (
     TextStreamer,
 )
 
-from lowmem_dpo.model.device import cuda_devices
-from lowmem_dpo.model.loading import ModelParts
+from lowmem_dpo.machine.device import cuda_devices
+from lowmem_dpo.model.language_model import LanguageModel
+from lowmem_dpo.model.positions import rope_limit
 from lowmem_dpo.model.scoring import attention
-from lowmem_dpo.model.source import rope_limit
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose the next token; fields as in `GenerateConfig`."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.7
-    top_p: float = 0.95
-    top_k: int = 0
-    seed: int = 42
-
-    @classmethod
-    def of(cls, config: Any) -> "Sampling":
-        """Take these fields from a config that has them."""
-        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
+from lowmem_dpo.settings.groups import SamplingSettings
 
 
 @torch.no_grad()
 def generate_text(
-    model: Any,
-    parts: ModelParts,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
-    sampling: Sampling,
+    sampling: SamplingSettings,
     *,
     stream: bool = False,
 ) -> list[str]:
@@ -47,7 +30,7 @@ def generate_text(
 
     Args:
         model: The causal language model that `parts` belong to.
-        parts: Its parts.
+        parts: Its model.
         tokenizer: For decoding.
         prompts: Token ids.
         sampling: Settings.
@@ -60,7 +43,7 @@ def generate_text(
         ValueError: If a prompt does not fit the model.
     """
     check_prompts(prompts, model.config, sampling)
-    device = parts.lm_head_weight.device
+    device = model.device
     width = max(len(ids) for ids in prompts)
     stop = stop_ids(model, tokenizer)
     input_ids = torch.full((len(prompts), width), stop[0] if stop else 0)
@@ -80,9 +63,10 @@ def generate_text(
     streamer = (
         TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     )
-    with attention(parts, parts.plain_attention), torch.random.fork_rng(cuda_devices(device)):
+    with attention(model, model.plain_attention), torch.random.fork_rng(cuda_devices(device)):
         torch.manual_seed(sampling.seed)
-        output = model.generate(
+        network: Any = model.network
+        output = network.generate(
             input_ids.to(device),
             attention_mask=mask.to(device),
             generation_config=settings,
@@ -91,7 +75,9 @@ def generate_text(
     return tokenizer.batch_decode(output[:, width:].cpu(), skip_special_tokens=True)
 
 
-def check_prompts(prompts: list[list[int]], config: PretrainedConfig, sampling: Sampling) -> None:
+def check_prompts(
+    prompts: list[list[int]], config: PretrainedConfig, sampling: SamplingSettings
+) -> None:
     """Refuse prompts that a model cannot answer.
 
     Args:
@@ -120,7 +106,9 @@ def check_prompts(prompts: list[list[int]], config: PretrainedConfig, sampling: 
         )
 
 
-def position_warning(prompts: list[list[int]], config: PretrainedConfig, sampling: Sampling) -> str:
+def position_warning(
+    prompts: list[list[int]], config: PretrainedConfig, sampling: SamplingSettings
+) -> str:
     """A line for the user where answers may pass the positions of a model; else empty."""
     length = max(map(len, prompts)) + sampling.max_new_tokens
     if length <= config.max_position_embeddings:
@@ -131,10 +119,10 @@ def position_warning(prompts: list[list[int]], config: PretrainedConfig, samplin
     )
 
 
-def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the tokenizer's EOS and those of both of the model's configs."""
     found = [tokenizer.eos_token_id]
-    for config in (model.config, model.generation_config):
+    for config in (model.config, model.network.generation_config):
         ids = getattr(config, "eos_token_id", None)
         found += ids if isinstance(ids, list) else [ids]
     return list(dict.fromkeys(i for i in found if i is not None))

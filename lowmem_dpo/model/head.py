@@ -5,8 +5,7 @@ a pass, slice by slice, so a slice can be made dense, or brought from the host, 
 
 A quantised head is another model than the one it was made from. Policy and reference share it, so
 training on it is as exact as with any other base; its log-probs are not those of the bf16 head.
-int8 keeps a scale a row, its absmax / 127; nf4 is that of the decoder layers (`nf4`), in chunks of
-8,192 rows. A head on the host is the same head: the same bits.
+int8 keeps a scale a row, its absmax / 127. A head on the host is the same head: the same bits.
 
 Shapes: D hidden, V vocabulary, S slice width.
 """
@@ -20,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem_dpo.model.loading import LoadedModel, StorageRow
-from lowmem_dpo.model.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4
+from lowmem_dpo.model.language_model import LanguageModel, StorageRow
 
-HeadQuantization = Literal["none", "nf4", "int8"]
+HeadQuantization = Literal["none", "int8"]
 
 CHUNK_ROWS = 8192  # the width of a slice on CUDA
 INT8_VERSION = 1
@@ -103,34 +101,6 @@ class Int8Head(SlicedHead):
             yield torch.mul(codes, scales[:, None], out=buffer[: len(codes)])
 
 
-class Nf4Head(SlicedHead):
-    """NF4 with double quantisation, chunk by chunk.
-
-    Args:
-        weight: [V, D], floating point.
-        bias: [V], or None.
-
-    Raises:
-        ValueError: If the weight is not finite, or D is odd.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__((weight.shape[0], weight.shape[1]), weight.dtype, bias)
-        self.chunks = nn.ModuleList(quantize_nf4(part) for part in weight.split(CHUNK_ROWS))
-
-    @property
-    def device(self) -> torch.device:
-        """Of the slices."""
-        return next(self.buffers()).device
-
-    def slices(self, width: int) -> Iterator[Tensor]:
-        """All rows in order, `width` at a time: [S, D]. `width` divides `CHUNK_ROWS`."""
-        assert width >= self.shape[0] or CHUNK_ROWS % width == 0, width
-        for chunk in self.chunks:
-            assert isinstance(chunk, Nf4Weight)
-            yield from chunk.dequantize(self.dtype).split(width)
-
-
 class HostHead(SlicedHead):
     """A dense head in pinned host memory: the next slice travels while this one is used.
 
@@ -177,12 +147,12 @@ class HostHead(SlicedHead):
             compute.wait_stream(uploads)
 
 
-def quantize_head(loaded: LoadedModel, method: HeadQuantization) -> LoadedModel:
+def quantize_head(model: LanguageModel, method: HeadQuantization) -> LanguageModel:
     """Replace the head of a loaded model by a quantised one.
 
     Args:
-        loaded: Its head is dense and its own, not the embedding; changed in place.
-        method: nf4, int8, or none, which changes nothing.
+        model: Its head is dense and its own, not the embedding; changed in place.
+        method: int8, or none, which changes nothing.
 
     Returns:
         The model with the storage and the identity that it has now.
@@ -191,39 +161,33 @@ def quantize_head(loaded: LoadedModel, method: HeadQuantization) -> LoadedModel:
         ValueError: If the head cannot be quantised.
     """
     if method == "none":
-        return loaded
-    head = loaded.model.lm_head
-    new: SlicedHead
+        return model
+    head = model.network.lm_head
     try:
-        new = (
-            Int8Head(head.weight, head.bias)
-            if method == "int8"
-            else Nf4Head(head.weight, head.bias)
-        )
+        new = Int8Head(head.weight, head.bias)
     except ValueError as error:
         raise ValueError(f"lm_head: {error}") from None
-    version = INT8_VERSION if method == "int8" else QUANTISER_VERSION
-    text = "int8, a scale a row" if method == "int8" else "nf4, double quantised"
-    loaded.model.lm_head = new
-    identity = f"{loaded.identity}\nhead {method} {version}"
+    text = "int8, a scale a row"
+    model.network.lm_head = new
+    identity = f"{model.identity}\nhead {method} {INT8_VERSION}"
     return replace(
-        loaded,
-        storage=_with_head(loaded.storage, text, sum(b.nbytes for b in new.buffers())),
+        model,
+        storage=_with_head(model.storage, text, sum(b.nbytes for b in new.buffers())),
         identity=hashlib.sha256(identity.encode()).hexdigest(),
     )
 
 
-def head_to_host(loaded: LoadedModel, device: torch.device) -> LoadedModel:
+def head_to_host(model: LanguageModel, device: torch.device) -> LanguageModel:
     """Move the dense head of a loaded model to pinned host memory; its numbers stay what they are.
 
     Args:
-        loaded: Its head is dense and its own, not the embedding; changed in place.
+        model: Its head is dense and its own, not the embedding; changed in place.
         device: Where the model computes.
     """
-    head = HostHead(loaded.model.lm_head.weight, loaded.model.lm_head.bias, device)
-    loaded.model.lm_head = head
+    head = HostHead(model.network.lm_head.weight, model.network.lm_head.bias, device)
+    model.network.lm_head = head
     text = f"{str(head.dtype).removeprefix('torch.')}, in host memory"
-    return replace(loaded, storage=_with_head(loaded.storage, text, head.host.nbytes))
+    return replace(model, storage=_with_head(model.storage, text, head.host.nbytes))
 
 
 def check_head(

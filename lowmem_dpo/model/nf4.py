@@ -22,7 +22,7 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
-from lowmem_dpo.model.trial import passes_trial
+from lowmem_dpo.machine.trial import passes_trial
 from lowmem_dpo_kernels import triton_problem
 
 QUANTISER_VERSION = 1

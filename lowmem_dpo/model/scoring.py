@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowmem_dpo.model.attention import TREE_ATTENTION
-from lowmem_dpo.model.loading import ModelParts
+from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.plain_head import plain_logps
 from lowmem_dpo_kernels import token_logps
 
@@ -39,67 +39,67 @@ class PackedTrees(Protocol):
     def targets(self) -> Tensor: ...  # noqa: D102 - [T] int64
 
 
-def score(parts: ModelParts, pack: PackedTrees, **layer_arguments: Any) -> Tensor:
+def score(model: LanguageModel, pack: PackedTrees, **layer_arguments: Any) -> Tensor:
     """Log-prob of every scored token of a pack under the model as it stands.
 
     Args:
-        parts: The model, its attention set to `TREE_ATTENTION`.
+        model: The model, its attention set to `TREE_ATTENTION`.
         pack: Token trees.
         **layer_arguments: Passed on to the attention function.
 
     Returns:
         [T] fp32, in nats, in the order of `pack.rows`.
     """
-    device = parts.lm_head_weight.device
-    embeddings = parts.backbone.get_input_embeddings()(pack.input_ids.to(device)[None])
+    device = model.head_weight.device
+    embeddings = model.backbone.get_input_embeddings()(pack.input_ids.to(device)[None])
     if torch.is_grad_enabled():
         embeddings.requires_grad_()  # or no layer's backward would run: all before is frozen
-    hidden = parts.backbone(
+    hidden = model.backbone(
         inputs_embeds=embeddings,
         position_ids=pack.position_ids.to(device)[None],
         use_cache=False,
         tree_layout=pack.layout,
         **layer_arguments,
     ).last_hidden_state[0]
-    return head_logps(parts, hidden, pack.rows.to(device), pack.targets.to(device))
+    return head_logps(model, hidden, pack.rows.to(device), pack.targets.to(device))
 
 
 @torch.no_grad()
-def score_plain(parts: ModelParts, ids: tuple[int, ...]) -> Tensor:
+def score_plain(model: LanguageModel, ids: tuple[int, ...]) -> Tensor:
     """Log-prob of every token but the first of one plain sequence, by plain attention and head.
 
     Args:
-        parts: The model.
+        model: The model.
         ids: L token ids.
 
     Returns:
         [L - 1] fp32, in nats.
     """
-    input_ids = torch.tensor(ids, device=parts.lm_head_weight.device)
-    with attention(parts, parts.plain_attention):
-        hidden = parts.backbone(input_ids=input_ids[None], use_cache=False).last_hidden_state[0]
-    return plain_logps(parts, hidden[:-1], input_ids[1:])
+    input_ids = torch.tensor(ids, device=model.head_weight.device)
+    with attention(model, model.plain_attention):
+        hidden = model.backbone(input_ids=input_ids[None], use_cache=False).last_hidden_state[0]
+    return plain_logps(model, hidden[:-1], input_ids[1:])
 
 
 @contextmanager
-def attention(parts: ModelParts, name: str) -> Any:
+def attention(model: LanguageModel, name: str) -> Any:
     """Run the model with another attention function for a while."""
-    parts.backbone.set_attn_implementation(name)
+    model.backbone.set_attn_implementation(name)
     try:
         yield
     finally:
-        parts.backbone.set_attn_implementation(TREE_ATTENTION)
+        model.backbone.set_attn_implementation(TREE_ATTENTION)
 
 
-def head_logps(parts: ModelParts, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+def head_logps(model: LanguageModel, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     """`token_logps` under a model's head: the log-prob of each target, [T], from hidden [N, D]."""
     return token_logps(
         hidden,
         rows,
-        parts.lm_head_weight,
+        model.head_weight,
         targets,
-        bias=parts.lm_head_bias,
-        logit_scale=parts.logit_scale,
-        logit_softcap=parts.logit_softcap,
-        implementation=parts.head_implementation,
+        bias=model.head_bias,
+        logit_scale=model.logit_scale,
+        logit_softcap=model.logit_softcap,
+        implementation=model.head_implementation,
     )

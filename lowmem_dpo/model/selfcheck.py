@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem_dpo.model.loading import ModelParts
+from lowmem_dpo.machine.trial import check_error, passes_trial
+from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.plain_head import WIDTH, plain_gradients, plain_logps
 from lowmem_dpo.model.scoring import PackedTrees, head_logps, score, score_plain
-from lowmem_dpo.model.trial import check_error, passes_trial
 from lowmem_dpo_kernels.heads import weight_slices
 from lowmem_dpo_kernels.token_logps import token_logps_path
 
@@ -39,12 +39,15 @@ def logp_tolerance(dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def check_packing(
-    parts: ModelParts, pack: PackedTrees, sequences: Sequence[tuple[int, ...]], dtype: torch.dtype
+    model: LanguageModel,
+    pack: PackedTrees,
+    sequences: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
 ) -> float:
     """Compare one packed micro-batch with the same sequences one by one.
 
     Args:
-        parts: The model.
+        model: The model.
         pack: Trees with both branches.
         sequences: Token ids: chosen and rejected of each tree in the pack, in pack order.
         dtype: What the model computes in.
@@ -55,22 +58,22 @@ def check_packing(
     Raises:
         ValueError: If the model is not computed rightly; it must not be trained then.
     """
-    for name, module in parts.layers.named_modules():
+    for name, module in model.layers.named_modules():
         if isinstance(module, UNSUITABLE_LAYERS):
             raise ValueError(
                 f"layer {name} is a {type(module).__name__}: such models are not supported"
             )
     callers: list[Any] = []
-    packed = score(parts, pack, on_tree_attention=callers.append).cpu()
-    if len(callers) != len(parts.layers) or len(set(map(id, callers))) != len(parts.layers):
+    packed = score(model, pack, on_tree_attention=callers.append).cpu()
+    if len(callers) != len(model.layers) or len(set(map(id, callers))) != len(model.layers):
         raise ValueError(
-            f"the model has {len(parts.layers)} layers but attention ran {len(callers)} times; "
+            f"the model has {len(model.layers)} layers but attention ran {len(callers)} times; "
             "this configuration is not supported"
         )
     differences = []
     for i, (start, trunk, chosen, rejected) in enumerate(pack.layout):
         for sequence, branch in enumerate(((trunk, chosen), (trunk + chosen, rejected))):
-            plain = score_plain(parts, sequences[2 * i + sequence]).cpu()
+            plain = score_plain(model, sequences[2 * i + sequence]).cpu()
             inside = _inside(pack.rows, start, trunk, branch)
             positions = pack.position_ids[pack.rows[inside]]
             right = pack.targets[inside] == torch.tensor(sequences[2 * i + sequence])[positions + 1]
@@ -88,7 +91,7 @@ def check_packing(
             f"token (at most {tolerance:g} expected); this model is not computed rightly"
         )
     try:
-        check_head_kernels(parts)
+        check_head_kernels(model)
     except ValueError as error:
         raise ValueError(
             f"self-check failed: the output head's {error}; this model is not computed rightly"
@@ -96,7 +99,7 @@ def check_packing(
     return difference
 
 
-def check_head_kernels(parts: ModelParts) -> None:
+def check_head_kernels(model: LanguageModel) -> None:
     """Compare values and gradients of `token_logps` with a plain head on a few rows.
 
     The rows point along rows of the head itself, so that a handful of tokens have most of the
@@ -104,32 +107,32 @@ def check_head_kernels(parts: ModelParts) -> None:
     over the vocabulary, its first and last token among them.
 
     Args:
-        parts: The model; its own head, bias, scale and soft-cap are tried.
+        model: The model; its own head, bias, scale and soft-cap are tried.
 
     Raises:
         ValueError: If either is off.
     """
-    weight, vocabulary = parts.lm_head_weight, parts.lm_head_weight.shape[0]
+    weight, vocabulary = model.head_weight, model.head_weight.shape[0]
     targets = torch.linspace(0, vocabulary - 1, NUM_HEAD_ROWS).long().to(weight.device)
-    directions = _head_rows(parts, targets.roll(1)).float()
+    directions = _head_rows(model, targets.roll(1)).float()
     squares = directions.square().sum(1, keepdim=True)
-    length = (math.log(vocabulary) + 1.0) / parts.logit_scale  # of the largest logit
+    length = (math.log(vocabulary) + 1.0) / model.logit_scale  # of the largest logit
     hidden = directions * (length / squares.maximum(squares.mean()))
     hidden = hidden.to(weight.dtype).requires_grad_()
     with torch.enable_grad():
-        logps = head_logps(parts, hidden, torch.arange(len(hidden), device=hidden.device), targets)
+        logps = head_logps(model, hidden, torch.arange(len(hidden), device=hidden.device), targets)
         (gradients,) = torch.autograd.grad(logps.sum(), hidden)
     hidden = hidden.detach()
-    wanted = plain_logps(parts, hidden, targets)
+    wanted = plain_logps(model, hidden, targets)
     check_error(logps.detach(), wanted, HEAD_LOGPS_TOLERANCE, "log-probs")
-    wanted = plain_gradients(parts, hidden, targets)
+    wanted = plain_gradients(model, hidden, targets)
     check_error(gradients.to(wanted.dtype), wanted, HEAD_GRADIENTS_TOLERANCE, "gradients")
 
 
 @torch.no_grad()
-def _head_rows(parts: ModelParts, tokens: Tensor) -> Tensor:
+def _head_rows(model: LanguageModel, tokens: Tensor) -> Tensor:
     """[T, D] of the head, whatever its form."""
-    weight, start = parts.lm_head_weight, 0
+    weight, start = model.head_weight, 0
     rows = torch.empty(len(tokens), weight.shape[1], dtype=weight.dtype, device=tokens.device)
     for part in weight_slices(weight, WIDTH):
         inside = (tokens >= start) & (tokens < start + len(part))
@@ -138,18 +141,18 @@ def _head_rows(parts: ModelParts, tokens: Tensor) -> Tensor:
     return rows
 
 
-def tried_head(parts: ModelParts) -> ModelParts:
+def tried_head(model: LanguageModel) -> LanguageModel:
     """The parts with a head that is computed rightly here: torch's products if Triton's are not.
 
     Args:
-        parts: The model, with the implementation of `token_logps` that is wanted.
+        model: The model, with the implementation of `token_logps` that is wanted.
     """
-    device = parts.lm_head_weight.device
-    path = token_logps_path(device, parts.head_implementation).split(",")[0]
-    kernels, trial = f"the output head's {path} kernels", partial(check_head_kernels, parts)
+    device = model.head_weight.device
+    path = token_logps_path(device, model.head_implementation).split(",")[0]
+    kernels, trial = f"the output head's {path} kernels", partial(check_head_kernels, model)
     if path == "torch" or passes_trial(trial, kernels, device, "the torch path"):
-        return parts
-    return replace(parts, head_implementation="torch")
+        return model
+    return replace(model, head_implementation="torch")
 
 
 def _inside(rows: Tensor, start: int, trunk: int, branch: tuple[int, int]) -> Tensor:

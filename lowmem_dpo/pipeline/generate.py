@@ -3,15 +3,15 @@
 from contextlib import nullcontext
 from pathlib import Path
 
-from lowmem_dpo.config import GenerateConfig, TrainConfig
+from lowmem_dpo.console import console, say, warn
+from lowmem_dpo.data.encoding import render_prompt
 from lowmem_dpo.data.reading import is_single_file
 from lowmem_dpo.data.rows import Row, read_rows, read_text_lines
-from lowmem_dpo.data.templates import render_prompt
-from lowmem_dpo.model.generation import Sampling, check_prompts, generate_text, position_warning
+from lowmem_dpo.model.generation import check_prompts, generate_text, position_warning
 from lowmem_dpo.model.lora import adapters_disabled
-from lowmem_dpo.model.size import ModelSize
-from lowmem_dpo.training.console import console, say, warn
-from lowmem_dpo.training.policy import Policy, load_policy, read_source, template_settings
+from lowmem_dpo.settings.configs import GenerateConfig, TrainConfig
+from lowmem_dpo.training.policy import Policy, load_policy, read_source
+from lowmem_dpo.weights.size import ModelSize
 
 
 def generate(config: GenerateConfig) -> None:
@@ -39,10 +39,10 @@ def generate(config: GenerateConfig) -> None:
         seed=config.seed,
     )
     source = read_source(settings, adapter_setting="adapter")
-    template = template_settings(config)
+    template = config
     rendered = [render_prompt(source.tokenizer, prompt, template) for prompt in prompts]
-    check_prompts(rendered, source.model_config, Sampling.of(config))
-    if line := position_warning(rendered, source.model_config, Sampling.of(config)):
+    check_prompts(rendered, source.model_config, config)
+    if line := position_warning(rendered, source.model_config, config):
         warn(line)
     if config.compare and source.init_adapter is None:
         say("no adapter given, so there is nothing to compare: the base answers alone")
@@ -62,11 +62,9 @@ def _answer(
 ) -> None:
     """Stream one answer under its title."""
     console.print(f"[bold]{title}:[/bold]")
-    model = policy.loaded.model
+    model = policy.model.network
     with nullcontext() if adapter else adapters_disabled(model):
-        generate_text(
-            model, policy.parts, policy.tokenizer, [ids], Sampling.of(config), stream=True
-        )
+        generate_text(policy.model, policy.tokenizer, [ids], config, stream=True)
 
 
 def read_prompts(path: str | None) -> list[str]:

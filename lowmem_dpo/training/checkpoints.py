@@ -24,8 +24,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from lowmem_dpo.console import warn
 from lowmem_dpo.files import move, remove_folder, replace_file, replace_folder
-from lowmem_dpo.training.console import warn
 from lowmem_dpo.training.optimizers import page_state
 
 STATE_FILE = "trainer_state.json"

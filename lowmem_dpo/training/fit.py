@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from lowmem_dpo.console import ProgressBar, duration, say, size, speed, warn
 from lowmem_dpo.files import replace_folder
-from lowmem_dpo.model.adapters import load_adapter
 from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.stopping import Interrupt
+from lowmem_dpo.training.batches import Schedule
 from lowmem_dpo.training.checkpoints import (
     TrainingState,
     load_checkpoint,
@@ -21,9 +23,7 @@ from lowmem_dpo.training.checkpoints import (
     save_checkpoint,
     set_aside_checkpoints,
 )
-from lowmem_dpo.training.console import ProgressBar, duration, say, size, speed, warn
 from lowmem_dpo.training.health import check_adapter_moves, check_weights_finite
-from lowmem_dpo.training.interrupt import Interrupt
 from lowmem_dpo.training.loop import StepResult, evaluate, predicted_fill, train_steps
 from lowmem_dpo.training.metrics import (
     Metrics,
@@ -34,10 +34,10 @@ from lowmem_dpo.training.metrics import (
 from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
 from lowmem_dpo.training.output import RunFolder, check_resumable, resume_facts
 from lowmem_dpo.training.plots import draw_plots
-from lowmem_dpo.training.schedule import Schedule
 from lowmem_dpo.training.setup import Run
 from lowmem_dpo.training.trackers import Trackers
 from lowmem_dpo.version import __version__
+from lowmem_dpo.weights.adapters import load_adapter
 
 FEW_STEPS_TO_LOG_ALL = 100
 
@@ -74,15 +74,15 @@ class Fit:
         self.run, self.folder, self.callbacks = run, folder, callbacks
         self.config = config = run.config
         self.schedule = Schedule.of(config, len(run.pairs.train))
-        self.parameters = lora_parameters(run.policy.loaded.model)
+        self.parameters = lora_parameters(run.policy.model.network)
         optimizer = make_optimizer(config, self.parameters.values())
         self.state = TrainingState(
             optimizer=optimizer,
             schedule=make_schedule(config, optimizer, self.schedule.num_steps),
             scaler=torch.amp.GradScaler(
-                run.policy.device.type, enabled=run.policy.dtype == torch.float16
+                run.policy.model.device.type, enabled=run.policy.model.dtype == torch.float16
             ),
-            device=run.policy.device,
+            device=run.policy.model.device,
         )
         few = self.schedule.num_steps < FEW_STEPS_TO_LOG_ALL
         self.logging_steps = config.logging_steps or (1 if few else 10)
@@ -98,7 +98,7 @@ class Fit:
         """Train from the start or from a checkpoint to the end."""
         if checkpoint is not None:
             check_resumable(self.facts, read_record(checkpoint)["facts"], checkpoint)
-            load_adapter(self.run.policy.loaded.model, checkpoint)
+            load_adapter(self.run.policy.model.network, checkpoint)
             load_checkpoint(checkpoint, self.state)
             self._leave_later_steps()
             # A kill may have come between a checkpoint and the deletion of older ones.

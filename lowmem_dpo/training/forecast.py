@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import torch
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.trees import Tree
-from lowmem_dpo.loss_types import couples_pairs, needs_reference
-from lowmem_dpo.model.size import ModelSize
-from lowmem_dpo.training.console import duration, say
+from lowmem_dpo.console import duration, say
+from lowmem_dpo.losses.types import couples_pairs, needs_reference
+from lowmem_dpo.packs.trees import Tree
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.training.batches import Schedule
 from lowmem_dpo.training.policy import Source
-from lowmem_dpo.training.schedule import Schedule
+from lowmem_dpo.weights.size import ModelSize
 
 # The pass itself, its recomputation and the gradient of its inputs; the weights are frozen.
 FORWARDS_OF_A_STEP = 3

@@ -6,42 +6,31 @@ policy and reference are the same function: every margin must be 0 and the loss 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.loss_types import needs_reference
-from lowmem_dpo.losses import zero_margin_loss
+from lowmem_dpo.console import name_rows
+from lowmem_dpo.stopping import RunStopped
 
 LOSS_TOLERANCE = 0.02
 MAX_SKIPPED_IN_A_ROW = 3
 STEPS_UNTIL_LORA_B_MOVES = 20
 
 
-class RunStopped(RuntimeError):
-    """A check failed and the run cannot go on; the message says what was seen and what to do."""
-
-
-def has_step_zero(config: TrainConfig) -> bool:
-    """Whether policy and reference must agree at the first step of this run."""
-    return needs_reference(config) and config.lora_dropout == 0
-
-
-def rms_difference(a: Tensor, b: Tensor) -> float:
-    """Root mean square difference per token, in nats."""
-    return (a - b).double().pow(2).mean().sqrt().item() if a.numel() else 0.0
-
-
 def check_step_zero(
-    config: TrainConfig, loss: float, rms_per_token: float, tolerance: float, same_fingerprint: bool
+    loss: float,
+    expected: float,
+    rms_per_token: float,
+    tolerance: float,
+    same_fingerprint: bool,
 ) -> tuple[dict[str, float | bool], str | None]:
     """Judge the first step.
 
     Args:
-        config: The run's settings.
         loss: Mean loss of the first step, without its likelihood terms.
+        expected: What it is at zero margin.
         rms_per_token: Difference between policy and reference log-probs, in nats.
         tolerance: Largest rms difference between two correct computations.
         same_fingerprint: Whether the reference was scored under this run's numerics.
@@ -53,7 +42,6 @@ def check_step_zero(
     Raises:
         RunStopped: If policy and reference differ by more than rounding.
     """
-    expected = zero_margin_loss(config)
     allowed = LOSS_TOLERANCE * max(1.0, expected)
     exact = rms_per_token == 0.0
     record = {
@@ -76,13 +64,6 @@ def check_step_zero(
             "training is sound, but please report it"
         )
     return record, warning
-
-
-def name_rows(rows: Iterable[int]) -> str:
-    """Data rows for a message, in order, the first 32 of them: `data rows 3, 17`."""
-    ordered = sorted(set(rows))
-    named = ", ".join(map(str, ordered[:32])) + (" and more" if len(ordered) > 32 else "")
-    return f"data row{'s' if len(ordered) > 1 else ''} {named}"
 
 
 def describe_non_finite(

@@ -16,31 +16,28 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.packing import Pack, fill, pack_trees
-from lowmem_dpo.data.trees import Tree
-from lowmem_dpo.loss_types import couples_pairs, nll_weight
-from lowmem_dpo.losses import join_pairs, pair_losses
+from lowmem_dpo.console import name_rows, say, warn
+from lowmem_dpo.losses.pairs import join_pairs
 from lowmem_dpo.model.lora import dropout_live, lora_parameters
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.selfcheck import logp_tolerance
+from lowmem_dpo.packs.packing import Pack, fill, pack_trees
+from lowmem_dpo.packs.trees import Tree
+from lowmem_dpo.reference.fill import rms_difference
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.stopping import RunStopped
+from lowmem_dpo.training.batches import Schedule
 from lowmem_dpo.training.checkpoints import TrainingState
-from lowmem_dpo.training.console import say, warn
 from lowmem_dpo.training.health import (
     STEPS_UNTIL_LORA_B_MOVES,
-    RunStopped,
     check_adapter_moves,
     check_loss_scale,
     check_skipped,
     check_step_zero,
     describe_non_finite,
-    has_step_zero,
-    name_rows,
-    rms_difference,
 )
 from lowmem_dpo.training.metrics import Metrics, PairStats, peak_memory_bytes
 from lowmem_dpo.training.objective import coupled_slopes, pair_logps, share_of_loss
-from lowmem_dpo.training.schedule import Schedule
 from lowmem_dpo.training.setup import Run
 
 STEPS_TO_PREDICT_FILL = 16
@@ -73,20 +70,20 @@ def train_steps(run: Run, state: TrainingState, schedule: Schedule) -> Iterator[
     Yields:
         The result of each step.
     """
-    config, parts = run.config, run.policy.parts
-    parameters = lora_parameters(run.policy.loaded.model)
+    config, parts = run.config, run.policy.model
+    parameters = lora_parameters(run.policy.model.network)
     for batch in schedule.batches(state.step):
         begun = time.perf_counter()
         stats, worst_rms, tokens = PairStats(), 0.0, 0
         trees = [run.pairs.train[i] for i in batch]
         packs = pack_trees(trees, run.pack_tokens)
-        slopes = coupled_slopes(run, packs, stats) if couples_pairs(config) else None
+        slopes = coupled_slopes(run, packs, stats) if run.objective.couples_pairs else None
         for i, pack in enumerate(packs):
-            with dropout_live(run.policy.loaded.model):
+            with dropout_live(run.policy.model.network):
                 logps = score(parts, pack)
                 pairs = pair_logps(run, pack, logps)
                 if slopes is None:
-                    objective = share_of_loss(pairs, config, len(batch), stats)
+                    objective = share_of_loss(pairs, run.objective, len(batch), stats)
                 else:
                     objective = slopes[i].dot(pairs)
                 state.scaler.scale(objective).backward()
@@ -109,7 +106,7 @@ def train_steps(run: Run, state: TrainingState, schedule: Schedule) -> Iterator[
             check_adapter_moves(parameters, state.step)
 
         seconds = time.perf_counter() - begun
-        peak = peak_memory_bytes(run.policy.device)
+        peak = peak_memory_bytes(run.policy.model.device)
         yield StepResult(
             state.step,
             {
@@ -191,8 +188,8 @@ def evaluate(run: Run, trees: Sequence[Tree]) -> Metrics:
     """
     stats = PairStats()
     packs = pack_trees(trees, run.pack_tokens)
-    pairs = join_pairs([pair_logps(run, pack, score(run.policy.parts, pack)) for pack in packs])
-    stats.add(pairs, pair_losses(pairs, run.config), run.config)
+    pairs = join_pairs([pair_logps(run, pack, score(run.policy.model, pack)) for pack in packs])
+    stats.add(pairs, run.objective.pair_losses(pairs), run.objective)
     if bad := set(stats.bad_pairs()):
         in_order = [tree.row for pack in packs for tree in pack.trees]
         rows = name_rows(row for i, row in enumerate(in_order) if i in bad)
@@ -210,12 +207,16 @@ def num_sequence_tokens(tree: Tree) -> int:
 
 def _judge_first_step(run: Run, metrics: Metrics, rms_per_token: float) -> None:
     """Hold the first step, without its likelihood terms, against zero margin."""
-    if run.reference is None or not has_step_zero(run.config):
+    if run.reference is None or run.policy.adapter.dropout > 0:
         return
-    loss = metrics["loss"] - nll_weight(run.config) * metrics.get("nll_loss", 0.0)
-    tolerance = logp_tolerance(run.policy.dtype)
+    loss = metrics["loss"] - run.objective.nll_weight * metrics.get("nll_loss", 0.0)
+    tolerance = logp_tolerance(run.policy.model.dtype)
     run.step_zero, warning = check_step_zero(
-        run.config, loss, rms_per_token, tolerance, run.reference.same_fingerprint
+        loss,
+        run.objective.zero_margin_loss(),
+        rms_per_token,
+        tolerance,
+        run.reference.same_fingerprint,
     )
     if warning:
         warn(warning)

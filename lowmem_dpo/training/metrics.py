@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.loss_types import couples_pairs, loss_terms
-from lowmem_dpo.losses import PairLogps, log_odds_ratios, rewards
+from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.losses.pairs import PairLogps
+from lowmem_dpo.losses.reference_free import log_odds_ratios
 
 Metrics = dict[str, float]
 
@@ -49,10 +49,10 @@ class PairStats:
     blocks: list[dict[str, Tensor]] = field(default_factory=list)
     by_rank: bool = False  # the losses, if they couple pairs; all else is by pair
 
-    def add(self, logps: PairLogps, losses: Tensor, config: TrainConfig) -> None:
+    def add(self, logps: PairLogps, losses: Tensor, objective: Objective) -> None:
         """Take in one micro-batch of P pairs and their losses."""
-        self.by_rank = couples_pairs(config)
-        chosen, rejected = rewards(logps, config)
+        self.by_rank = objective.couples_pairs
+        chosen, rejected = objective.rewards(logps)
         rows = [
             losses,
             chosen,
@@ -62,7 +62,7 @@ class PairStats:
             logps.policy_chosen,
             logps.policy_rejected,
         ]
-        block = dict(zip(PER_PAIR, rows, strict=True)) | _extra_rows(logps, config)
+        block = dict(zip(PER_PAIR, rows, strict=True)) | _extra_rows(logps, objective)
         self.blocks.append({name: row.detach() for name, row in block.items()})
 
     def bad_pairs(self) -> list[int]:
@@ -82,9 +82,9 @@ class PairStats:
         return names, torch.cat(blocks, dim=1)
 
 
-def _extra_rows(logps: PairLogps, config: TrainConfig) -> dict[str, Tensor]:
+def _extra_rows(logps: PairLogps, objective: Objective) -> dict[str, Tensor]:
     """[P] each: what TRL logs of likelihood terms, and of ORPO's odds."""
-    names = [name for name, _ in loss_terms(config)]
+    names = [name for name, _ in objective.terms]
     rows = {}
     if "sft" in names or "orpo" in names:
         rows["nll_loss"] = logps.nll

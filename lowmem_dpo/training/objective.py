@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.packing import Pack, sequence_logps
-from lowmem_dpo.losses import PairLogps, join_pairs, pair_losses
-from lowmem_dpo.model.device import cuda_devices
+from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.losses.pairs import PairLogps, join_pairs
+from lowmem_dpo.machine.device import cuda_devices
 from lowmem_dpo.model.lora import dropout_live
 from lowmem_dpo.model.scoring import score
+from lowmem_dpo.packs.packing import Pack, sequence_logps
 from lowmem_dpo.training.metrics import PairStats
 from lowmem_dpo.training.setup import Run
 
@@ -31,7 +31,7 @@ def pair_logps(run: Run, pack: Pack, logps: Tensor) -> PairLogps:
 
     Both are summed by the same function over the same layout, so equal tokens give equal sums.
     """
-    ld_alpha = run.config.ld_alpha
+    ld_alpha = run.objective.ld_alpha
     policy_chosen, policy_rejected = sequence_logps(logps, pack, ld_alpha)
     if run.reference is None:
         reference_chosen = reference_rejected = torch.zeros_like(policy_chosen)
@@ -50,18 +50,18 @@ def pair_logps(run: Run, pack: Pack, logps: Tensor) -> PairLogps:
 
 
 def share_of_loss(
-    logps: PairLogps, config: TrainConfig, num_pairs: int, stats: PairStats
+    logps: PairLogps, objective: Objective, num_pairs: int, stats: PairStats
 ) -> Tensor:
     """The share of a step's mean loss that the pairs of one micro-batch have.
 
     Args:
         logps: The pairs.
-        config: The losses.
+        objective: The losses.
         num_pairs: Pairs of the step.
         stats: Takes in the pairs and their losses.
     """
-    losses = pair_losses(logps, config)
-    stats.add(logps, losses, config)
+    losses = objective.pair_losses(logps)
+    stats.add(logps, losses, objective)
     return losses.sum() / num_pairs
 
 
@@ -92,22 +92,22 @@ def coupled_slopes(run: Run, packs: Sequence[Pack], stats: PairStats) -> list[Sl
     Returns:
         The slopes of each pack.
     """
-    device = run.policy.device
+    device = run.policy.model.device
     # The second pass must draw the dropout of the first again.
     with (
         torch.random.fork_rng(cuda_devices(device)),
         torch.no_grad(),
-        dropout_live(run.policy.loaded.model),
+        dropout_live(run.policy.model.network),
     ):
-        blocks = [pair_logps(run, pack, score(run.policy.parts, pack)) for pack in packs]
+        blocks = [pair_logps(run, pack, score(run.policy.model, pack)) for pack in packs]
     pairs = join_pairs(blocks)
     names = ["policy_chosen", "policy_rejected"]
     if pairs.policy_chosen_full is not None:
         names.append("policy_chosen_full")
     leaves = {name: getattr(pairs, name).clone().requires_grad_() for name in names}
     pairs = replace(pairs, **leaves)
-    losses = pair_losses(pairs, run.config)
-    stats.add(pairs, losses, run.config)
+    losses = run.objective.pair_losses(pairs)
+    stats.add(pairs, losses, run.objective)
     slopes = torch.autograd.grad(
         losses.mean(), list(leaves.values()), allow_unused=True, materialize_grads=True
     )

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.settings.configs import TrainConfig
 
 
 def make_optimizer(

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
-from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.console import warn
 from lowmem_dpo.files import (
     NoLocksError,
     append,
@@ -19,9 +19,9 @@ from lowmem_dpo.files import (
     replace_folder,
     unlock_file,
 )
-from lowmem_dpo.settings import to_yaml
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.settings.parsing import to_yaml
 from lowmem_dpo.training.checkpoints import check_undamaged, newest_good_checkpoint, read_record
-from lowmem_dpo.training.console import warn
 from lowmem_dpo.training.metrics import read_metrics
 
 SCHEMA_VERSION = 1

@@ -21,10 +21,21 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 import lowmem_dpo_kernels
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.rendering import TemplateSettings, build_renderer
+from lowmem_dpo.console import say, warn
+from lowmem_dpo.data.rendering import build_renderer
+from lowmem_dpo.machine.device import resolve_device, resolve_dtype
 from lowmem_dpo.memory.limits import limit_memory
-from lowmem_dpo.model.adapters import (
+from lowmem_dpo.model.attention import TREE_ATTENTION, attention_path
+from lowmem_dpo.model.fused import fuse_mlps, fuse_norms, norm_implementation, tile_layers
+from lowmem_dpo.model.head import check_head, head_to_host, quantize_head
+from lowmem_dpo.model.language_model import LanguageModel
+from lowmem_dpo.model.lora import add_lora, linear_layers, lora_layers, match_targets
+from lowmem_dpo.model.runner import wrap_layers
+from lowmem_dpo.model.selfcheck import tried_head
+from lowmem_dpo.model.tiles import TILE_ROWS
+from lowmem_dpo.reference.cache import Fingerprint
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.weights.adapters import (
     AdapterSettings,
     adapter_digest,
     load_adapter,
@@ -33,21 +44,11 @@ from lowmem_dpo.model.adapters import (
     save_adapter,
     save_base_storage,
 )
-from lowmem_dpo.model.attention import TREE_ATTENTION, attention_path
-from lowmem_dpo.model.bnb_checkpoint import check_kept_quantised
-from lowmem_dpo.model.device import resolve_device, resolve_dtype
-from lowmem_dpo.model.fused import fuse_mlps, fuse_norms, norm_implementation, tile_layers
-from lowmem_dpo.model.head import check_head, head_to_host, quantize_head
-from lowmem_dpo.model.hub import check_download
-from lowmem_dpo.model.loading import LoadedModel, ModelParts, load_model, model_parts
-from lowmem_dpo.model.lora import add_lora, linear_layers, lora_layers, match_targets
-from lowmem_dpo.model.runner import wrap_layers
-from lowmem_dpo.model.selfcheck import tried_head
-from lowmem_dpo.model.size import ModelSize
-from lowmem_dpo.model.source import load_config, load_tokenizer, resolve_source, tokenizer_source
-from lowmem_dpo.model.tiles import TILE_ROWS
-from lowmem_dpo.reference import Fingerprint
-from lowmem_dpo.training.console import say, warn
+from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
+from lowmem_dpo.weights.hub import check_download
+from lowmem_dpo.weights.loading import load_model
+from lowmem_dpo.weights.size import ModelSize
+from lowmem_dpo.weights.source import load_config, load_tokenizer, resolve_source, tokenizer_source
 from lowmem_dpo_kernels.token_logps import check_implementation
 
 LORA_SHAPE = ("lora_r", "lora_alpha", "use_rslora")
@@ -60,35 +61,23 @@ def cache_directory(setting: str | None) -> Path:
     )
 
 
-def template_settings(config: Any) -> TemplateSettings:
-    """The part of a config that decides how text becomes tokens."""
-    names = {f.name for f in dataclasses.fields(TemplateSettings)}
-    return TemplateSettings(**{k: v for k, v in vars(config).items() if k in names})
-
-
 @dataclass
 class Policy:
     """The model that is trained.
 
     Attributes:
-        loaded: The base with its adapter.
-        parts: What scoring needs of it.
+        model: The base with its adapter.
         tokenizer: Of the same source.
         adapter: Settings of the adapter.
-        device: Where it computes.
-        dtype: In what it computes.
         source: The base's folder or id.
         init_adapter: The adapter folder it starts from.
         chat_template: Jinja text in use, or None for plain text.
         base_storage: The settings that say how the base is stored.
     """
 
-    loaded: LoadedModel
-    parts: ModelParts
+    model: LanguageModel
     tokenizer: PreTrainedTokenizerBase
     adapter: AdapterSettings
-    device: torch.device
-    dtype: torch.dtype
     source: str = ""
     init_adapter: str | None = None
     chat_template: str | None = None
@@ -98,10 +87,10 @@ class Policy:
     def identity(self) -> dict[str, Any]:
         """What the reference's numbers depend on, but the pair."""
         return {
-            "base": self.loaded.identity,
+            "base": self.model.identity,
             "init_adapter": adapter_digest(Path(self.init_adapter)) if self.init_adapter else None,
-            "logit_scale": self.parts.logit_scale,
-            "logit_softcap": self.parts.logit_softcap,
+            "logit_scale": self.model.logit_scale,
+            "logit_softcap": self.model.logit_softcap,
         }
 
     @property
@@ -111,7 +100,7 @@ class Policy:
 
     def save(self, directory: Path) -> None:
         """Write the adapter in PEFT's format, with the tokenizer and template it trained under."""
-        save_adapter(directory, self.loaded.model, base_model=self.source, settings=self.adapter)
+        save_adapter(directory, self.model.network, base_model=self.source, settings=self.adapter)
         save_base_storage(directory, self.base_storage)
         own = self.tokenizer.chat_template
         self.tokenizer.chat_template = self.chat_template
@@ -126,18 +115,18 @@ class Policy:
 
     def fingerprint(self, pack_tokens: int) -> Fingerprint:
         """Everything else that can move the last bits of a log-prob."""
-        on_cuda = self.device.type == "cuda"
+        on_cuda = self.model.device.type == "cuda"
         return {
-            "device": torch.cuda.get_device_name(self.device) if on_cuda else _cpu_name(),
+            "device": torch.cuda.get_device_name(self.model.device) if on_cuda else _cpu_name(),
             "threads": None if on_cuda else torch.get_num_threads(),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "pack_tokens": pack_tokens,
             "head": lowmem_dpo_kernels.token_logps_path(
-                self.device, self.parts.head_implementation
+                self.model.device, self.model.head_implementation
             ),
             "kernels": lowmem_dpo_kernels.NUMERICS_VERSION,
-            "attention": attention_path(self.loaded.model.config, self.device, self.dtype),
-            "norms": norm_implementation(self.device, self.dtype),
+            "attention": attention_path(self.model.config, self.model.device, self.model.dtype),
+            "norms": norm_implementation(self.model.device, self.model.dtype),
             "tile_rows": TILE_ROWS,
             "matmul_precision": torch.get_float32_matmul_precision(),
             "torch": torch.__version__,
@@ -202,8 +191,8 @@ def read_source(config: TrainConfig, adapter_setting: str = "init_adapter") -> S
         raise ValueError(f"layer_inputs host has no effect on {device.type}; leave it out")
     if config.optim == "paged_adamw_8bit" and device.type != "cuda":
         raise ValueError(f"optim paged_adamw_8bit cannot page on {device.type}; use adamw_8bit")
-    if config.memory_limit is not None:
-        limit_memory(config.memory_limit, device)
+    if config.memory_limit_bytes is not None:
+        limit_memory(config.memory_limit_bytes, device)
     if config.head_weight == "host" and device.type != "cuda":
         raise ValueError(f"head_weight host has no effect on {device.type}; leave it out")
     try:
@@ -253,8 +242,6 @@ def load_policy(config: TrainConfig, source: Source | None = None) -> Policy:
         cache_dir=cache_directory(config.cache_dir),
         quantized_copy=config.quantized_copy,
     )
-    for note in loaded.notes:
-        say(note)
     loaded = quantize_head(loaded, config.head_quantization)
     if config.head_weight == "host":
         loaded = head_to_host(loaded, source.device)
@@ -262,18 +249,16 @@ def load_policy(config: TrainConfig, source: Source | None = None) -> Policy:
         loaded,
         source.tokenizer,
         source.adapter,
-        source.device,
-        source.dtype,
         seed=config.seed,
         layer_inputs=config.layer_inputs,
         head_kernel=config.head_kernel,
     )
     policy.source, policy.init_adapter = source.base, source.init_adapter
     policy.base_storage = _base_storage(config, source.dtype)
-    policy.chat_template = build_renderer(source.tokenizer, template_settings(config)).template
+    policy.chat_template = build_renderer(source.tokenizer, config).template
     if source.init_adapter:
-        load_adapter(loaded.model, Path(source.init_adapter))
-        _warn_of_other_targets(loaded.model, config.lora_target_modules, source.init_adapter)
+        load_adapter(loaded.network, Path(source.init_adapter))
+        _warn_of_other_targets(loaded.network, config.lora_target_modules, source.init_adapter)
     return policy
 
 
@@ -292,11 +277,9 @@ def _warn_of_other_targets(
 
 
 def make_policy(
-    loaded: LoadedModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     adapter: AdapterSettings,
-    device: torch.device,
-    dtype: torch.dtype,
     *,
     seed: int,
     layer_inputs: str,
@@ -305,17 +288,15 @@ def make_policy(
     """Give a loaded base a new adapter, layer runners and attention over trees.
 
     Args:
-        loaded: The base; changed in place.
+        model: The base; changed in place.
         tokenizer: Its tokenizer.
         adapter: What kind of adapter.
-        device: Where the base is.
-        dtype: In what it computes.
         seed: Of the adapter's A matrices.
         layer_inputs: device or host.
         head_kernel: Implementation of `token_logps`; torch takes its place where it is wrong.
     """
     add_lora(
-        loaded.model,
+        model.network,
         targets=adapter.targets,
         rank=adapter.rank,
         alpha=adapter.alpha,
@@ -323,16 +304,15 @@ def make_policy(
         rank_stabilised=adapter.rank_stabilised,
         seed=seed,
     )
-    parts = dataclasses.replace(model_parts(loaded.model), head_implementation=head_kernel)
-    parts = tried_head(parts)
-    fuse_norms(parts.backbone)
-    fuse_mlps(parts.layers)
-    tile_layers(parts.layers, has_randomness=adapter.dropout > 0)
+    model = tried_head(dataclasses.replace(model, head_implementation=head_kernel))
+    fuse_norms(model.backbone)
+    fuse_mlps(model.layers)
+    tile_layers(model.layers, has_randomness=adapter.dropout > 0)
     wrap_layers(
-        parts.layers, inputs_on_host=layer_inputs == "host", has_randomness=adapter.dropout > 0
+        model.layers, inputs_on_host=layer_inputs == "host", has_randomness=adapter.dropout > 0
     )
-    parts.backbone.set_attn_implementation(TREE_ATTENTION)
-    return Policy(loaded, parts, tokenizer, adapter, device, dtype)
+    model.backbone.set_attn_implementation(TREE_ATTENTION)
+    return Policy(model, tokenizer, adapter)
 
 
 def _base_storage(config: TrainConfig, dtype: torch.dtype) -> dict[str, str]:

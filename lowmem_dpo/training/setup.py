@@ -9,31 +9,31 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.packing import choose_pack_tokens, pack_trees, round_up_tokens
+from lowmem_dpo.console import console, say, warn
+from lowmem_dpo.data.encoding import TokenPair, encode_pairs
 from lowmem_dpo.data.preview import preview_pair
 from lowmem_dpo.data.reading import is_single_file, read_preferences
 from lowmem_dpo.data.split import prompt_key, split_by_prompt
-from lowmem_dpo.data.templates import TokenPair, encode_pairs
-from lowmem_dpo.data.trees import Tree, build_tree
-from lowmem_dpo.loss_checks import unusual_values
-from lowmem_dpo.loss_types import couples_pairs, needs_reference
-from lowmem_dpo.model.loading import storage_table
+from lowmem_dpo.losses.checks import unusual_values
+from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.losses.types import couples_pairs, needs_reference
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.selfcheck import check_packing, logp_tolerance
-from lowmem_dpo.reference import ReferenceCache
-from lowmem_dpo.training.console import console, say, warn
+from lowmem_dpo.packs.packing import choose_pack_tokens, pack_trees, round_up_tokens
+from lowmem_dpo.packs.trees import Tree, build_tree
+from lowmem_dpo.reference.cache import ReferenceCache
+from lowmem_dpo.reference.fill import Reference, prepare_reference
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.training.forecast import check_cpu_time
-from lowmem_dpo.training.health import RunStopped
 from lowmem_dpo.training.policy import (
     Policy,
     cache_directory,
     load_policy,
     read_source,
-    template_settings,
 )
-from lowmem_dpo.training.reference_pass import Reference, prepare_reference
+from lowmem_dpo.weights.loading import storage_table
 
 # Activations of one layer at this size fit small cards; larger micro-batches gain little.
 PACK_TOKENS_LIMIT = 4096
@@ -88,7 +88,7 @@ def _encode(
     )
     for i, line in enumerate(found.lines()):
         say(f"{title}: {line}" if i else f"{title}: {source}: {line}")
-    pairs, report = encode_pairs(preferences, tokenizer, template_settings(config))
+    pairs, report = encode_pairs(preferences, tokenizer, config)
     for line in report.lines():
         say(f"{title}: {line}")
     return pairs, {"path": source, **vars(found), **vars(report)}
@@ -102,7 +102,7 @@ def self_check(policy: Policy, trees: Sequence[Tree]) -> float:
     pack = pack_trees(two, round_up_tokens(sum(tree.num_tokens for tree in two)))[0]
     sequences = [ids for t in pack.trees for ids in (t.trunk + t.chosen, t.trunk + t.rejected)]
     try:
-        difference = check_packing(policy.parts, pack, sequences, policy.dtype)
+        difference = check_packing(policy.model, pack, sequences, policy.model.dtype)
     except ValueError as error:
         raise RunStopped(str(error)) from None
     say(f"self-check: packed trees equal plain sequences within {difference:.1e} nat per token")
@@ -152,6 +152,7 @@ class Run:
     pairs: Pairs
     pack_tokens: int
     self_check_rms: float
+    objective: Objective
     reference: Reference | None = None
     step_zero: dict[str, Any] | None = None
 
@@ -184,14 +185,14 @@ def prepare_run(
         f"{str(source.dtype).removeprefix('torch.')} on {source.device}"
     )
     policy = load_policy(config, source)
-    say(storage_table(policy.loaded.storage))
-    run = Run(config, policy, pairs, 0, self_check(policy, pairs.train))
+    say(storage_table(policy.model.storage))
+    run = Run(config, policy, pairs, 0, self_check(policy, pairs.train), Objective.of(config))
     cache = ReferenceCache(cache_directory(config.cache_dir), policy.identity)
     if resumed is None:
         run.pack_tokens = plan_pack_tokens(config, policy, pairs, cache)
     else:  # under another micro-batch size log-probs would differ in the last bits
         run.pack_tokens = resumed["planned_pack_tokens"]
-    num_trainable = sum(p.numel() for p in lora_parameters(policy.loaded.model).values())
+    num_trainable = sum(p.numel() for p in lora_parameters(policy.model.network).values())
     say(f"adapter: rank {policy.adapter.rank}, {num_trainable / 1e6:.2f}M trainable parameters")
     say(f"plan: micro-batches of {run.pack_tokens} tokens, {config.batch_size} pairs a step")
     say_about_losses(config)
@@ -202,7 +203,7 @@ def prepare_run(
 
 def say_about_losses(config: TrainConfig) -> None:
     """Say what is unusual about the losses of a run, and what they cost."""
-    for line in unusual_values(config):
+    for line in unusual_values(config, config.learning_rate):
         warn(line)
     if config.reference_free:
         warn(
@@ -243,11 +244,11 @@ def score_reference(run: Run, cache: ReferenceCache) -> Reference:
     """The log-probs of the policy as it stands, from the cache or scored now."""
     return prepare_reference(
         run.pairs.train + run.pairs.evaluation,
-        lambda pack: score(run.policy.parts, pack),
+        lambda pack: score(run.policy.model, pack),
         cache,
         run.policy.fingerprint(run.pack_tokens),
         pack_tokens=run.pack_tokens,
-        tolerance=logp_tolerance(run.policy.dtype),
+        tolerance=logp_tolerance(run.policy.model.dtype),
         accept_other=run.config.reference == "accept",
         seed=run.config.seed,
     )

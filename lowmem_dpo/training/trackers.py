@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lowmem_dpo.training.console import warn
+from lowmem_dpo.console import warn
 
 PROJECT = "lowmem_dpo"
 

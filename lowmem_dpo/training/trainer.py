@@ -4,19 +4,20 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from lowmem_dpo.config import GenerateConfig, TrainConfig
-from lowmem_dpo.data.templates import render_prompt
-from lowmem_dpo.loss_types import needs_reference
-from lowmem_dpo.model.generation import Sampling, generate_text, position_warning
-from lowmem_dpo.model.source import ADAPTER_CONFIG_FILE
+from lowmem_dpo.console import warn
+from lowmem_dpo.data.encoding import render_prompt
+from lowmem_dpo.losses.types import needs_reference
+from lowmem_dpo.model.generation import generate_text, position_warning
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.settings.groups import SamplingSettings
+from lowmem_dpo.training.batches import Schedule, warn_of_few_steps, warn_of_late_settings
 from lowmem_dpo.training.checkpoints import read_record
-from lowmem_dpo.training.console import warn
 from lowmem_dpo.training.fit import Fit, StepCallback, TrainResult
 from lowmem_dpo.training.output import RunFolder, check_resumable
-from lowmem_dpo.training.policy import Policy, load_policy, template_settings
-from lowmem_dpo.training.schedule import Schedule, warn_of_few_steps, warn_of_late_settings
+from lowmem_dpo.training.policy import Policy, load_policy
 from lowmem_dpo.training.setup import Pairs, prepare_run
 from lowmem_dpo.training.trackers import check_installed
+from lowmem_dpo.weights.source import ADAPTER_CONFIG_FILE
 
 
 class Trainer:
@@ -131,16 +132,15 @@ class Trainer:
         """
         if self.policy is None:
             raise ValueError("nothing to generate with yet; call fit or load_checkpoint first")
-        known = [f.name for f in fields(Sampling)]
+        known = [f.name for f in fields(SamplingSettings)]
         if unknown := sampling.keys() - known:
             raise ValueError(f"generate has no setting {min(unknown)}; known: {', '.join(known)}")
-        settings = Sampling.of(GenerateConfig(**sampling))
-        ids = render_prompt(self.policy.tokenizer, prompt, template_settings(self.config))
-        if line := position_warning([ids], self.policy.loaded.model.config, settings):
+        settings = SamplingSettings(**sampling)
+        ids = render_prompt(self.policy.tokenizer, prompt, self.config)
+        if line := position_warning([ids], self.policy.model.config, settings):
             warn(line)
         return generate_text(
-            self.policy.loaded.model,
-            self.policy.parts,
+            self.policy.model,
             self.policy.tokenizer,
             [ids],
             settings,

@@ -2,10 +2,11 @@
 
 import pytest
 
+from lowmem_dpo.data.encoding import encode_pairs
 from lowmem_dpo.data.formats import Preference
-from lowmem_dpo.data.templates import TemplateSettings, encode_pairs
+from lowmem_dpo.settings.groups import EncodingSettings
 
-AUTO = TemplateSettings()
+AUTO = EncodingSettings()
 CHATML_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 

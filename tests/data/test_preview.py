@@ -3,8 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
+from lowmem_dpo.data.encoding import TokenPair
 from lowmem_dpo.data.preview import preview_pair
-from lowmem_dpo.data.templates import TokenPair
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from lowmem_dpo.data.encoding import encode_pairs
 from lowmem_dpo.data.formats import Preference, parse_row
-from lowmem_dpo.data.templates import TemplateSettings, encode_pairs
+from lowmem_dpo.settings.groups import EncodingSettings
 from tests.data.encoding import AUTO, CHATML_PROMPT, encode_one, ours, sides, trl_pairs, turn
 
 TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}
@@ -99,7 +100,7 @@ def test_encode_pairs_does_not_call_a_column_ignored_that_one_row_needs(tool_tok
 
 def test_encode_pairs_lets_a_rows_variables_win_over_the_settings(tool_tokenizer, build_tokenizer):
     tokenizer = build_tokenizer("chatml")
-    settings = TemplateSettings(chat_template_kwargs={"enable_thinking": True})
+    settings = EncodingSettings(chat_template_kwargs={"enable_thinking": True})
     off = Preference("hi", "yes", "no", 1, chat_template_kwargs={"enable_thinking": False})
     assert encode_one(off, tokenizer, settings)[1].num_mismatches == 1
     bad = Preference("hi", "yes", "no", 4, chat_template_kwargs={"tokenize": True})
@@ -129,7 +130,7 @@ def test_encode_pairs_keeps_answers_that_only_call_tools(tool_tokenizer):
 
 
 def test_encode_pairs_says_when_every_row_has_a_system_message(build_tokenizer):
-    tokenizer, settings = build_tokenizer("chatml"), TemplateSettings(system_prompt="s")
+    tokenizer, settings = build_tokenizer("chatml"), EncodingSettings(system_prompt="s")
     own = [
         Preference([turn("system", "own"), turn("user", "hi")], [turn("assistant", "y")], "n", 1),
         Preference("hi", "yes", "no", 2, system="own"),
@@ -141,7 +142,7 @@ def test_encode_pairs_says_when_every_row_has_a_system_message(build_tokenizer):
 
 
 def test_encode_pairs_skips_rows_that_the_template_refuses_if_told_so(build_tokenizer):
-    tokenizer, skip = build_tokenizer("mistral"), TemplateSettings(on_bad_row="skip")
+    tokenizer, skip = build_tokenizer("mistral"), EncodingSettings(on_bad_row="skip")
     good = Preference("hi", "yes", "no", 1)
     bad = Preference("hi", "yes", "no", 2, system="s")
     pairs, report = encode_pairs([good, bad], tokenizer, skip)

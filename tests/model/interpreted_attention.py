@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import lowmem_dpo.model.attention as model_attention
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.trees import build_tree
 from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.packs.trees import build_tree
+from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.policy import load_policy
 from tests.model.test_scoring import packed_loss, take_gradients, token_pairs
 from tests.tiny import save_tiny_model
@@ -36,7 +36,7 @@ def test_model_with_kernels_equals_the_portable_path(family, tmp_path, monkeypat
     policy = load_policy(
         TrainConfig(model=str(directory), dtype="float32", quantization="none", device="cpu")
     )
-    for name, parameter in lora_parameters(policy.loaded.model).items():
+    for name, parameter in lora_parameters(policy.model.network).items():
         if name.endswith("lora_b"):  # or lora_a would have no gradient to compare
             torch.nn.init.normal_(parameter, std=0.05)
     trees = [build_tree(pair) for pair in token_pairs()[:2]]

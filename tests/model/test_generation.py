@@ -4,20 +4,20 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.model.generation import (
-    Sampling,
     check_prompts,
     generate_text,
     position_warning,
     stop_ids,
 )
-from lowmem_dpo.pipeline.byte_tokenizer import byte_tokenizer
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.settings.groups import SamplingSettings
 from lowmem_dpo.training.policy import load_policy
 from tests.tiny import FAMILIES, save_tiny_model, tiny_model
 
 CONFIG = LlamaConfig(vocab_size=10)
-GREEDY = Sampling(max_new_tokens=4, temperature=0)
+GREEDY = SamplingSettings(max_new_tokens=4, temperature=0)
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_generate_text_answers_padded_prompts_as_eager_attention_without_a_cache
     policy = load_policy(
         TrainConfig(model=str(folder), device="cpu", quantization="none", max_length=128)
     )
-    model, tokenizer = policy.loaded.model, policy.tokenizer
+    model, tokenizer = policy.model.network, policy.tokenizer
     prompts = [list(range(70, 70 + length)) for length in (3, 19)]
-    sampling = Sampling(max_new_tokens=12, temperature=0)
-    answers = generate_text(model, policy.parts, tokenizer, prompts, sampling)
+    sampling = SamplingSettings(max_new_tokens=12, temperature=0)
+    answers = generate_text(model, policy.model, tokenizer, prompts, sampling)
     twin = tiny_model(family, **untied)
     wanted = [greedy_ids(twin, ids, 12, stop_ids(model, tokenizer)) for ids in prompts]
     assert answers == tokenizer.batch_decode(wanted, skip_special_tokens=True)
@@ -82,7 +82,7 @@ def test_generate_text_stops_at_every_token_that_generation_config_names(tmp_pat
         content = json.dumps({"eos_token_id": ends})
         (folder / "generation_config.json").write_text(content, encoding="utf-8")
         policy = load_policy(TrainConfig(model=str(folder), device="cpu"))
-        model, parts, tokenizer = policy.loaded.model, policy.parts, policy.tokenizer
+        model, parts, tokenizer = policy.model.network, policy.model, policy.tokenizer
         prompt = tokenizer.encode("hello", add_special_tokens=False)
         text = generate_text(model, parts, tokenizer, [prompt], GREEDY)[0]
         return text, stop_ids(model, tokenizer)

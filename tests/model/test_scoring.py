@@ -3,13 +3,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.packing import pack_trees, sequence_logps
-from lowmem_dpo.data.templates import TokenPair
-from lowmem_dpo.data.trees import build_tree
-from lowmem_dpo.losses import LOSSES, LossParameters, PairLogps
+from lowmem_dpo.data.encoding import TokenPair
+from lowmem_dpo.losses.objective import LOSSES
+from lowmem_dpo.losses.pairs import LossParameters, PairLogps
 from lowmem_dpo.model.lora import linear_layers, lora_parameters
 from lowmem_dpo.model.scoring import attention, score, score_plain
+from lowmem_dpo.packs.packing import pack_trees, sequence_logps
+from lowmem_dpo.packs.trees import build_tree
+from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.policy import load_policy
 from tests.tiny import FAMILIES, save_tiny_model
 
@@ -35,7 +36,7 @@ def token_pairs(seed: int = 0) -> list[TokenPair]:
 def packed_loss(policy, trees, num_tokens):
     total = 0.0
     for pack in pack_trees(trees, num_tokens):
-        chosen, rejected = sequence_logps(score(policy.parts, pack), pack)
+        chosen, rejected = sequence_logps(score(policy.model, pack), pack)
         ones = torch.ones_like(chosen)
         logps = PairLogps(chosen, rejected, ones * REFERENCE[0], ones * REFERENCE[1], ones, ones)
         loss = LOSSES["sigmoid"](logps, LossParameters(0.1)).sum() / len(trees)
@@ -47,8 +48,8 @@ def packed_loss(policy, trees, num_tokens):
 def plain_loss(policy, pairs):
     """Two sequences a pair, the model's own logits and eager attention, ordinary autograd."""
     total = 0.0
-    model = policy.loaded.model
-    with attention(policy.parts, "eager"):
+    model = policy.model.network
+    with attention(policy.model, "eager"):
         for pair in pairs:
             sums = []
             for ids, start in (
@@ -68,7 +69,7 @@ def plain_loss(policy, pairs):
 
 def take_gradients(policy):
     gradients = {}
-    for name, parameter in lora_parameters(policy.loaded.model).items():
+    for name, parameter in lora_parameters(policy.model.network).items():
         gradients[name] = parameter.grad
         parameter.grad = None
     return gradients
@@ -81,7 +82,7 @@ def policy(request, tmp_path: Path):
     config = TrainConfig(model=str(directory), quantization="nf4", lora_r=4, max_length=128)
     policy = load_policy(config)
     torch.manual_seed(3)
-    for name, parameter in lora_parameters(policy.loaded.model).items():
+    for name, parameter in lora_parameters(policy.model.network).items():
         if name.endswith("lora_b"):  # or lora_a would have no gradient to compare
             torch.nn.init.normal_(parameter, std=0.05)
     return policy
@@ -98,7 +99,7 @@ def test_score_of_packed_trees_equals_plain_sequences_in_loss_and_every_gradient
     wanted = take_gradients(policy)
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert gradients.keys() == wanted.keys() and len(gradients) == 2 * len(
-        linear_layers(policy.loaded.model)
+        linear_layers(policy.model.network)
     )
     for name, gradient in gradients.items():
         assert wanted[name].norm() > 0, name
@@ -108,10 +109,10 @@ def test_score_of_packed_trees_equals_plain_sequences_in_loss_and_every_gradient
 
 def test_score_plain_gives_the_log_probs_of_the_models_own_logits(policy):
     ids = token_pairs()[1].chosen_ids
-    with attention(policy.parts, "eager"), torch.no_grad():
-        logits = policy.loaded.model(torch.tensor(ids)[None], use_cache=False).logits[0, :-1]
+    with attention(policy.model, "eager"), torch.no_grad():
+        logits = policy.model.network(torch.tensor(ids)[None], use_cache=False).logits[0, :-1]
     wanted = logits.log_softmax(-1).gather(-1, torch.tensor(ids)[1:, None])[:, 0]
-    torch.testing.assert_close(score_plain(policy.parts, ids), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(score_plain(policy.model, ids), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_score_gives_the_same_bits_with_and_without_gradient_in_any_order(policy):
@@ -120,7 +121,7 @@ def test_score_gives_the_same_bits_with_and_without_gradient_in_any_order(policy
     for order, gradient in ((trees, True), (trees, False), (trees[::-1], False)):
         with torch.set_grad_enabled(gradient):
             for pack in pack_trees(order, 192):
-                logps = score(policy.parts, pack).detach()
+                logps = score(policy.model, pack).detach()
                 runs = logps.split([sum(counts) for counts in pack.counts])
                 for tree, run in zip(pack.trees, runs, strict=True):
                     assert torch.equal(by_row.setdefault(tree.row, run), run)

@@ -3,11 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.packing import pack_trees
-from lowmem_dpo.data.trees import build_tree
 from lowmem_dpo.model import scoring, selfcheck
 from lowmem_dpo.model.selfcheck import check_head_kernels, check_packing, tried_head
+from lowmem_dpo.packs.packing import pack_trees
+from lowmem_dpo.packs.trees import build_tree
+from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.policy import load_policy
 from tests.model.test_scoring import token_pairs
 from tests.tiny import FAMILIES, save_tiny_model
@@ -72,10 +72,10 @@ def test_check_head_kernels_passes_half_numbers_and_a_bias(tmp_path, dtype):
 def test_check_packing_sees_a_head_that_is_wrong_for_all(tmp_path, monkeypatch, fault, message):
     policy = make_policy(tmp_path)
     pack, sequences = packed(token_pairs()[:2])
-    assert check_packing(policy.parts, pack, sequences, policy.dtype) < 1e-4
+    assert check_packing(policy.model, pack, sequences, policy.model.dtype) < 1e-4
     wrong_head(monkeypatch, fault)
     with pytest.raises(ValueError, match=f"self-check failed: {message}"):
-        check_packing(policy.parts, pack, sequences, policy.dtype)
+        check_packing(policy.model, pack, sequences, policy.model.dtype)
 
 
 @pytest.mark.parametrize("fault", ["", "values", "gradients", "crash"])

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.losses import PairLogps, pair_losses
+from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.losses.pairs import PairLogps
+from lowmem_dpo.settings.configs import TrainConfig
 
 NUM_PROMPTS, NUM_ANSWERS, BETA = 6, 12, 0.5
 
@@ -25,7 +26,7 @@ def losses_of(
     """A loss on pairs of one-token answers, each side as (policy, reference) log-probs."""
     ones = torch.ones_like(chosen[0])
     logps = PairLogps(chosen[0], rejected[0], chosen[1], rejected[1], ones, ones)
-    return pair_losses(logps, config)
+    return Objective.of(config).pair_losses(logps)
 
 
 def world(seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lowmem_dpo.cli import main
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.trees import Tree
 from lowmem_dpo.model import size
+from lowmem_dpo.packs.trees import Tree
+from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.forecast import forward_tokens, matmul_rate
 
 PAIRS = [

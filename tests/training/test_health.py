@@ -3,16 +3,14 @@ import math
 import pytest
 import torch
 
-from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.training.health import (
-    RunStopped,
     check_adapter_moves,
     check_loss_scale,
     check_skipped,
     check_step_zero,
     check_weights_finite,
     describe_non_finite,
-    has_step_zero,
     name_rows,
 )
 
@@ -20,33 +18,19 @@ LN2 = math.log(2)
 
 
 def test_check_step_zero_is_silent_on_exact_agreement():
-    record, warning = check_step_zero(TrainConfig(), LN2, 0.0, 1e-4, True)
+    record, warning = check_step_zero(LN2, LN2, 0.0, 1e-4, True)
     assert record["exact"] and warning is None
 
 
 def test_check_step_zero_warns_of_rounding_under_the_same_fingerprint_only():
-    assert check_step_zero(TrainConfig(), LN2, 1e-5, 1e-4, True)[1] is not None
-    assert check_step_zero(TrainConfig(), LN2, 1e-5, 1e-4, False)[1] is None
+    assert check_step_zero(LN2, LN2, 1e-5, 1e-4, True)[1] is not None
+    assert check_step_zero(LN2, LN2, 1e-5, 1e-4, False)[1] is None
 
 
 @pytest.mark.parametrize(("loss", "rms"), [(LN2, 2e-4), (LN2 + 0.03, 0.0), (math.nan, 0.0)])
 def test_check_step_zero_stops_beyond_the_tolerances(loss, rms):
     with pytest.raises(RunStopped, match="step zero failed"):
-        check_step_zero(TrainConfig(), loss, rms, 1e-4, True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, True),
-        ({"reference_free": True}, False),
-        ({"lora_dropout": 0.1}, False),
-        ({"loss_type": "simpo"}, False),
-        ({"loss_type": ["sigmoid", "sft"]}, True),
-    ],
-)
-def test_has_step_zero(changes, expected):
-    assert has_step_zero(TrainConfig(**changes)) is expected
+        check_step_zero(loss, LN2, rms, 1e-4, True)
 
 
 @pytest.mark.parametrize(

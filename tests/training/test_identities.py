@@ -16,21 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.data.packing import pack_trees, sequence_logps
-from lowmem_dpo.data.templates import TokenPair
-from lowmem_dpo.data.trees import Tree, build_tree, scored
-from lowmem_dpo.losses import LOSSES, LossParameters, PairLogps
-from lowmem_dpo.model.adapters import save_adapter
+from lowmem_dpo.data.encoding import TokenPair
+from lowmem_dpo.losses.objective import LOSSES
+from lowmem_dpo.losses.pairs import LossParameters, PairLogps
 from lowmem_dpo.model.lora import LoraLinear, lora_layers, lora_parameters
 from lowmem_dpo.model.scoring import score
+from lowmem_dpo.packs.packing import pack_trees, sequence_logps
+from lowmem_dpo.packs.trees import Tree, build_tree, scored
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.training.batches import Schedule
 from lowmem_dpo.training.checkpoints import TrainingState
 from lowmem_dpo.training.loop import evaluate, train_steps
 from lowmem_dpo.training.metrics import PER_PAIR, Metrics
 from lowmem_dpo.training.policy import load_policy
-from lowmem_dpo.training.schedule import Schedule
 from lowmem_dpo.training.setup import Run, prepare_run
 from lowmem_dpo.training.trainer import Trainer
+from lowmem_dpo.weights.adapters import save_adapter
 from tests.conftest import random_pairs
 from tests.tiny import tiny_model
 from tests.training.conftest import read_metrics, read_record, write_rows
@@ -67,11 +68,11 @@ def adapter(llama_dir: Path, tmp_path: Path) -> Path:
     """An adapter that changes the model and whose every matrix gets a gradient."""
     policy = load_policy(config_for(llama_dir, tmp_path))
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in lora_parameters(policy.loaded.model).items():
+    for name, parameter in lora_parameters(policy.model.network).items():
         if name.endswith("lora_b"):
             torch.nn.init.normal_(parameter, std=0.05, generator=generator)
     save_adapter(
-        tmp_path / "start", policy.loaded.model, base_model=policy.source, settings=policy.adapter
+        tmp_path / "start", policy.model.network, base_model=policy.source, settings=policy.adapter
     )
     return tmp_path / "start"
 
@@ -90,7 +91,7 @@ def prepare(llama_dir: Path, adapter: Path, tmp_path: Path) -> Callable[..., Run
 
 def take_steps(run: Run, *, first_step: int = 0, learning_rate: float = 1.0) -> list[Metrics]:
     """Run the loop from a step to the end; from step 1 on, there is no check of step zero."""
-    optimizer = torch.optim.SGD(lora_parameters(run.policy.loaded.model).values(), learning_rate)
+    optimizer = torch.optim.SGD(lora_parameters(run.policy.model.network).values(), learning_rate)
     state = TrainingState(
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
@@ -104,7 +105,7 @@ def take_steps(run: Run, *, first_step: int = 0, learning_rate: float = 1.0) -> 
 
 def step_gradients(run: Run, **options: Any) -> Gradients:
     """The gradient of a run of one step: what SGD at learning rate 1 took away."""
-    parameters = lora_parameters(run.policy.loaded.model)
+    parameters = lora_parameters(run.policy.model.network)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     assert len(take_steps(run, **options)) == 1
     gradients = {name: before[name] - parameters[name].detach() for name in before}
@@ -153,7 +154,7 @@ def sequence_gradients(layers: dict[str, LoraLinear], tree: Tree) -> Gradients:
 def test_gradient_at_zero_margin_is_half_beta_times_that_of_cross_entropy(prepare):
     beta = 0.3
     run = prepare(random_pairs(5), beta=beta)
-    layers = lora_layers(run.policy.loaded.model)
+    layers = lora_layers(run.policy.model.network)
     pairs = [sequence_gradients(layers, tree) for tree in run.pairs.train]
     wanted = {name: -beta / 2 * sum(pair[name] for pair in pairs) / len(pairs) for name in pairs[0]}
     assert_close(step_gradients(run), wanted)
@@ -229,11 +230,11 @@ def test_gradient_of_identical_answers_is_exactly_zero(prepare, loss_type):
     run = prepare(random_pairs(3))
     ids = tuple(range(4, 30))
     pack = pack_trees([build_tree(TokenPair(1, ids, ids, 9, 9))], 64)[0]
-    chosen, rejected = sequence_logps(score(run.policy.parts, pack), pack)
+    chosen, rejected = sequence_logps(score(run.policy.model, pack), pack)
     tokens, reference = torch.full((1,), 17.0), chosen.detach() - 3.0
     logps = PairLogps(chosen, rejected, reference, reference, tokens, tokens)
     LOSSES[loss_type](logps, LossParameters(0.1)).sum().backward()
-    for name, parameter in lora_parameters(run.policy.loaded.model).items():
+    for name, parameter in lora_parameters(run.policy.model.network).items():
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
@@ -279,7 +280,7 @@ def test_logps_are_the_same_bits_beside_padding_and_beside_other_trees(prepare):
     assert together is not None and len(pack_trees(run.pairs.train, 512)) < 4
     for tree in run.pairs.train:
         with torch.no_grad():
-            alone = score(run.policy.parts, pack_trees([tree], 512)[0])
+            alone = score(run.policy.model, pack_trees([tree], 512)[0])
         assert torch.equal(alone, together.logps[tree.digest()])
 
 

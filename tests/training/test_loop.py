@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.checkpoints import TrainingState
 from lowmem_dpo.training.loop import _update
 

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem_dpo.data.packing import pack_trees
-from lowmem_dpo.loss_types import LOSS_TYPES
-from lowmem_dpo.losses import join_pairs, pair_losses
+from lowmem_dpo.losses.pairs import join_pairs
+from lowmem_dpo.losses.types import LOSS_TYPES
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.model.scoring import score
+from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.training import loop, objective
 from lowmem_dpo.training.loop import evaluate
 from lowmem_dpo.training.objective import pair_logps
@@ -34,9 +34,9 @@ pytestmark = pytest.mark.usefixtures("without_plots")
 def whole_step_gradients(run: Run) -> dict[str, torch.Tensor]:
     """Autograd through the whole step at once, all packs in one graph."""
     packs = pack_trees(run.pairs.train, run.pack_tokens)
-    pairs = join_pairs([pair_logps(run, pack, score(run.policy.parts, pack)) for pack in packs])
-    pair_losses(pairs, run.config).mean().backward()
-    parameters = lora_parameters(run.policy.loaded.model)
+    pairs = join_pairs([pair_logps(run, pack, score(run.policy.model, pack)) for pack in packs])
+    run.objective.pair_losses(pairs).mean().backward()
+    parameters = lora_parameters(run.policy.model.network)
     gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = None
@@ -91,7 +91,7 @@ def join_reference(run: Run) -> torch.Tensor:
     """The chosen sums without dropout."""
     packs = pack_trees(run.pairs.train, run.pack_tokens)
     with torch.no_grad():
-        blocks = [pair_logps(run, pack, score(run.policy.parts, pack)) for pack in packs]
+        blocks = [pair_logps(run, pack, score(run.policy.model, pack)) for pack in packs]
     return join_pairs(blocks).policy_chosen
 
 
@@ -113,8 +113,8 @@ def test_evaluate_sorts_all_held_out_pairs_whatever_the_packs(prepare, tmp_path)
 
 
 def test_pair_logps_weigh_the_tails_of_policy_and_reference():
-    from lowmem_dpo.data.templates import TokenPair
-    from lowmem_dpo.data.trees import build_tree
+    from lowmem_dpo.data.encoding import TokenPair
+    from lowmem_dpo.packs.trees import build_tree
 
     # Prompt 0 1, both answers begin with 5: tail of the chosen are its last two tokens.
     pack = pack_trees([build_tree(TokenPair(1, (0, 1, 5, 6, 7, 8), (0, 1, 5, 9), 2, 2))], 64)[0]

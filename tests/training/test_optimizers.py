@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lowmem_dpo.config import TrainConfig
+from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.checkpoints import TrainingState, load_checkpoint, save_checkpoint
 from lowmem_dpo.training.optimizers import make_optimizer, make_schedule, page_state
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 
 from lowmem_dpo import TrainConfig, Trainer
-from lowmem_dpo.config import GenerateConfig
 from lowmem_dpo.model.head import Int8Head
 from lowmem_dpo.pipeline.generate import generate
+from lowmem_dpo.settings.configs import GenerateConfig
 from lowmem_dpo.training import policy
 from lowmem_dpo.training.policy import load_policy, read_source
 from tests.tiny import save_tiny_model

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowmem_dpo.config import TrainConfig
 from lowmem_dpo.files import NoLocksError
+from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.checkpoints import find_damage, list_checkpoints
 from lowmem_dpo.training.output import RunFolder
 from lowmem_dpo.training.trainer import Trainer

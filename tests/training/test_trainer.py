@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from lowmem_dpo import TrainConfig, Trainer
 from lowmem_dpo.cli import main
-from lowmem_dpo.data.templates import TemplateSettings, render_prompt
+from lowmem_dpo.data.encoding import render_prompt
 from lowmem_dpo.model.lora import adapters_disabled
-from lowmem_dpo.training.health import RunStopped
+from lowmem_dpo.settings.groups import TemplateSettings
+from lowmem_dpo.stopping import RunStopped
 from tests.training.conftest import read_metrics, read_record
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -148,7 +149,7 @@ def test_load_checkpoint_in_a_fresh_process_generates_what_the_trained_policy_do
     best = trainer.fit(pairs_file(12)).output_dir / "best"
     answer = trainer.generate(PROMPT, **GREEDY)
     assert trainer.policy is not None
-    with adapters_disabled(trainer.policy.loaded.model):
+    with adapters_disabled(trainer.policy.model.network):
         assert trainer.generate(PROMPT, **GREEDY) != answer != ""
 
     script = (
@@ -248,7 +249,7 @@ def test_second_start_reads_the_quantised_copy_and_computes_the_same(
     printed = " ".join(capsys.readouterr().out.split())
     assert "quantised; the next start reads the copy" in printed and "8 to score" in printed
     monkeypatch.setattr(
-        "lowmem_dpo.model.loading.quantize_nf4", lambda weight: pytest.fail("quantised again")
+        "lowmem_dpo.weights.loading.quantize_nf4", lambda weight: pytest.fail("quantised again")
     )
     again = config(quantization="nf4", max_steps=3, output_dir=str(tmp_path / "again"))
     second = Trainer(again).fit(path)

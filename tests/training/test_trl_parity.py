@@ -15,11 +15,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowmem_dpo.config import TrainConfig
-from lowmem_dpo.model.adapters import ADAPTER_WEIGHTS_FILE, save_adapter
 from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.policy import load_policy
 from lowmem_dpo.training.trainer import Trainer
+from lowmem_dpo.weights.adapters import ADAPTER_WEIGHTS_FILE, save_adapter
 from tests.conftest import random_pairs
 from tests.tiny import save_tiny_model
 from tests.training.conftest import read_metrics, read_record, write_rows
@@ -115,7 +115,7 @@ def save_starts(model: Path, directory: Path) -> dict[str, Path]:
     def save(name: str) -> Path:
         save_adapter(
             directory / name,
-            policy.loaded.model,
+            policy.model.network,
             base_model=policy.source,
             settings=policy.adapter,
         )
@@ -123,7 +123,7 @@ def save_starts(model: Path, directory: Path) -> dict[str, Path]:
 
     fresh = save("fresh")
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in lora_parameters(policy.loaded.model).items():
+    for name, parameter in lora_parameters(policy.model.network).items():
         if name.endswith("lora_b"):
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     return {"fresh": fresh, "trained": save("trained")}

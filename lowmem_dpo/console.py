@@ -1,0 +1,131 @@
+"""What a run says while it works: a progress bar where there is a terminal, else lines."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+
+console = Console(highlight=False, soft_wrap=True)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(message: Any = "") -> None:
+    """Print a line, or anything that rich can draw; square brackets are left as they are."""
+    if isinstance(message, str):
+        message = printable(message)
+    console.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """Print a line that the user should not miss."""
+    console.print(printable(f"warning: {message}"), style="yellow", markup=False)
+
+
+def printable(text: str) -> str:
+    """Text with escapes for what the terminal cannot show: a path or a prompt stops no run."""
+    return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+
+
+class ProgressBar:
+    """Progress through a known number of units; use it as a context manager.
+
+    Args:
+        title: What is being done.
+        total: Number of units.
+        unit: Their name, for the rate.
+        done: Units that were done before (a resumed run).
+        lines: Where there is no terminal, print a line from time to time.
+    """
+
+    def __init__(
+        self, title: str, total: int, unit: str, *, done: int = 0, lines: bool = True
+    ) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = self.start = done
+        self.lines = lines
+        self.begun = self.last_line = time.perf_counter()
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> "ProgressBar":
+        if console.is_terminal:
+            one_line = Column(no_wrap=True, min_width=9)
+            self.bar = Progress(
+                TextColumn("{task.description}", table_column=one_line),
+                BarColumn(bar_width=10),
+                MofNCompleteColumn(table_column=one_line),
+                TextColumn("{task.fields[note]}", table_column=Column(ratio=1)),
+                TimeRemainingColumn(compact=True, table_column=one_line),
+                console=console,
+                expand=True,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task(
+                self.title, total=self.total, completed=self.done, note=""
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, units: int, note: str = "") -> None:
+        """Count finished units; `note` is shown beside the bar."""
+        self.done += units
+        note = note or f"{speed(self.rate)} {self.unit}/s"
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, note=note)
+        elif self.lines and (
+            self.done == self.total or time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES
+        ):
+            self.last_line = time.perf_counter()
+            say(f"{self.title}: {self.done}/{self.total}, {note}, {self.time_left} left")
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the bar was opened."""
+        return (self.done - self.start) / max(time.perf_counter() - self.begun, 1e-9)
+
+    @property
+    def time_left(self) -> str:
+        """Predicted time to the end, as text."""
+        if self.rate <= 0:
+            return "unknown time"
+        return duration((self.total - self.done) / self.rate)
+
+
+def duration(seconds: float) -> str:
+    """A time span as people say it: 42 s, 3 min 20 s, 2 h 05 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def speed(rate: float) -> str:
+    """A rate with two or three digits: 0.031, 4.2, 170."""
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.2g}"
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes as people say it: 512 MiB, 5.3 GiB."""
+    mib = num_bytes / 2**20
+    return f"{mib:.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB"
+
+
+def name_rows(rows: Iterable[int]) -> str:
+    """Data rows for a message, in order, the first 32 of them: `data rows 3, 17`."""
+    ordered = sorted(set(rows))
+    named = ", ".join(map(str, ordered[:32])) + (" and more" if len(ordered) > 32 else "")
+    return f"data row{'s' if len(ordered) > 1 else ''} {named}"

@@ -1,0 +1,1 @@
+"""A whole run on a small model made on the spot, offline."""

@@ -1,0 +1,1 @@
+"""What there is to compute with, and whether its kernels are right."""

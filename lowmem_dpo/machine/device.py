@@ -1,0 +1,208 @@
+"""Which device and which number format a run computes in.
+
+`auto` takes the card. It never takes the CPU beside a card that only needs something installed: a
+run of hours would become one of weeks. What is missing is said in one line, and so is the way out,
+which is to name the CPU.
+"""
+
+import sys
+
+import torch
+
+from lowmem_dpo.machine.cards import Machine, NvidiaCards, this_machine
+from lowmem_dpo_kernels import triton_problem
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+OLDEST_CAPABILITY = (7, 5)
+TRITON_CAPABILITY = (8, 0)
+
+# Every CUDA of a major version runs on drivers from this one on.
+# Source: https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+_OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
+
+_SELECTOR = "https://pytorch.org/get-started/locally/"
+_DRIVERS = "https://www.nvidia.com/drivers"
+_WAY_OUT = "to compute on the CPU all the same, name it: --device cpu"
+
+
+def resolve_device(name: str, machine: Machine | None = None) -> tuple[torch.device, list[str]]:
+    """Turn the setting `device` into a torch device that is ready.
+
+    Args:
+        name: auto (the CUDA card; the CPU only where there is none), cpu, cuda or cuda:N.
+        machine: What there is; by default the machine is looked at.
+
+    Returns:
+        The device, and lines to tell the user.
+
+    Raises:
+        ValueError: If the name is unknown, or the card is not there or not ready.
+    """
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if name == "cpu":
+        return torch.device("cpu"), []
+    machine = machine or this_machine()
+    if problem := unusable_cards(machine):
+        raise ValueError(f"{problem}; {_WAY_OUT}")
+    if not machine.cards:
+        why = _why_no_card(machine)
+        if kind == "cuda":
+            raise ValueError(f"device {name} was asked for, but {why or 'there is no NVIDIA card'}")
+        return torch.device("cpu"), [f"{why}: computing on the CPU"] if why else []
+    device = torch.device("cuda", _card_index(kind, index, machine))
+    _open(device, machine.cards[device.index].name)
+    return device, _notes(machine.cards[device.index].capability)
+
+
+def unusable_cards(machine: Machine) -> str | None:
+    """Why the machine's cards are of no use, and the mend; None if they are, or there is none."""
+    if machine.is_rocm_build and machine.cards:
+        return f"{machine.cards[0].name} is an AMD card, which is not supported"
+    if machine.has_apple_gpu:
+        return "Apple's GPU is not supported"
+    nvidia = machine.nvidia
+    if machine.cards or nvidia is None or nvidia.is_withheld or _are_hidden(machine):
+        return None
+    what, mend = _missing(machine, nvidia)
+    return f"{nvidia.names[0]} is here, but {what}; {mend}"
+
+
+def _are_hidden(machine: Machine) -> bool:
+    """Whether the user hid every card, which is a wish for the CPU."""
+    return machine.visible_devices is not None and machine.visible_devices.strip() in ("", "-1")
+
+
+def _why_no_card(machine: Machine) -> str:
+    """Who keeps a card that is there from this run; empty if there is none."""
+    if machine.nvidia is None:
+        return ""
+    name = machine.nvidia.names[0]
+    if machine.nvidia.is_withheld:
+        return f"the host has {name}, which this container was not given (docker run --gpus all)"
+    return f"CUDA_VISIBLE_DEVICES={machine.visible_devices!r} hides {name}"
+
+
+def _missing(machine: Machine, nvidia: NvidiaCards) -> tuple[str, str]:
+    """What keeps torch from a card that is there, and how to mend it."""
+    torch_name = f"torch {machine.torch_version}"
+    driver = nvidia.driver
+    if driver is None and machine.system == "wsl":
+        mend = "update the driver in Windows, then run `wsl --update` and `wsl --shutdown` there"
+        return "WSL2 does not show it (no driver in /usr/lib/wsl/lib)", mend
+    if driver is None and machine.system != "win32":
+        return "no NVIDIA driver is loaded", f"install one ({_DRIVERS}) and start the machine anew"
+    if machine.cuda_build is None:
+        mend = f"install a CUDA build: {_install_command(machine, driver)} (others: {_SELECTOR})"
+        return f"{torch_name} was built without CUDA", mend
+    oldest = _OLDEST_DRIVERS.get(int(machine.cuda_build.partition(".")[0]))
+    if driver is not None and oldest is not None and _major(driver) < oldest:
+        what = f"its driver {driver} is too old for {torch_name} with CUDA {machine.cuda_build}"
+        return (
+            what,
+            f"install driver {oldest} or newer ({_DRIVERS}), or an older build ({_SELECTOR})",
+        )
+    if machine.visible_devices is not None:
+        what = f"CUDA_VISIBLE_DEVICES={machine.visible_devices!r} names no card of this machine"
+        return what, "unset it, or count from 0"
+    what = f"{torch_name} cannot use it ({machine.problem or 'it gives no reason'})"
+    return what, "start the machine anew if its driver was updated, and see what nvidia-smi says"
+
+
+def _major(driver: str) -> int:
+    digits = driver.partition(".")[0]
+    return int(digits) if digits.isdigit() else sys.maxsize
+
+
+def _install_command(machine: Machine, driver: str | None) -> str:
+    """The pip command for the same torch with the newest CUDA that the driver runs."""
+    python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+    build = "cu130" if driver is None or _major(driver) >= _OLDEST_DRIVERS[13] else "cu129"
+    version = machine.torch_version.partition("+")[0]
+    return (
+        f"{python} -m pip install --force-reinstall torch=={version} "
+        f"--index-url https://download.pytorch.org/whl/{build}"
+    )
+
+
+def _card_index(kind: str, index: str, machine: Machine) -> int:
+    """The card that was named, or the first that can be used."""
+    cards = machine.cards
+    faults = [_fault(machine, place) for place in range(len(cards))]
+    if kind == "auto" and None in faults:
+        return faults.index(None)
+    chosen = int(index or 0)
+    if chosen >= len(cards):
+        there = "1 card" if len(cards) == 1 else f"{len(cards)} cards"
+        raise ValueError(f"device cuda:{chosen} was asked for; there is {there}, counted from 0")
+    if fault := faults[chosen]:
+        raise ValueError(f"{fault}; {_WAY_OUT}")
+    return chosen
+
+
+def _fault(machine: Machine, index: int) -> str | None:
+    """Why a card that torch sees is of no use."""
+    card = machine.cards[index]
+    has = f"{card.name} has compute capability {card.capability[0]}.{card.capability[1]}"
+    if card.capability < OLDEST_CAPABILITY:
+        return (
+            f"{has}; {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} (RTX 20, T4) or newer is needed"
+        )
+    if not card.has_kernels:
+        return (
+            f"{has}, for which torch {machine.torch_version} was not built; "
+            f"choose another build ({_SELECTOR})"
+        )
+    return None
+
+
+def _open(device: torch.device, name: str) -> None:
+    """Let the card do something: another process may hold it, or all of its memory."""
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{name} ({device}) cannot be used now: {reason}; nvidia-smi shows what holds it"
+        ) from None
+
+
+def _notes(capability: tuple[int, int]) -> list[str]:
+    """What a card will do without."""
+    if capability < TRITON_CAPABILITY:  # takes the torch path in any case
+        return []
+    problem = triton_problem()
+    return [f"the kernels take their slower PyTorch path: {problem}"] if problem else []
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn the setting `dtype` into a torch dtype that suits the device.
+
+    Args:
+        name: auto, bfloat16, float16 or float32.
+        device: Where the run computes.
+
+    Raises:
+        ValueError: If the device cannot compute in it.
+    """
+    if device.type == "cpu":
+        if name == "float16":
+            raise ValueError(
+                "dtype float16 needs loss scaling on a CUDA card; on the CPU use float32"
+            )
+        return DTYPES["float32" if name == "auto" else name]
+    has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    if name == "bfloat16" and not has_bfloat16:
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16; use dtype float16 or auto"
+        )
+    return DTYPES[name]
+
+
+def cuda_devices(device: torch.device) -> list[torch.device]:
+    """The device for `torch.random.fork_rng`, whose list is of CUDA devices beside the CPU."""
+    return [device] if device.type == "cuda" else []

@@ -1,0 +1,1 @@
+"""Pairs as token trees, and trees in packs of a fixed number of tokens."""

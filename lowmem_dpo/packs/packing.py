@@ -1,0 +1,231 @@
+"""Packs: trees laid end to end in micro-batches of a fixed number of tokens.
+
+Every pack has the same N, so memory is constant and every matrix product has one shape: a tree's
+numbers do not depend on what else is in its pack. N is chosen for the least predicted time over
+simulated steps: padding is weighed against the fixed cost of a pack.
+
+Shapes: N packed tokens, T scored tokens, P pairs.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem_dpo.packs.trees import Tree, scored
+
+PAD_ID = 0
+TOKEN_MULTIPLE = 64  # keeps the matrix products on full tiles
+# What a pack costs whatever N is (launches, dequantising), in tokens.
+PACK_OVERHEAD_TOKENS = 128
+MAX_SIMULATED_STEPS = 64
+SPLITS = range(1, 17)  # packs per step that are tried
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Trees in one micro-batch.
+
+    Attributes:
+        input_ids: [N] int64. Trees one after the other, each trunk, chosen, rejected; then padding.
+        position_ids: [N] int64. Both branches continue at the trunk's length; padding is at 0.
+        layout: Per tree (start, trunk_len, chosen_len, rejected_len), in tokens.
+        rows: [T] int64. Indices in 0..N-1 of the tokens that predict a scored token.
+        targets: [T] int64. The scored tokens.
+        trees: The trees, in pack order.
+        counts: Per tree the lengths of its runs in `rows`: scored in both, in chosen, in rejected.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    layout: tuple[tuple[int, int, int, int], ...]
+    rows: Tensor
+    targets: Tensor
+    trees: tuple[Tree, ...]
+    counts: tuple[tuple[int, int, int], ...]
+
+
+def pack_trees(trees: Sequence[Tree], num_tokens: int) -> list[Pack]:
+    """Spread trees over as few packs as first-fit decreasing finds.
+
+    Args:
+        trees: The trees, in any order; the same list always gives the same packs.
+        num_tokens: N, tokens of every pack.
+
+    Returns:
+        Packs that hold every tree once.
+
+    Raises:
+        ValueError: A tree is longer than `num_tokens`.
+    """
+    bins = _first_fit_decreasing([tree.num_tokens for tree in trees], num_tokens)
+    return [_build_pack(trees, indices, num_tokens) for indices in bins]
+
+
+def sequence_logps(
+    token_logps: Tensor, pack: Pack, ld_alpha: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum the log-probs of a pack's scored tokens by sequence.
+
+    Sums of slices, no atomics: equal log-probs in an equal layout give equal bits.
+
+    Args:
+        token_logps: [T] in the order of `pack.rows`, in nats.
+        pack: The pack they belong to.
+        ld_alpha: Weight of a completion's tokens beyond the length of the shorter completion.
+
+    Returns:
+        Chosen and rejected sums, [P] each, in pack order; differentiable.
+
+    Source: The weight is that of LD-DPO, Liu et al. 2024, https://arxiv.org/abs/2409.06411.
+    """
+    lengths = [length for counts in pack.counts for length in counts]
+    runs = token_logps.split(lengths)
+    if ld_alpha is not None:
+        return _weighted_sums(runs, pack, ld_alpha)
+    sums = [run.sum() for run in runs]
+    chosen = [shared + own for shared, own in zip(sums[0::3], sums[1::3], strict=True)]
+    rejected = [shared + own for shared, own in zip(sums[0::3], sums[2::3], strict=True)]
+    return torch.stack(chosen), torch.stack(rejected)
+
+
+def _weighted_sums(runs: Sequence[Tensor], pack: Pack, ld_alpha: float) -> tuple[Tensor, Tensor]:
+    """The sums of each sequence, its tail weighed by `ld_alpha`."""
+    sums: list[Tensor] = []
+    for i, tree in enumerate(pack.trees):
+        shared, own_chosen, own_rejected = runs[3 * i : 3 * i + 3]
+        shorter = min(tree.num_chosen_tokens, tree.num_rejected_tokens)
+        for own, start, other_start in (
+            (own_chosen, tree.chosen_start, tree.rejected_start),
+            (own_rejected, tree.rejected_start, tree.chosen_start),
+        ):
+            # Where this side's prompt ends first, some of its own tokens come before the shared.
+            before = max(0, min(other_start, len(tree.trunk)) - start)
+            tokens = torch.cat([own[:before], shared, own[before:]])
+            sums.append(tokens[:shorter].sum() + ld_alpha * tokens[shorter:].sum())
+    return torch.stack(sums[0::2]), torch.stack(sums[1::2])
+
+
+def epoch_order(num_pairs: int, seed: int, epoch: int) -> list[int]:
+    """The shuffled order of the pairs in an epoch: a function of its arguments alone."""
+    order = list(range(num_pairs))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def choose_pack_tokens(
+    trees: Sequence[Tree], batch_size: int, *, limit: int | None = None, seed: int = 0
+) -> int:
+    """Choose N, the tokens of a pack, for the least predicted time.
+
+    The first steps of the first epoch are packed for every candidate. A pack costs its N tokens,
+    padding included, and `PACK_OVERHEAD_TOKENS`; the cheapest candidate wins, of equals the
+    smallest.
+
+    Args:
+        trees: All trees of the run.
+        batch_size: Pairs per optimizer step.
+        limit: The most tokens that fit in memory.
+        seed: The run's seed.
+
+    Returns:
+        A multiple of 64, at least the longest tree and at most `limit`.
+
+    Raises:
+        ValueError: There are no trees, or the longest does not fit in `limit`.
+    """
+    if not trees:
+        raise ValueError("no pairs to choose the micro-batch for, got an empty list")
+    sizes = [tree.num_tokens for tree in trees]
+    smallest = round_up_tokens(max(sizes))
+    if limit is not None and smallest > limit:
+        longest = max(trees, key=lambda tree: tree.num_tokens)
+        raise ValueError(
+            f"the longest pair (row {longest.row}) needs a micro-batch of {smallest} tokens, "
+            f"but at most {limit} fit; lower max_length"
+        )
+    order = epoch_order(len(sizes), seed, epoch=0)
+    starts = range(0, len(order), batch_size)[:MAX_SIMULATED_STEPS]
+    steps = [[sizes[i] for i in order[start : start + batch_size]] for start in starts]
+    totals = [sum(step) for step in steps]
+    fractions = [total // n for total in (max(totals), sum(totals) // len(totals)) for n in SPLITS]
+    candidates = {smallest, *map(round_up_tokens, fractions), *(smallest * n for n in SPLITS)}
+    allowed = sorted(n for n in candidates if n >= smallest and (limit is None or n <= limit))
+    return min(allowed, key=lambda n: _predicted_cost(steps, n))
+
+
+def round_up_tokens(num_tokens: int) -> int:
+    """The next multiple of 64, as the tokens of a pack should be."""
+    return -(-num_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
+def fill(packs: Sequence[Pack]) -> float:
+    """Share of the packs' tokens that belong to a tree."""
+    used = sum(tree.num_tokens for pack in packs for tree in pack.trees)
+    return used / sum(len(pack.input_ids) for pack in packs)
+
+
+def _predicted_cost(steps: list[list[int]], num_tokens: int) -> int:
+    """Cost in tokens of packing each step's tree sizes into packs of `num_tokens`."""
+    num_packs = sum(len(_first_fit_decreasing(sizes, num_tokens)) for sizes in steps)
+    return num_packs * (num_tokens + PACK_OVERHEAD_TOKENS)
+
+
+def _first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put items, longest first, each into the first bin with room for it; ties in the given order.
+
+    Returns:
+        Per bin the indices of its items, in the order they were put there.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    last_size = first = 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if sizes[i] > capacity:
+            raise ValueError(
+                f"a pair of {sizes[i]} tokens does not fit in a micro-batch of {capacity}; "
+                "raise pack_tokens or lower max_length"
+            )
+        # Bins that had no room for an equal item have none now: room only shrinks.
+        first = first if sizes[i] == last_size else 0
+        while first < len(bins) and room[first] < sizes[i]:
+            first += 1
+        if first == len(bins):
+            bins.append([])
+            room.append(capacity)
+        bins[first].append(i)
+        room[first] -= sizes[i]
+        last_size = sizes[i]
+    return bins
+
+
+def _build_pack(trees: Sequence[Tree], indices: list[int], num_tokens: int) -> Pack:
+    """Lay the trees of one bin end to end."""
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    layout: list[tuple[int, int, int, int]] = []
+    counts: list[tuple[int, int, int]] = []
+    for tree in (trees[i] for i in indices):
+        start, trunk_len = len(input_ids), len(tree.trunk)
+        layout.append((start, trunk_len, len(tree.chosen), len(tree.rejected)))
+        input_ids += [*tree.trunk, *tree.chosen, *tree.rejected]
+        position_ids += range(trunk_len + len(tree.chosen))
+        position_ids += range(trunk_len, trunk_len + len(tree.rejected))
+        tokens = scored(tree)
+        rows += [start + row for row in tokens.rows]
+        targets += tokens.targets
+        counts.append((tokens.num_shared, tokens.num_chosen, tokens.num_rejected))
+    padding = num_tokens - len(input_ids)
+    return Pack(
+        input_ids=torch.tensor(input_ids + [PAD_ID] * padding, dtype=torch.int64),
+        position_ids=torch.tensor(position_ids + [0] * padding, dtype=torch.int64),
+        layout=tuple(layout),
+        rows=torch.tensor(rows, dtype=torch.int64),
+        targets=torch.tensor(targets, dtype=torch.int64),
+        trees=tuple(trees[i] for i in indices),
+        counts=tuple(counts),
+    )

@@ -1,0 +1,1 @@
+"""The reference's log-probs: the cache, and the pass that fills it."""

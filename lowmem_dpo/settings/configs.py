@@ -1,0 +1,103 @@
+"""The settings of every verb: the groups that it needs, and what only it knows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowmem_dpo.losses.types import couples_pairs, needs_reference
+from lowmem_dpo.settings.groups import (
+    AdapterSettings,
+    DataSettings,
+    EncodingSettings,
+    LossSettings,
+    MemorySettings,
+    ModelSettings,
+    OptimizerSettings,
+    OutputSettings,
+    RunSettings,
+    SamplingSettings,
+    SeedSettings,
+    TemplateSettings,
+)
+from lowmem_dpo.settings.parsing import parse_config
+
+
+@dataclass(frozen=True)
+class TrainConfig(
+    ModelSettings,
+    DataSettings,
+    EncodingSettings,
+    LossSettings,
+    OptimizerSettings,
+    AdapterSettings,
+    RunSettings,
+    MemorySettings,
+):
+    """Settings of `train` and `precompute`."""
+
+    def check(self) -> None:
+        """Refuse what has no effect, or no meaning, beside settings of other groups."""
+        if self.head_quantization != "none" and self.head_weight == "host":
+            raise ValueError(
+                f"head_quantization={self.head_quantization} keeps the head on the device; "
+                "leave it or head_weight host out"
+            )
+        evaluates = self.eval_data or self.eval_fraction
+        for name in ("eval_steps", "early_stopping_patience"):
+            if getattr(self, name) is not None and not evaluates:
+                raise ValueError(
+                    f"{name} needs something to evaluate on: set eval_data or eval_fraction"
+                )
+        if self.reference == "accept" and not needs_reference(self):
+            cause = "reference_free" if self.reference_free else f"loss_type={self.loss_type}"
+            raise ValueError(f"reference accept has no effect with {cause}; leave one out")
+        if couples_pairs(self) and self.batch_size == 1:
+            raise ValueError(
+                f"loss_type={self.loss_type} compares the pairs of a step with one another, and "
+                "batch_size is 1; raise batch_size, or use sigmoid"
+            )
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "TrainConfig":
+        """Read a config from a YAML file.
+
+        Args:
+            path: The file; keys are the field names.
+
+        Raises:
+            ValueError: If the file is missing, is no YAML mapping, has an unknown key or a wrong
+                value.
+        """
+        return parse_config(cls, ["--config", str(path)])
+
+
+@dataclass(frozen=True)
+class GenerateConfig(ModelSettings, TemplateSettings, SamplingSettings):
+    """Settings of `generate`."""
+
+    adapter: str | None = None
+    """PEFT adapter folder; its answers are shown beside the base's."""
+    prompt: str | None = None
+    """One prompt."""
+    prompts: str | None = None
+    """A file of prompts: one a line, or .jsonl, .json, .csv or .parquet with a column prompt."""
+    compare: bool = True
+    """Show the base's answer beside the adapter's."""
+
+    def check(self) -> None:
+        """Refuse an empty prompt, and prompts from two places."""
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("prompt is empty; give it some text")
+        if self.prompt is not None and self.prompts is not None:
+            raise ValueError("prompt and prompts are both given; leave one out")
+
+
+@dataclass(frozen=True)
+class DemoConfig(SeedSettings, OutputSettings):
+    """Settings of `demo`."""
+
+    # Another default than the group's: an earlier demo is replaced, a run never is.
+    output_dir: str = "outputs/demo"
+    """Folder that receives the demo's model, pairs and run; an earlier demo is replaced."""
+    # No model is named here, and the demo's is so small that a CPU suits it best.
+    device: str = "cpu"
+    """cpu, cuda or cuda:N. The demo's model is so small that a CPU suits it best."""

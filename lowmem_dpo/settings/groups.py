@@ -1,0 +1,380 @@
+"""Settings by what they are about: one frozen dataclass a group, one docstring a field.
+
+A verb's config inherits the groups that it needs (`configs`), so a setting is declared once, and
+its flag, YAML key, help text and line in the docs come from its field. Whoever works on a subject
+takes its group, never a whole config. A group that exists is valid: `check` holds its bounds and
+combinations and says how to mend what is wrong. Whether a file exists or a card is there is no
+matter of settings and is checked where it is used.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lowmem_dpo.checks import check, check_types, check_unused, split_names
+from lowmem_dpo.losses.checks import check_loss_settings
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every group and config shares: values of the declared types, and every group's check."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for group in reversed(type(self).__mro__):
+            if "check" in vars(group):
+                vars(group)["check"](self)
+
+
+@dataclass(frozen=True)
+class SeedSettings(Settings):
+    """Randomness."""
+
+    seed: int = 42
+    """Seeds whatever is drawn: the adapter's start, order of the data, dropout, split, answers."""
+
+    def check(self) -> None:
+        """Hold the seed against what torch takes."""
+        check(self, "seed", 0 <= self.seed < 2**63, "must be in [0, 2**63)")
+
+
+@dataclass(frozen=True)
+class OutputSettings(Settings):
+    """Where results go."""
+
+    output_dir: str = "outputs/dpo"
+    """Folder that receives the run."""
+
+
+@dataclass(frozen=True)
+class ModelSettings(Settings):
+    """The model and where it computes."""
+
+    model: str | None = None
+    """A folder or Hugging Face id of a causal language model, or the folder of a PEFT adapter."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """Storage of the base's linear layers: nf4 (4 bits, double quantisation) or none (in dtype)."""
+    head_quantization: Literal["none", "int8"] = "none"
+    """Storage of the output head: none (in dtype), or int8, which makes it another model."""
+    quantized_copy: bool = True
+    """Keep the quantised base in cache_dir, so that the next start does not quantise again."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute type. auto: bfloat16 where the card has it, else float16; float32 on a CPU."""
+    device: str = "auto"
+    """auto (the CUDA card; the CPU only where there is none), cpu, cuda or cuda:N."""
+    cache_dir: str | None = None
+    """Folder of caches (reference, quantised base); $LOWMEM_DPO_CACHE or ~/.cache/lowmem_dpo."""
+
+    def check(self) -> None:
+        """Refuse what would have no effect."""
+        if self.quantization == "none":
+            check_unused(self, "quantization", "quantized_copy")
+
+
+@dataclass(frozen=True)
+class TemplateSettings(Settings):
+    """The chat template."""
+
+    chat_template: str = "auto"
+    """auto (the tokenizer's own), none, or the path of a Jinja file."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, such as {enable_thinking: false} for Qwen3."""
+    system_prompt: str | None = None
+    """System message for conversations that have none."""
+
+    def check(self) -> None:
+        """Refuse a system prompt without a template to write it."""
+        if self.system_prompt is not None and self.chat_template == "none":
+            raise ValueError("system_prompt needs a chat template; leave chat_template none out")
+
+
+@dataclass(frozen=True)
+class EncodingSettings(TemplateSettings):
+    """From rows to tokens."""
+
+    max_length: int = 1024
+    """Longest sequence (prompt and completion) in tokens; completions are cut from the right."""
+    truncate_prompt: bool = False
+    """Cut prompts from the left first, down to half of max_length, where a pair is too long."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be read stops the run (error), or is left out and counted (skip)."""
+
+    def check(self) -> None:
+        """Hold the length against its bound."""
+        check(self, "max_length", self.max_length >= 1, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    """The pairs."""
+
+    data: str | None = None
+    """Pairs to train on: a .jsonl, .json, .csv or .parquet file, a folder, or a dataset id."""
+    eval_data: str | None = None
+    """Pairs to evaluate on, from a source of the same kinds."""
+    eval_fraction: float = 0.0
+    """Share of the pairs, by whole prompts, held out for evaluation when there is no eval_data."""
+    dataset_config: str | None = None
+    """Configuration of a dataset that has several."""
+    dataset_train_split: str | None = None
+    """Split of a dataset or folder to train on; by default train, or the only one."""
+    dataset_test_split: str | None = None
+    """Split of eval_data to evaluate on; by default test, or the only one."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our names of columns to the file's, such as {prompt: question, chosen: answer_a}."""
+
+    def check(self) -> None:
+        """Refuse a share out of bounds, two sources of evaluation, and columns named wrongly."""
+        check(self, "eval_fraction", 0 <= self.eval_fraction < 1, "must be in [0, 1)")
+        if self.eval_data and self.eval_fraction:
+            raise ValueError("eval_data and eval_fraction are both given; leave one out")
+        if self.dataset_test_split and not self.eval_data:
+            raise ValueError(
+                f"dataset_test_split={self.dataset_test_split} has no effect without eval_data; "
+                "name the dataset there too"
+            )
+        if wrong := [ours for ours, name in self.columns.items() if not isinstance(name, str)]:
+            raise ValueError(f"columns: {wrong[0]} must be the name of a column in the file")
+        if len(set(self.columns.values())) < len(self.columns):
+            raise ValueError("columns names a column of the file twice; give each of ours its own")
+
+
+@dataclass(frozen=True)
+class LossSettings(Settings):
+    """The loss."""
+
+    beta: float = 0.1
+    """Weight of the KL term: small lets the policy move far from the reference, large holds it."""
+    loss_type: str | list[str] = "sigmoid"
+    """Loss, such as sigmoid (DPO), or several: [sigmoid, bco_pair, sft]; see docs/losses.md."""
+    loss_weights: list[float] | None = None
+    """Weights of several losses, such as [0.8, 0.2, 1.0] (MPO); by default 1 each."""
+    rpo_alpha: float = 0.0
+    """Weight of the chosen answers' negative log-likelihood beside a loss (RPO)."""
+    label_smoothing: float = 0.0
+    """Probability that a label is flipped, in [0, 0.5): sigmoid (cDPO), robust, exo_pair, ..."""
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        "reverse_kl"
+    )
+    """Distance that holds the policy near the reference (f-DPO); reverse_kl is DPO's."""
+    f_alpha_divergence_coef: float = 0.5
+    """Order of alpha_divergence, in [0, 2]: 0 is forward KL, towards 1 reverse KL."""
+    ld_alpha: float | None = None
+    """Weight in [0, 1] of tokens beyond the shorter answer's length (LD-DPO); by default 1."""
+    discopop_tau: float = 0.05
+    """Temperature of discopop's mixture."""
+    simpo_gamma: float = 0.5
+    """Margin that simpo asks for; it is not multiplied by beta."""
+    reference_free: bool = False
+    """Leave the reference out (a uniform one). Less stable; there is no step-zero check then."""
+
+    def check(self) -> None:
+        """See `losses.checks`."""
+        check_loss_settings(self)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings(SeedSettings):
+    """Steps and their size."""
+
+    learning_rate: float = 5e-6
+    """Peak learning rate."""
+    num_train_epochs: float = 1.0
+    """Passes over the data; 0.5 is half a pass."""
+    max_steps: int | None = None
+    """Number of optimizer steps; overrides num_train_epochs."""
+    batch_size: int = 16
+    """Pairs per optimizer step. How they are split into micro-batches is the plan's business."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises from 0. Not used by `constant`."""
+    warmup_steps: int | None = None
+    """Steps of warm-up; overrides warmup_ratio."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"] = "adamw"
+    """adamw (torch), adamw_8bit or paged_adamw_8bit (bitsandbytes; the latter on CUDA), or sgd."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of Adam's second moment."""
+    adam_epsilon: float = 1e-8
+    """Added to Adam's denominator."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the adapter's matrices."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+    shuffle: bool = True
+    """Draw a new order of the pairs every epoch."""
+
+    def check(self) -> None:
+        """Hold numbers against their bounds and refuse what would have no effect."""
+        for name in ("learning_rate", "num_train_epochs", "adam_epsilon"):
+            check(self, name, getattr(self, name) > 0, "must be > 0")
+        check(self, "batch_size", self.batch_size >= 1, "must be at least 1")
+        steps = self.max_steps
+        check(self, "max_steps", steps is None or steps >= 1, "must be at least 1, or left out")
+        for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
+            check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+        check(self, "warmup_steps", (self.warmup_steps or 0) >= 0, "must be >= 0, or left out")
+        for name in ("weight_decay", "max_grad_norm"):
+            check(self, name, getattr(self, name) >= 0, "must be >= 0")
+        if self.lr_scheduler_type == "constant":
+            check_unused(self, "lr_scheduler_type", "warmup_steps")
+            if self.warmup_ratio > 0:
+                check_unused(self, "lr_scheduler_type", "warmup_ratio")
+        if self.warmup_steps is not None:
+            check_unused(self, "warmup_steps", "warmup_ratio")
+        if self.optim == "sgd":
+            check_unused(self, "optim", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+@dataclass(frozen=True)
+class AdapterSettings(Settings):
+    """The adapter."""
+
+    lora_r: int = 16
+    """Rank of the adapter."""
+    lora_alpha: float = 16.0
+    """The adapter's output is scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input. Above 0 there is no step-zero check."""
+    lora_target_modules: str | list[str] = "all"
+    """Layers that get an adapter: all (every linear in the decoder layers) or [q_proj, v_proj]."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling: lora_alpha / sqrt(lora_r)."""
+    init_adapter: str | None = None
+    """PEFT adapter folder to start from; the reference is then the base with that adapter."""
+
+    def check(self) -> None:
+        """Bring the targets into shape and hold numbers against their bounds."""
+        split_names(self, "lora_target_modules")
+        check(self, "lora_alpha", self.lora_alpha > 0, "must be > 0")
+        check(self, "lora_r", self.lora_r >= 1, "must be at least 1")
+        check(self, "lora_r", self.lora_r <= 8192, "must be at most 8192")
+        check(self, "lora_dropout", 0 <= self.lora_dropout < 1, "must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class MemorySettings(Settings):
+    """Memory, where the plan should not choose."""
+
+    memory_limit: str | None = None
+    """Use no more GPU memory than this, such as 8GB or 7.5GiB. CUDA only."""
+    pack_tokens: int | None = None
+    """Tokens per micro-batch; by default chosen from the lengths of the pairs."""
+    layer_inputs: Literal["device", "host"] = "device"
+    """Where layer inputs wait for the backward pass: device, or pinned host memory (CUDA)."""
+    head_weight: Literal["device", "host"] = "device"
+    """Where the output head stays: device, or pinned host memory, streamed in slices (CUDA)."""
+    head_kernel: Literal["auto", "torch", "triton", "fused"] = "auto"
+    """How the head is computed; auto knows the card. fused writes no logits at all (CUDA)."""
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """`memory_limit` as a number; None without one."""
+        return None if self.memory_limit is None else parse_bytes(self.memory_limit)
+
+    def check(self) -> None:
+        """Hold sizes against their bounds."""
+        tokens = self.pack_tokens
+        rule = "must be at least 1, or left out"
+        check(self, "pack_tokens", tokens is None or tokens >= 1, rule)
+        check(self, "pack_tokens", (tokens or 0) <= 2**24, f"must be at most {2**24}")
+        _ = self.memory_limit_bytes
+
+
+@dataclass(frozen=True)
+class RunSettings(OutputSettings):
+    """What a run writes, and when."""
+
+    logging_steps: int | None = None
+    """Write metrics every so many steps; by default 10, and 1 in runs of fewer than 100 steps."""
+    eval_steps: int | None = None
+    """Evaluate every so many steps; by default at the end of each epoch."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations in a row that did not improve; by default never."""
+    early_stopping_threshold: float = 0.0
+    """An evaluation improves if it lowers eval_loss by more than this since the last that did."""
+    save_strategy: Literal["epoch", "steps", "no"] = "epoch"
+    """When to write a checkpoint; epoch and steps write one at the last step too."""
+    save_steps: int | None = None
+    """Steps between checkpoints, with save_strategy steps."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    resume: str | None = None
+    """auto (output_dir's newest good checkpoint; without one, afresh) or a checkpoint."""
+    reference: Literal["auto", "accept"] = "auto"
+    """Cached reference numbers of another numerics fingerprint: score again (auto) or accept."""
+    report_to: str | list[str] = "none"
+    """Experiment trackers beside metrics.jsonl: none, tensorboard, wandb, trackio, or a list."""
+
+    @property
+    def trackers(self) -> list[str]:
+        """`report_to` as names; empty for none."""
+        names = self.report_to
+        if isinstance(names, str):
+            names = [part.strip() for part in names.strip("[]").split(",")]
+        return [name for name in names if name not in ("", "none")]
+
+    def check(self) -> None:
+        """Hold numbers against their bounds and refuse what would have no effect."""
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ValueError(
+                    f"report_to must be none or of {', '.join(TRACKERS)}, got {name!r}"
+                )
+        check(self, "keep_checkpoints", self.keep_checkpoints >= 1, "must be at least 1")
+        for name in ("logging_steps", "eval_steps", "save_steps", "early_stopping_patience"):
+            value = getattr(self, name)
+            check(self, name, value is None or value >= 1, "must be at least 1, or left out")
+        threshold = self.early_stopping_threshold
+        check(self, "early_stopping_threshold", threshold >= 0, "must be >= 0")
+        if self.save_strategy == "no":
+            check_unused(self, "save_strategy", "keep_checkpoints")
+        if self.early_stopping_patience is None:
+            check_unused(self, "early_stopping_patience", "early_stopping_threshold")
+        if self.save_strategy == "steps" and self.save_steps is None:
+            raise ValueError("save_strategy steps needs save_steps, for example save_steps 200")
+        if self.save_strategy != "steps" and self.save_steps is not None:
+            raise ValueError(
+                f"save_steps={self.save_steps} has no effect with "
+                f"save_strategy={self.save_strategy}; set save_strategy steps"
+            )
+
+
+@dataclass(frozen=True)
+class SamplingSettings(SeedSettings):
+    """How answers are drawn."""
+
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.7
+    """Randomness of sampling; 0 always takes the likeliest token."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Sample from this many likeliest tokens; 0 for all."""
+
+    def check(self) -> None:
+        """Hold numbers against their bounds and refuse what greedy decoding does not read."""
+        check(self, "max_new_tokens", self.max_new_tokens >= 1, "must be at least 1")
+        check(self, "temperature", self.temperature >= 0, "must be >= 0")
+        check(self, "top_p", 0 < self.top_p <= 1, "must be in (0, 1]")
+        check(self, "top_k", self.top_k >= 0, "must be >= 0")
+        if self.temperature == 0:
+            check_unused(self, "temperature", "top_p", "top_k", "seed")
+
+
+def parse_bytes(text: str) -> int:
+    """Read a memory size such as `8GB`, `7.5GiB` or `900MiB`.
+
+    Raises:
+        ValueError: If the text is no size.
+    """
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"memory_limit must be a size such as 8GB or 7.5GiB, got {text!r}")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** ("KMGT".index(match[2].upper()) + 1 if match[2] else 0))

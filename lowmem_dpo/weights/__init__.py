@@ -1,0 +1,1 @@
+"""Model files to tensors and back: sources, formats, the quantised copy, adapters."""

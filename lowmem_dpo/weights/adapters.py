@@ -1,0 +1,273 @@
+"""LoRA adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+What is written here loads with `peft.PeftModel.from_pretrained`, and adapters of PEFT load here.
+Variants of LoRA that compute something else, or that change more than the linears of the decoder
+layers, are refused by name: running them as plain LoRA would give another model without a word.
+
+Source: PEFT, https://github.com/huggingface/peft, `LoraConfig` and `save_pretrained`.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from lowmem_dpo.files import replace_file
+from lowmem_dpo.model.lora import lora_layers, lora_parameters
+from lowmem_dpo.weights.safetensors_files import StoredTensor, file_digest, read_header
+from lowmem_dpo.weights.source import ADAPTER_CONFIG_FILE, read_json
+
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+# Not PEFT's, which passes it over: how the base was stored that the adapter was trained on.
+BASE_STORAGE_FILE = "lowmem_dpo.json"
+
+_PREFIX = "base_model.model."
+_SUFFIXES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+
+# Fields of PEFT's LoraConfig that are read here, or that do not change what the adapter computes.
+_KNOWN_FIELDS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+# The others (PiSSA, OLoRA, LoftQ, CorDA, ...) come with a base of their own.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What an adapter is, its values aside.
+
+    Attributes:
+        rank: R.
+        alpha: The adapter's output is scaled by alpha / R, rank-stabilised by alpha / sqrt(R).
+        dropout: Probability that an element of the adapters' input is dropped in training.
+        targets: all, or names of layers as `add_lora` takes them.
+        rank_stabilised: Which scaling.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: str | Sequence[str]
+    rank_stabilised: bool
+
+
+def save_adapter(
+    directory: Path, model: nn.Module, *, base_model: str, settings: AdapterSettings
+) -> None:
+    """Write the adapter of a model as PEFT does, in fp32.
+
+    Args:
+        directory: Folder to write to; it is made if it is not there.
+        model: A model with adapters.
+        base_model: The base's folder, written as an absolute path, or its Hugging Face id.
+        settings: Those the adapter was made with.
+    """
+    parameters = lora_parameters(model)
+    tensors = {_stored_name(name): p.detach().cpu().contiguous() for name, p in parameters.items()}
+    targets = set(settings.targets)
+    if settings.targets == "all":
+        targets = {name.rpartition(".")[2] for name in lora_layers(model)}
+    is_folder = Path(base_model).is_dir()
+    config = {
+        "base_model_name_or_path": str(Path(base_model).resolve()) if is_folder else base_model,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(settings.alpha)
+        if settings.alpha == int(settings.alpha)
+        else settings.alpha,
+        "lora_dropout": settings.dropout,
+        "peft_type": "LORA",
+        "r": settings.rank,
+        "target_modules": sorted(targets),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": settings.rank_stabilised,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_file(
+        directory / ADAPTER_WEIGHTS_FILE, safetensors.torch.save(tensors, {"format": "pt"})
+    )
+    replace_file(directory / ADAPTER_CONFIG_FILE, json.dumps(config, indent=2).encode())
+
+
+def save_base_storage(directory: Path, storage: Mapping[str, str]) -> None:
+    """Write beside an adapter which settings made the base that it was trained on."""
+    replace_file(directory / BASE_STORAGE_FILE, json.dumps(storage, indent=2).encode())
+
+
+def other_base_storage(directory: Path, storage: Mapping[str, str]) -> dict[str, str]:
+    """The settings of the base an adapter was trained on, where they are not those of `storage`.
+
+    Empty for an adapter that does not say, such as one of PEFT's own.
+    """
+    path = directory / BASE_STORAGE_FILE
+    recorded = read_json(path) if path.is_file() else {}
+    return {
+        name: recorded[name]
+        for name, value in storage.items()
+        if recorded.get(name, value) != value
+    }
+
+
+def read_adapter_config(directory: Path) -> AdapterSettings:
+    """What kind of adapter a folder holds, once it is known to be plain LoRA.
+
+    Raises:
+        ValueError: If there is no adapter, or one that is not supported.
+    """
+    if not (directory / ADAPTER_CONFIG_FILE).is_file():
+        raise ValueError(f"{directory} is no adapter folder: no {ADAPTER_CONFIG_FILE} in it")
+    config = read_json(directory / ADAPTER_CONFIG_FILE)
+    _refuse_variants(directory, config)
+    layers = _stored_layers(directory)
+    try:
+        settings = AdapterSettings(
+            rank=int(config["r"]),
+            alpha=float(config["lora_alpha"]),
+            dropout=float(config.get("lora_dropout") or 0.0),
+            targets=_targets(directory, config.get("target_modules"), layers),
+            rank_stabilised=bool(config.get("use_rslora", False)),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{directory / ADAPTER_CONFIG_FILE} is incomplete: r and lora_alpha must be "
+            f"numbers ({error!r})"
+        ) from None
+    if settings.rank < 1:
+        raise ValueError(
+            f"{directory / ADAPTER_CONFIG_FILE}: r must be at least 1, got {settings.rank}"
+        )
+    return settings
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, directory: Path) -> None:
+    """Copy an adapter's values into the adapters that the model carries.
+
+    Args:
+        model: A model to which `add_lora` gave adapters with the settings of this one.
+        directory: A PEFT adapter folder.
+
+    Raises:
+        ValueError: If the tensors in the folder are not exactly those of the model.
+    """
+    parameters = {_stored_name(name): p for name, p in lora_parameters(model).items()}
+    stored = _read_tensors(directory)
+    for problem, names in (
+        ("lacks", parameters.keys() - stored.keys()),
+        ("holds what the model has no place for:", stored.keys() - parameters.keys()),
+    ):
+        if names:
+            raise ValueError(
+                f"adapter {directory} {problem} {min(names)} ({len(names)} in all); "
+                "it does not belong to this base or is damaged"
+            )
+    for name, parameter in parameters.items():
+        if stored[name].shape != tuple(parameter.shape):
+            raise ValueError(
+                f"{name} of adapter {directory} has shape {list(stored[name].shape)}, the "
+                f"model needs {list(parameter.shape)}; it was made for another base or rank"
+            )
+    for name, parameter in parameters.items():
+        parameter.copy_(stored[name].read())
+
+
+def adapter_digest(directory: Path) -> str:
+    """SHA-256, in hex, of what an adapter computes: its tensors and its scaling."""
+    settings = read_adapter_config(directory)
+    scaling = [settings.rank, settings.alpha, settings.rank_stabilised]
+    weights = file_digest(directory / ADAPTER_WEIGHTS_FILE)
+    return hashlib.sha256(json.dumps([scaling, weights]).encode()).hexdigest()
+
+
+def _stored_name(parameter_name: str) -> str:
+    layer, _, leaf = parameter_name.rpartition(".")
+    return f"{_PREFIX}{layer}.{_SUFFIXES[leaf]}"
+
+
+def _read_tensors(directory: Path) -> dict[str, StoredTensor]:
+    path = directory / ADAPTER_WEIGHTS_FILE
+    if not path.is_file() and (directory / "adapter_model.bin").is_file():
+        raise ValueError(
+            f"adapter {directory} is pickled (adapter_model.bin), which can run code; load it "
+            "with PEFT and save it again with safe_serialization=True"
+        )
+    return read_header(path)
+
+
+def _stored_layers(directory: Path) -> list[str]:
+    """The names of the layers that an adapter's file holds tensors for."""
+    pattern = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_[AB]\.weight")
+    matches = {name: pattern.fullmatch(name) for name in _read_tensors(directory)}
+    foreign = [name for name, match in matches.items() if match is None]
+    if foreign:
+        raise ValueError(
+            f"adapter {directory} holds {min(foreign)}, which is no LoRA matrix of a linear layer; "
+            "only plain LoRA adapters are supported"
+        )
+    return list(dict.fromkeys(match[1] for match in matches.values() if match))
+
+
+def _targets(directory: Path, given: Any, layers: list[str]) -> str | list[str]:
+    """`target_modules` as `add_lora` takes it; for a regular expression, the layers in the file."""
+    if given == "all-linear":
+        return "all"
+    outside = [name for name in layers if ".layers." not in name]
+    if isinstance(given, list) and given:
+        outside += [
+            name for name in given if re.search(r"(^|\.)(lm_head|embed_tokens)$", str(name))
+        ]
+    elif not isinstance(given, str) or not layers:
+        raise ValueError(f"adapter {directory}: target_modules must name layers, got {given!r}")
+    if outside:
+        raise ValueError(
+            f"adapter {directory} adapts {outside[0]}; "
+            "only linears of the decoder layers are supported"
+        )
+    return layers if isinstance(given, str) else sorted(map(str, given))
+
+
+def _refuse_variants(directory: Path, config: dict[str, Any]) -> None:
+    """Refuse by name whatever is not plain LoRA, features not known here included."""
+    refused = [
+        f"{name}={value!r}"
+        for name, value in config.items()
+        if name not in _KNOWN_FIELDS and value not in (None, False, "", "none", [], {})
+    ]
+    if config.get("peft_type") != "LORA":
+        refused.insert(0, f"peft_type={config.get('peft_type')!r}")
+    if config.get("bias", "none") != "none":
+        refused.append(f"bias={config['bias']!r}")
+    if config.get("init_lora_weights") not in _PLAIN_STARTS:
+        refused.append(f"init_lora_weights={config['init_lora_weights']!r}")
+    if refused:
+        raise ValueError(
+            f"adapter {directory} has {', '.join(refused)}, which is not supported; "
+            "only plain LoRA on linear layers is"
+        )

@@ -1,0 +1,396 @@
+"""Loading a base model: built empty, filled tensor by tensor, quantised on the way.
+
+The model is built on the meta device, where tensors have a shape and no memory. Each tensor of the
+checkpoint is then read, moved to the device, cast, quantised if it is a linear layer of a decoder
+layer, and put in its place before the next one is read. What cannot be read to where it stays goes
+through one buffer. So the memory needed is that of the model as it is stored here, plus about two
+of its largest tensors. Names and shapes are all checked before the first tensor is read.
+
+What was quantised goes to disk at the same time, in the format of bitsandbytes' checkpoints
+(`quantized_copy`). So the next start, and a model that comes quantised, are read in the same way.
+"""
+
+import copy
+import hashlib
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lowmem_dpo.console import say
+from lowmem_dpo.model.language_model import LanguageModel, StorageRow
+from lowmem_dpo.model.lora import LoraLinear, linear_layers, wrap_linears
+from lowmem_dpo.model.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4
+from lowmem_dpo.weights.bitsandbytes_files import (
+    Layout,
+    StoredNf4,
+    check_kept_quantised,
+    group_nf4,
+    nf4_layout,
+    nf4_tensors,
+)
+from lowmem_dpo.weights.quantized_copy import (
+    CopyWriter,
+    copy_bytes,
+    copy_folder,
+    read_copy,
+    remove_copy,
+)
+from lowmem_dpo.weights.safetensors_files import (
+    StoredTensor,
+    file_digest,
+    file_stamp,
+    read_headers,
+    weight_files,
+)
+from lowmem_dpo.weights.source import answer_ends, model_folder
+
+Quantization = Literal["nf4", "none"]
+Weights = Mapping[str, StoredTensor | StoredNf4]
+
+_LAYERS_PATH = "model.layers"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_TABLE_SUFFIX = "rotary_emb.inv_freq"  # stored by old releases; computed from config.json instead
+_LINEAR_KINDS = {"self_attn": "attention linears", "mlp": "mlp linears"}
+
+
+def load_model(
+    source: str,
+    *,
+    config: PretrainedConfig,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    cache_dir: Path | None = None,
+    quantized_copy: bool = True,
+) -> LanguageModel:
+    """Load a base model.
+
+    Args:
+        source: Folder or Hugging Face id.
+        config: From `load_config`, which has said that the model can be loaded.
+        quantization: nf4 or none, for the linears of the decoder layers. A model that is stored
+            quantised is taken as it is, with what was left in 16 bit.
+        dtype: Of everything else, and of computation.
+        device: Where the model goes.
+        cache_dir: Where digests of files are remembered and quantised copies lie; None for neither.
+        quantized_copy: Whether to keep what is quantised here, and to read it the next time.
+
+    Raises:
+        ValueError: If the files are missing, damaged, change while they are read, or do not fit
+            config.json.
+    """
+    folder, device = model_folder(source), torch.device(device)
+    files = weight_files(folder)
+    sources = [folder / "config.json", *files]
+    stamps = [file_stamp(path) for path in sources]
+    stored = group_nf4(read_headers(files))
+    as_stored = any(isinstance(weight, StoredNf4) for weight in stored.values())
+    if as_stored:
+        check_kept_quantised(source, quantization)
+    quantise = quantization == "nf4" and not as_stored
+    notes, own_head = [], config.tie_word_embeddings and _has_own_head(stored)
+    if own_head:  # transformers decides in the same way
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = False
+        notes.append(
+            f"model: {source} stores a head of its own, which is used, although its "
+            "config.json says that it is the embedding (tie_word_embeddings)"
+        )
+
+    def identify() -> str:
+        return _identity(sources, quantization, quantise, own_head, cache_dir)
+
+    identity, model = identify(), None
+    kept = copy_folder(cache_dir, identity) if quantise and quantized_copy and cache_dir else None
+    if kept is not None and os.path.isdir(kept):  # Path.is_dir raises where one may not look
+        model, note = _read_copied(kept, source, config, dtype, device)
+        notes.append(note)
+    if model is None:
+        model = _empty_model(config, dtype)
+        weights = _matched(source, model, stored)
+        with _copy_writer(kept, model, weights) as writer:
+            _fill(model, weights, source, dtype, device, quantise, writer)
+            # A stamp may change without the content: when a link to the file is made.
+            if stamps != [file_stamp(path) for path in sources] and identify() != identity:
+                raise ValueError(
+                    f"the files of {source} changed while they were read; "
+                    "start again once nothing writes to them"
+                )
+            if writer is not None:
+                notes += _finished(writer, folder)
+    if as_stored:
+        notes.append(_as_stored_note(source, model, quantized_copy))
+    if ends := answer_ends(folder):
+        model.generation_config.eos_token_id = ends
+    for note in notes:
+        say(note)
+    return LanguageModel(model.eval(), identity, _storage_rows(model))
+
+
+def _read_copied(
+    copy: Path, source: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel | None, str]:
+    """The model from its quantised copy, or None if that is damaged; and what to tell the user."""
+    try:
+        model = _empty_model(config, dtype)
+        weights = _matched(source, model, group_nf4(read_copy(copy)))
+        _fill(model, weights, source, dtype, device, quantise=False, writer=None)
+        return model, f"model: read from its quantised copy {copy} ({_mib(copy)})"
+    except (OSError, ValueError) as error:
+        note = f"model: quantised again; its copy cannot be used and is removed: {error}"
+    remove_copy(copy)
+    return None, note
+
+
+def _copy_writer(
+    copy: Path | None, model: PreTrainedModel, weights: Weights
+) -> AbstractContextManager[CopyWriter | None]:
+    """What makes the quantised copy while the model is filled."""
+    if copy is None:
+        return nullcontext()
+    layout: Layout = {}
+    for name, stored in weights.items():
+        assert isinstance(stored, StoredTensor), "a model that comes quantised needs no copy"
+        if _is_linear(model, name):
+            layout |= nf4_layout(name, stored.shape)
+        else:
+            layout[name] = (stored.dtype, stored.shape)
+    return closing(CopyWriter(copy, layout))
+
+
+def _finished(writer: CopyWriter, folder: Path) -> list[str]:
+    """Complete the quantised copy; what to tell the user of it."""
+    if writer.finish(folder):
+        place = f"{writer.folder} ({_mib(writer.folder)})"
+        return [f"model: quantised; the next start reads the copy {place}"]
+    return [f"model: {writer.note}"] if writer.note else []
+
+
+def _mib(folder: Path) -> str:
+    return f"{copy_bytes(folder) / 2**20:,.0f} MiB"
+
+
+def _as_stored_note(source: str, model: PreTrainedModel, quantized_copy: bool) -> str:
+    """What to tell the user of a model that came quantised."""
+    layers = linear_layers(model).values()
+    dense = sum(not isinstance(layer.weight, Nf4Weight) for layer in layers)
+    note = f"model: {source} is quantised already and taken as it is"
+    if dense:
+        note += f"; {dense} of its {len(layers)} linears are not, and stay so"
+    return note + ("" if quantized_copy else "; quantized_copy has no effect")
+
+
+def storage_table(rows: list[StorageRow]) -> Table:
+    """What is stored how, and how large."""
+    table = Table("tensors", "count", "stored as", "MiB")
+    for row in rows:
+        table.add_row(row.kind, str(row.count), row.format, f"{row.nbytes / 2**20:,.1f}")
+    table.add_row("total", "", "", f"{sum(row.nbytes for row in rows) / 2**20:,.1f}")
+    return table
+
+
+def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without memory, frozen, its decoder layers' linears replaced."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        wrap_linears(model.model.layers, _LAYERS_PATH)
+    return model.requires_grad_(False)
+
+
+def _rebuild_buffers(
+    model: PreTrainedModel, config: PretrainedConfig, device: torch.device | str
+) -> None:
+    """Make what no file holds, because it follows from config.json."""
+    rotary, embedding = model.model.rotary_emb, model.model.embed_tokens
+    model.model.rotary_emb = type(rotary)(config=config).to(device)
+    if hasattr(embedding, "embed_scale"):  # Gemma's
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
+
+
+def _matched(
+    source: str, model: PreTrainedModel, stored: Weights
+) -> dict[str, StoredTensor | StoredNf4]:
+    """The stored tensors that the model wants, all of them, in the order they lie in the files."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    harmless = {name for name in stored if name.endswith(_TABLE_SUFFIX)}
+    if model.config.tie_word_embeddings:
+        expected.pop(_HEAD)
+        harmless.add(_HEAD)
+    wanted = {name: tensor for name, tensor in stored.items() if name not in harmless}
+    for problem, names in (
+        ("lack", expected.keys() - wanted.keys()),
+        ("hold unexpected", wanted.keys() - expected.keys()),
+    ):
+        if names:
+            raise ValueError(
+                f"the weights of {source} {problem} {_some(names)}; "
+                "they do not belong to its config.json"
+            )
+    for name, tensor in wanted.items():
+        if isinstance(tensor, StoredTensor) and not tensor.dtype.is_floating_point:
+            raise ValueError(
+                f"{name} of {source} is stored as {tensor.dtype} and has no scales beside it; "
+                "use the original 16-bit model"
+            )
+        if tensor.shape != expected[name]:
+            raise ValueError(
+                f"{name} of {source} has shape {list(tensor.shape)}, config.json says "
+                f"{list(expected[name])}; they do not belong together"
+            )
+    return wanted
+
+
+def _has_own_head(stored: Weights) -> bool:
+    """Whether a head is stored whose numbers are not the embedding's."""
+    head, embedding = stored.get(_HEAD), stored.get(_EMBEDDING)
+    if not isinstance(head, StoredTensor) or not isinstance(embedding, StoredTensor):
+        return isinstance(head, StoredNf4)
+    same_kind = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    return not same_kind or head.content_digest() != embedding.content_digest()
+
+
+def _some(names: set[str]) -> str:
+    first, *others = sorted(names)
+    return first + (f" and {len(others)} more" if others else "")
+
+
+def _is_linear(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor is the weight of a decoder layer's linear."""
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(path), LoraLinear)
+
+
+def _fill(
+    model: PreTrainedModel,
+    weights: Weights,
+    source: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantise: bool,
+    writer: CopyWriter | None,
+) -> None:
+    """Read every tensor to its place.
+
+    Args:
+        model: From `_empty_model`.
+        weights: From `_matched`.
+        source: For messages.
+        dtype: Of what is not quantised.
+        device: Where the model goes.
+        quantise: Whether to quantise the linears of the decoder layers.
+        writer: Gets everything, what is not quantised in the source's own numbers; or None.
+    """
+
+    def stays(name: str, stored: StoredTensor | StoredNf4) -> bool:
+        """Whether it can be read to the memory that it stays in."""
+        same = isinstance(stored, StoredNf4) or stored.dtype == dtype
+        return device.type == "cpu" and same and not (quantise and _is_linear(model, name))
+
+    moving = [stored.buffer_bytes for name, stored in weights.items() if not stays(name, stored)]
+    buffer = torch.empty(max(moving, default=0), dtype=torch.uint8)
+    for name, stored in weights.items():
+        is_linear = _is_linear(model, name)
+        tensors: dict[str, Tensor] = {}
+        value: Tensor | Nf4Weight
+        if isinstance(stored, StoredNf4):
+            value = stored.read(device, buffer)
+            value = value if is_linear else value.dequantize(dtype)
+        elif quantise and is_linear:
+            # Codes come from the stored numbers, so that they do not depend on the compute type.
+            value = _quantised(name, stored.read(buffer).to(device))
+            tensors = nf4_tensors(name, value, stored.dtype)
+        else:
+            direct = stays(name, stored)
+            tensor = stored.read(None if direct else buffer)
+            value = tensor.to(device=device, dtype=dtype, copy=not direct)
+            tensors = {name: tensor}
+        if writer is not None:
+            writer.add(tensors)
+        _put(model, name, value)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    _rebuild_buffers(model, model.config, device)
+    _check_complete(source, model)
+
+
+def _quantised(name: str, tensor: Tensor) -> Nf4Weight:
+    try:
+        return quantize_nf4(tensor)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _put(model: PreTrainedModel, name: str, value: Tensor | Nf4Weight) -> None:
+    """Put a weight in its place."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(value, Nf4Weight):
+        del module.weight  # torch puts no module where a parameter is registered
+        module.weight = value
+    else:
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _check_complete(source: str, model: PreTrainedModel) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    empty = {name for name, tensor in tensors if tensor.is_meta}
+    if empty:
+        raise ValueError(f"{source} cannot be loaded: {_some(empty)} is not filled from its files")
+
+
+def _identity(
+    files: list[Path],
+    quantization: Quantization,
+    quantise: bool,
+    own_head: bool,
+    cache_dir: Path | None,
+) -> str:
+    lines = [f"{path.name} {file_digest(path, cache_dir)}" for path in files]
+    lines.append(f"quantization {quantization}")
+    if quantise:
+        lines.append(f"quantiser {QUANTISER_VERSION}")
+    if own_head:
+        lines.append("head not tied")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _storage_rows(model: PreTrainedModel) -> list[StorageRow]:
+    """Every tensor, counted by kind and format; a tied head takes no memory of its own."""
+    sizes: dict[tuple[str, str], list[int]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Nf4Weight):
+            kind = _LINEAR_KINDS.get(path.split(".")[-3], "other linears")
+            text = "nf4, double quantised" if module.is_double else "nf4"
+            sizes.setdefault((kind, text), []).append(module.nbytes)
+            continue
+        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                kind, text, nbytes = _describe(model, path, module, leaf, tensor)
+                sizes.setdefault((kind, text), []).append(nbytes)
+    return [StorageRow(kind, len(each), text, sum(each)) for (kind, text), each in sizes.items()]
+
+
+def _describe(
+    model: PreTrainedModel, path: str, module: nn.Module, leaf: str, tensor: Tensor
+) -> tuple[str, str, int]:
+    text = str(tensor.dtype).removeprefix("torch.")
+    if module is model.lm_head and tensor is model.model.embed_tokens.weight:
+        return "head", "tied to the embedding", 0
+    if module is model.lm_head:
+        return "head", text, tensor.nbytes
+    if module is model.model.embed_tokens:
+        return "embedding" if leaf == "weight" else "embedding scale", text, tensor.nbytes
+    if module is model.model.rotary_emb:
+        return "rotary tables", text, tensor.nbytes
+    if leaf == "bias":
+        return "biases", text, tensor.nbytes
+    if isinstance(module, LoraLinear):
+        return _LINEAR_KINDS.get(path.split(".")[-2], "other linears"), text, tensor.nbytes
+    return "norms", text, tensor.nbytes

@@ -1,0 +1,186 @@
+import dataclasses
+
+import pytest
+import torch
+
+from lowmem_dpo.machine.cards import Card, Machine, NvidiaCards
+from lowmem_dpo.machine.device import resolve_device, resolve_dtype, unusable_cards
+from lowmem_dpo.model import device
+
+BARE = Machine(system="linux", torch_version="2.13.0+cu130", cuda_build="13.0")
+RTX = NvidiaCards(("NVIDIA GeForce RTX 3060",), "580.65.06")
+CPU_BUILD = Machine("win32", "2.13.0+cpu", nvidia=RTX)
+READY = dataclasses.replace(BARE, cards=(Card("RTX 3060", (8, 6)), Card("T4", (7, 5))))
+
+
+def machine(**changes) -> Machine:
+    return dataclasses.replace(BARE, **changes)
+
+
+@pytest.fixture(autouse=True)
+def opened(monkeypatch):
+    """The cards of these tests open without a sound."""
+    devices = []
+    monkeypatch.setattr(device, "_open", lambda device, name: devices.append((device, name)))
+    monkeypatch.setattr(device, "triton_problem", lambda: None)
+    return devices
+
+
+def refusal(name: str, machine: Machine) -> str:
+    with pytest.raises(ValueError) as caught:
+        resolve_device(name, machine)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_resolve_device_takes_the_card_and_opens_it(opened):
+    assert resolve_device("auto", READY) == (torch.device("cuda", 0), [])
+    assert resolve_device("cuda", READY)[0] == torch.device("cuda", 0)
+    assert resolve_device("cuda:1", READY)[0] == torch.device("cuda", 1)
+    assert opened[0] == (torch.device("cuda", 0), "RTX 3060")
+
+
+def test_resolve_device_takes_the_cpu_where_there_is_no_card():
+    assert resolve_device("auto", machine()) == (torch.device("cpu"), [])
+    assert resolve_device("cpu", CPU_BUILD) == (torch.device("cpu"), [])
+
+
+UNREADY = {
+    "cpu build": (
+        CPU_BUILD,
+        ["NVIDIA GeForce RTX 3060 is here", "torch 2.13.0+cpu was built without CUDA"],
+        ["-m pip install --force-reinstall torch==2.13.0 --index-url", "/whl/cu130", "get-started"],
+    ),
+    "cpu build, older driver": (
+        Machine("linux", "2.13.0+cpu", nvidia=NvidiaCards(("T4",), "535.1")),
+        ["T4 is here"],
+        ["/whl/cu129"],
+    ),
+    "driver too old": (
+        machine(nvidia=NvidiaCards(("T4",), "535.183.01")),
+        ["its driver 535.183.01 is too old for torch 2.13.0+cu130 with CUDA 13.0"],
+        ["driver 580 or newer", "nvidia.com/drivers"],
+    ),
+    "no driver": (
+        machine(nvidia=NvidiaCards(("an NVIDIA card",))),
+        ["no NVIDIA driver is loaded"],
+        ["nvidia.com/drivers"],
+    ),
+    "wsl": (
+        machine(system="wsl", nvidia=NvidiaCards(("an NVIDIA card",))),
+        ["WSL2 does not show it"],
+        ["wsl --update"],
+    ),
+    "wrong CUDA_VISIBLE_DEVICES": (
+        machine(nvidia=RTX, visible_devices="7"),
+        ["CUDA_VISIBLE_DEVICES='7' names no card"],
+        ["unset it"],
+    ),
+    "torch's own reason": (
+        machine(nvidia=RTX, problem="CUDA unknown error"),
+        ["cannot use it (CUDA unknown error)"],
+        ["nvidia-smi"],
+    ),
+    "amd": (
+        machine(is_rocm_build=True, cuda_build=None, cards=(Card("RX 7900", (11, 0)),)),
+        ["RX 7900 is an AMD card, which is not supported"],
+        [],
+    ),
+    "apple": (machine(system="darwin", has_apple_gpu=True), ["Apple's GPU is not supported"], []),
+    "old card": (
+        machine(cards=(Card("GTX 1080", (6, 1)),)),
+        ["GTX 1080 has compute capability 6.1"],
+        ["7.5 (RTX 20, T4) or newer"],
+    ),
+    "card newer than torch": (
+        machine(cards=(Card("RTX 5090", (12, 0), has_kernels=False),)),
+        ["RTX 5090 has compute capability 12.0, for which torch 2.13.0+cu130 was not built"],
+        ["get-started"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREADY)
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_resolve_device_never_falls_back_beside_a_card(case, name):
+    unready, what, mend = UNREADY[case]
+    message = refusal(name, unready)
+    for words in [*what, *mend, "name it: --device cpu"]:
+        assert words in message
+    assert resolve_device("cpu", unready) == (torch.device("cpu"), [])
+
+
+def test_resolve_device_takes_hidden_cards_for_a_wish_and_says_so():
+    for hidden in ("", "-1"):
+        chosen, notes = resolve_device("auto", machine(nvidia=RTX, visible_devices=hidden))
+        assert chosen.type == "cpu"
+        assert notes == [
+            f"CUDA_VISIBLE_DEVICES='{hidden}' hides NVIDIA GeForce RTX 3060: computing on the CPU"
+        ]
+        cpu_build = dataclasses.replace(CPU_BUILD, visible_devices=hidden)
+        assert resolve_device("auto", cpu_build)[0].type == "cpu"
+    assert "hides NVIDIA" in refusal("cuda", machine(nvidia=RTX, visible_devices=""))
+
+
+def test_resolve_device_tells_a_container_how_to_get_the_card():
+    withheld = machine(nvidia=dataclasses.replace(RTX, is_withheld=True))
+    chosen, notes = resolve_device("auto", withheld)
+    assert chosen.type == "cpu" and "docker run --gpus all" in notes[0]
+    assert "docker run --gpus all" in refusal("cuda", withheld)
+
+
+def test_resolve_device_skips_a_card_that_is_too_old_unless_it_is_named():
+    mixed = machine(cards=(Card("GTX 1080", (6, 1)), Card("RTX 3060", (8, 6))))
+    assert resolve_device("auto", mixed)[0] == torch.device("cuda", 1)
+    assert "GTX 1080" in refusal("cuda:0", mixed)
+
+
+def test_resolve_device_refuses_cards_that_are_not_there():
+    assert "there is no NVIDIA card" in refusal("cuda", machine())
+    assert "there is 1 card" in refusal("cuda:3", machine(cards=(Card("T4", (7, 5)),)))
+    for name in ("tpu", "cuda:x", "cpu:0", ""):
+        assert "device must be auto, cpu, cuda or cuda:N" in refusal(name, READY)
+
+
+def test_resolve_device_says_what_a_busy_card_says(monkeypatch):
+    def busy(*args, **kwargs):
+        raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable\nCompile with ...")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "zeros", busy)
+    message = refusal("auto", READY)
+    assert message.startswith("RTX 3060 (cuda:0) cannot be used now: CUDA-capable device(s)")
+    assert "nvidia-smi" in message
+
+
+def test_resolve_device_says_once_that_triton_cannot_compile(monkeypatch):
+    monkeypatch.setattr(device, "triton_problem", lambda: "Triton needs a C compiler; apt")
+    assert resolve_device("cuda:0", READY)[1] == [
+        "the kernels take their slower PyTorch path: Triton needs a C compiler; apt"
+    ]
+    assert resolve_device("cuda:1", READY)[1] == []  # 7.5 takes that path in any case
+
+
+def test_unusable_cards_is_silent_where_nothing_is_to_be_mended():
+    assert unusable_cards(READY) is None and unusable_cards(machine()) is None
+    assert "--device" not in str(unusable_cards(CPU_BUILD))
+
+
+def test_resolve_dtype_on_the_cpu():
+    cpu = torch.device("cpu")
+    assert resolve_dtype("auto", cpu) == torch.float32
+    assert resolve_dtype("bfloat16", cpu) == torch.bfloat16
+    with pytest.raises(ValueError, match="on the CPU use float32"):
+        resolve_dtype("float16", cpu)
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((8, 0), "bfloat16"), ((7, 5), "float16")])
+def test_resolve_dtype_takes_bfloat16_where_the_card_has_it(monkeypatch, capability, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+    card = torch.device("cuda", 0)
+    assert resolve_dtype("auto", card) == getattr(torch, chosen)
+    if capability < (8, 0):
+        with pytest.raises(ValueError, match="T4 has no bfloat16; use dtype float16 or auto"):
+            resolve_dtype("bfloat16", card)

@@ -1,0 +1,272 @@
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.settings.groups import parse_bytes
+from lowmem_dpo.settings.parsing import parse_config, to_yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_parse_config_flags_override_yaml_overrides_defaults(tmp_path):
+    path = write(tmp_path, "beta: 0.2\nlearning_rate: 1e-5\n")
+    config = parse_config(TrainConfig, ["--beta", "0.5", "--config", path])
+    assert (config.beta, config.learning_rate, config.batch_size) == (0.5, 1e-5, 16)
+
+
+def test_parse_config_reads_5e_6_without_a_dot_as_a_number(tmp_path):
+    assert parse_config(TrainConfig, ["--learning_rate", "7e-6"]).learning_rate == 7e-6
+    assert TrainConfig.from_yaml(write(tmp_path, "learning_rate: 7e-6\n")).learning_rate == 7e-6
+
+
+def test_parse_config_accepts_hyphens_equals_and_bare_booleans():
+    words = ["--learning-rate=1e-4", "--reference-free", "--shuffle", "false"]
+    config = parse_config(TrainConfig, words)
+    assert (config.learning_rate, config.reference_free, config.shuffle) == (1e-4, True, False)
+
+
+@pytest.mark.parametrize("text", ["q_proj,v_proj", "[q_proj, v_proj]"])
+def test_parse_config_reads_lists_of_modules(text):
+    config = parse_config(TrainConfig, ["--lora_target_modules", text])
+    assert config.lora_target_modules == ["q_proj", "v_proj"]
+
+
+def test_parse_config_reads_names_of_columns():
+    expected = {"prompt": "question", "chosen": "best"}
+    words = ["--columns", "{prompt: question, chosen: best}"]
+    assert parse_config(TrainConfig, words).columns == expected
+
+
+def test_parse_config_reads_template_variables():
+    words = ["--chat_template_kwargs", "{enable_thinking: false}"]
+    assert parse_config(TrainConfig, words).chat_template_kwargs == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learningrate", "1"], "did you mean learning_rate?"),
+        (["--beta", "x"], "beta must be float, got x"),
+        (["--beta", "-1"], "beta must be > 0, got -1.0; the usual value is 0.1"),
+        (["--loss_type", "dpo"], "got dpo; did you mean sigmoid?"),
+        (["--label_smoothing", "0.5"], "label_smoothing must be in [0, 0.5)"),
+        (["--label_smoothing", "0.1", "--loss_type", "ipo"], "has no effect with loss_type=ipo"),
+        (["--save_steps", "5"], "has no effect with save_strategy=epoch"),
+        (
+            ["--head_quantization", "int8", "--head_weight", "host"],
+            "head_quantization=int8 keeps the head on the device",
+        ),
+        (["--dataset_test_split", "x"], "dataset_test_split=x has no effect without eval_data"),
+        (["--columns", "{prompt: 3}"], "columns"),
+        (["--columns", "{prompt: a, chosen: a}"], "columns names a column of the file twice"),
+        (["--on_bad_row", "ignore"], "on_bad_row must be one of error, skip, got ignore"),
+        (["--eval_steps", "5"], "needs something to evaluate on"),
+        (["--seed"], "--seed needs a value"),
+        (["data.jsonl"], "unexpected argument 'data.jsonl'"),
+        (["--config", "missing.yaml"], "cannot read the settings file missing.yaml"),
+        (["--memory_limit", "lots"], "memory_limit must be a size"),
+        (["--max_steps", "0"], "max_steps must be at least 1"),
+        (["--beta", ".inf"], "beta must be a finite number, got inf"),
+        (["--weight_decay", ".nan"], "weight_decay must be a finite number, got nan"),
+        (["--learning_rate", "1" + "0" * 400], "too large"),
+        (["--data", ""], "data is empty"),
+        (["--cache_dir", " "], "cache_dir is empty"),
+        (["--seed", str(2**63)], "seed must be in [0, 2**63)"),
+        (["--lora_r", "8193"], "lora_r must be at most 8192"),
+        (["--pack_tokens", str(2**24 + 1)], "pack_tokens must be at most"),
+        (["--beta", "--shuffle"], "--beta needs a value"),
+        (["--config", "--shuffle"], "--config needs a value"),
+        (["--lr", "1"], "did you mean learning_rate?"),
+        (["--epochs", "1"], "did you mean num_train_epochs?"),
+        (["--output", "x"], "did you mean output_dir?"),
+        (["--rank", "8"], "did you mean lora_r?"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "--config is given twice, a.yaml and b"),
+        (["--beta", "nan"], "beta must be a finite number, got nan"),
+        (["--columns", "prompt=question"], "for example '{name: value}'"),
+        (["--loss_weights", "0.5"], "loss_weights=[0.5] has no effect with one loss"),
+        (["--alpha", "8"], "did you mean lora_alpha?"),
+        (["--print_config=skip_default"], "unknown setting 'print_config'"),
+        (
+            ["--lr_scheduler_type", "constant", "--warmup_ratio", "0.2"],
+            "warmup_ratio=0.2 has no effect with lr_scheduler_type=constant",
+        ),
+        (["--optim", "sgd", "--adam_beta1", "0.8"], "adam_beta1=0.8 has no effect with optim=sgd"),
+        (["--optim", "sgd", "--adam_epsilon", "1e-6"], "adam_epsilon=1e-06 has no effect"),
+        (
+            ["--save_strategy", "no", "--keep_checkpoints", "3"],
+            "keep_checkpoints=3 has no effect with save_strategy=no",
+        ),
+        (
+            ["--quantization", "none", "--quantized_copy", "false"],
+            "quantized_copy=False has no effect with quantization=none",
+        ),
+    ],
+)
+def test_parse_config_refuses_in_one_line(words, message):
+    with pytest.raises(ValueError) as error:
+        parse_config(TrainConfig, words)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0, "top_p": 0.5}, "top_p=0.5 has no effect with temperature=0"),
+        ({"temperature": 0, "top_k": 5}, "top_k=5 has no effect with temperature=0"),
+        (
+            {"quantization": "none", "quantized_copy": False},
+            "quantized_copy=False has no effect with quantization=none",
+        ),
+        ({"temperature": float("inf")}, "temperature must be a finite number"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"adapter": ""}, "adapter is empty"),
+        ({"prompts": ""}, "prompts is empty"),
+        ({"seed": -1}, "seed must be in"),
+    ],
+)
+def test_generate_config_refuses_settings_that_cannot_count(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GenerateConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr_scheduler_type": "constant"},
+        {"lr_scheduler_type": "constant", "warmup_ratio": 0.0},
+        {"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.2},
+        {"optim": "adamw_8bit", "adam_beta1": 0.8},
+        {"save_strategy": "steps", "save_steps": 5, "keep_checkpoints": 3},
+    ],
+)
+def test_train_config_takes_combinations_that_count(settings):
+    assert dataclasses.asdict(TrainConfig(**settings)).items() >= settings.items()
+
+
+def test_config_takes_paths_as_text():
+    config = TrainConfig(model=Path("a") / "b", output_dir=Path("c"))
+    assert (config.model, config.output_dir) == (str(Path("a") / "b"), "c")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "{}\n"])
+def test_from_yaml_takes_an_empty_file_for_no_settings(tmp_path, text):
+    assert TrainConfig.from_yaml(write(tmp_path, text)) == TrainConfig()
+
+
+def test_help_shows_print_config_as_a_plain_flag():
+    from lowmem_dpo.settings.parsing import settings_parser
+
+    text = settings_parser(TrainConfig).format_help()
+    assert "--print_config" in text and "skip_default" not in text
+
+
+def test_from_yaml_reads_utf8_whatever_the_locale(tmp_path):
+    path = write(tmp_path, "system_prompt: né 日本\n")
+    script = (
+        "import sys; from lowmem_dpo.settings.configs import TrainConfig; "
+        "print(ascii(TrainConfig.from_yaml(sys.argv[1]).system_prompt))"
+    )
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, path],
+        env={**os.environ, **plain},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == ascii("né 日本")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("betta: 0.1\n", "run.yaml: unknown setting 'betta'; did you mean beta?"),
+        ("beta: [1\n", "is not valid YAML"),
+        ("- 1\n", "must hold `name: value` lines"),
+        ("beta: -3\n", "run.yaml: beta must be > 0"),
+    ],
+)
+def test_from_yaml_names_the_file_and_the_fault(tmp_path, text, message):
+    with pytest.raises(ValueError) as error:
+        TrainConfig.from_yaml(write(tmp_path, text))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "dpo"}, "loss_type must be one of"),
+        ({"learning_rate": "5e-6"}, "learning_rate must be float"),
+        ({"batch_size": 2.5}, "batch_size must be int"),
+        ({"batch_size": True}, "batch_size must be int"),
+        ({"model": 7}, "model must be str | None"),
+        ({"columns": {"prompt": 3}}, "columns: prompt must be the name of a column in the file"),
+    ],
+)
+def test_config_checks_types_of_values_given_in_python(settings, message):
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        TrainConfig(**settings)
+
+
+def test_to_yaml_round_trips_every_setting(tmp_path):
+    config = TrainConfig(
+        model="m",
+        learning_rate=1e-5,
+        chat_template_kwargs={"a": 1},
+        system_prompt="né: 'x'",
+        lora_alpha=3,
+    )
+    assert TrainConfig.from_yaml(write(tmp_path, to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig, DemoConfig])
+def test_every_setting_has_a_docstring_shown_in_the_help(cls):
+    from lowmem_dpo.settings.parsing import settings_parser
+
+    help_text = " ".join(settings_parser(cls).format_help().split())
+    docs = field_docs(cls)
+    for field in dataclasses.fields(cls):
+        assert docs[field.name], field.name
+        assert " ".join(docs[field.name].split()) in help_text, field.name
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    from docstring_parser import parse_from_object
+
+    return {p.arg_name: p.description for p in parse_from_object(cls).params}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GB", 8 * 10**9), ("7.5GiB", int(7.5 * 2**30)), ("900 MiB", 900 * 2**20), ("12", 12)],
+)
+def test_parse_bytes_reads_decimal_and_binary_units(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("beta: 0.1\nseed: 1\nbeta: 0.5", "beta is given twice"),
+        ("seed: 042", "042 means another number in YAML"),
+        ("max_length: 1:30", "1:30 means another number in YAML"),
+    ],
+)
+def test_from_yaml_refuses_what_yaml_reads_otherwise_than_it_was_meant(text, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        TrainConfig.from_yaml(path)
+    assert message in str(error.value) and str(path) in str(error.value)

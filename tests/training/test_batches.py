@@ -1,0 +1,47 @@
+import pytest
+
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.training.batches import Schedule, warn_of_late_settings
+
+EVALUATED = {"eval_fraction": 0.1}
+PATIENT = {**EVALUATED, "eval_steps": 2, "early_stopping_patience": 4}
+
+
+def said(capsys, **settings) -> str:
+    config = TrainConfig(batch_size=1, **settings)
+    warn_of_late_settings(config, Schedule.of(config, 10))
+    printed = capsys.readouterr()
+    return " ".join((printed.out + printed.err).split())
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "line"),
+    [
+        ({"logging_steps": 11}, {"logging_steps": 10}, "logging_steps 11 is more than the run's"),
+        ({"eval_steps": 11, **EVALUATED}, {"eval_steps": 10}, "evaluated at the last step only"),
+        (
+            {"save_strategy": "steps", "save_steps": 11},
+            {"save_steps": 10},
+            "the only checkpoint is that of the last step",
+        ),
+        ({"warmup_steps": 10}, {"warmup_steps": 9}, "steps, 9 are used; lower it"),
+        (PATIENT, {"early_stopping_patience": 3}, "cannot stop a run of 5 evaluations"),
+        (PATIENT, {"eval_steps": 1}, "early_stopping_patience 4 cannot"),
+    ],
+)
+def test_warn_of_late_settings_names_what_the_run_is_too_short_for(capsys, settings, change, line):
+    warning = said(capsys, **settings)
+    assert line in warning and warning.count("warning") == 1
+    assert said(capsys, **(settings | change)) == ""
+
+
+def test_warn_of_late_settings_is_silent_about_the_defaults(capsys):
+    assert said(capsys) == ""
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps"), [(1.1, 110), (1.101, 111), (0.07, 7), (2.0, 200), (0.001, 1)]
+)
+def test_schedule_takes_no_step_for_rounding(epochs, steps):
+    config = TrainConfig(batch_size=4, num_train_epochs=epochs)
+    assert Schedule.of(config, 400).num_steps == steps
