@@ -35,8 +35,8 @@ from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
 from lowmem_dpo.training.policy import Policy, make_policy
 from lowmem_dpo.training.setup import Pairs, Run, score_reference
 from lowmem_dpo.weights.adapters import AdapterSettings
+from lowmem_dpo.weights.folders import load_config
 from lowmem_dpo.weights.loading import load_model
-from lowmem_dpo.weights.source import load_config
 
 VOCABULARY, LENGTH, BETA = 8, 4, 1.0
 CPU = torch.device("cpu")

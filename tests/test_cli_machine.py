@@ -76,7 +76,7 @@ def test_room_on_the_disk_is_looked_at_before_a_download(monkeypatch, words, ver
     config = words(verb)
     folder = Path(config[config.index("--model") + 1])
     monkeypatch.setattr(
-        "lowmem_dpo.weights.source.download_config", lambda model_id: folder / "config.json"
+        "lowmem_dpo.weights.folders.download_config", lambda model_id: folder / "config.json"
     )
     monkeypatch.setattr("lowmem_dpo.training.policy.check_download", refuse)
     config[config.index("--model") + 1] = "some/model"

@@ -45,10 +45,10 @@ from lowmem_dpo.weights.adapters import (
     save_base_storage,
 )
 from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
+from lowmem_dpo.weights.folders import load_config, load_tokenizer, resolve_source, tokenizer_source
 from lowmem_dpo.weights.hub import check_download
 from lowmem_dpo.weights.loading import load_model
 from lowmem_dpo.weights.size import ModelSize
-from lowmem_dpo.weights.source import load_config, load_tokenizer, resolve_source, tokenizer_source
 from lowmem_dpo_kernels.token_logps import check_implementation
 
 LORA_SHAPE = ("lora_r", "lora_alpha", "use_rslora")

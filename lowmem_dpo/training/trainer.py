@@ -17,7 +17,7 @@ from lowmem_dpo.training.output import RunFolder, check_resumable
 from lowmem_dpo.training.policy import Policy, load_policy
 from lowmem_dpo.training.setup import Pairs, prepare_run
 from lowmem_dpo.training.trackers import check_installed
-from lowmem_dpo.weights.source import ADAPTER_CONFIG_FILE
+from lowmem_dpo.weights.folders import ADAPTER_CONFIG_FILE
 
 
 class Trainer:

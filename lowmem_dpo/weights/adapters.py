@@ -21,8 +21,8 @@ from torch import nn
 
 from lowmem_dpo.files import replace_file
 from lowmem_dpo.model.lora import lora_layers, lora_parameters
+from lowmem_dpo.weights.folders import ADAPTER_CONFIG_FILE, read_json
 from lowmem_dpo.weights.safetensors_files import StoredTensor, file_digest, read_header
-from lowmem_dpo.weights.source import ADAPTER_CONFIG_FILE, read_json
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 # Not PEFT's, which passes it over: how the base was stored that the adapter was trained on.

@@ -35,6 +35,7 @@ from lowmem_dpo.weights.bitsandbytes_files import (
     nf4_layout,
     nf4_tensors,
 )
+from lowmem_dpo.weights.folders import answer_ends, model_folder
 from lowmem_dpo.weights.quantized_copy import (
     CopyWriter,
     copy_bytes,
@@ -49,7 +50,6 @@ from lowmem_dpo.weights.safetensors_files import (
     read_headers,
     weight_files,
 )
-from lowmem_dpo.weights.source import answer_ends, model_folder
 
 Quantization = Literal["nf4", "none"]
 Weights = Mapping[str, StoredTensor | StoredNf4]

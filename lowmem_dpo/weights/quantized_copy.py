@@ -27,13 +27,13 @@ from torch import Tensor
 
 from lowmem_dpo.files import lock_file, recover, unlock_file
 from lowmem_dpo.weights.bitsandbytes_files import Layout, nf4_config
+from lowmem_dpo.weights.folders import GENERATION_CONFIG_FILE, read_json
 from lowmem_dpo.weights.safetensors_files import (
     DTYPE_NAMES,
     WEIGHTS_FILE,
     StoredTensor,
     read_header,
 )
-from lowmem_dpo.weights.source import GENERATION_CONFIG_FILE, read_json
 
 COPIES_FOLDER = "models"
 TENSOR_DIGESTS_FILE = "digests.json"

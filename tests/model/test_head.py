@@ -12,8 +12,8 @@ from lowmem_dpo.model.head import (
     quantize_head,
 )
 from lowmem_dpo.model.nf4 import quantize_nf4
+from lowmem_dpo.weights.folders import load_config
 from lowmem_dpo.weights.loading import LoadedModel, load_model, model_parts
-from lowmem_dpo.weights.source import load_config
 from lowmem_dpo_kernels import token_logps
 from lowmem_dpo_kernels.heads import SlicedWeight
 from tests.tiny import save_tiny_model

@@ -15,8 +15,8 @@ from lowmem_dpo.weights.adapters import (
     save_adapter,
     save_base_storage,
 )
+from lowmem_dpo.weights.folders import load_config, resolve_source
 from lowmem_dpo.weights.loading import load_model
-from lowmem_dpo.weights.source import load_config, resolve_source
 from tests.tiny import FAMILIES
 
 SETTINGS = AdapterSettings(rank=3, alpha=6.0, dropout=0.1, targets="all", rank_stabilised=False)

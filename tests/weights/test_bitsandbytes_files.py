@@ -11,9 +11,9 @@ from lowmem_dpo.model import loading
 from lowmem_dpo.model.lora import add_lora, linear_layers
 from lowmem_dpo.model.nf4 import Nf4Weight
 from lowmem_dpo.weights.bitsandbytes_files import check_quantization_config, group_nf4
+from lowmem_dpo.weights.folders import load_config
 from lowmem_dpo.weights.loading import load_model
 from lowmem_dpo.weights.safetensors_files import read_header
-from lowmem_dpo.weights.source import load_config
 
 # Rows of whole blocks: bitsandbytes' own CPU kernel is wrong where blocks straddle rows.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}

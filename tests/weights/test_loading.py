@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from lowmem_dpo.model import loading
 from lowmem_dpo.model.lora import LoraLinear, linear_layers, lora_parameters
 from lowmem_dpo.model.nf4 import Nf4Weight, quantize_nf4
+from lowmem_dpo.weights.folders import load_config
 from lowmem_dpo.weights.loading import load_model, model_parts, storage_table
-from lowmem_dpo.weights.source import load_config
 from tests.tiny import FAMILIES
 
 MAX_LENGTH = 128  # in the range where longrope has one set of frequencies
@@ -318,7 +318,7 @@ MEASURE = """
     import sys, torch
     from pathlib import Path
     from lowmem_dpo.weights.loading import load_model
-    from lowmem_dpo.weights.source import load_config
+    from lowmem_dpo.weights.folders import load_config
     from lowmem_dpo.model.nf4 import quantize_nf4
 
     def status(key):

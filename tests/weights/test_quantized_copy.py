@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_dpo.files import lock_file, unlock_file
 from lowmem_dpo.model import loading, quantized_copy
+from lowmem_dpo.weights.folders import load_config
 from lowmem_dpo.weights.loading import load_model
 from lowmem_dpo.weights.quantized_copy import CopyWriter
 from lowmem_dpo.weights.safetensors_files import StoredTensor
-from lowmem_dpo.weights.source import load_config
 from tests.tiny import FAMILIES
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -344,7 +344,7 @@ KILLED = """
     import os, signal, sys, torch
     from lowmem_dpo.weights.loading import load_model
     from lowmem_dpo.weights.quantized_copy import CopyWriter
-    from lowmem_dpo.weights.source import load_config
+    from lowmem_dpo.weights.folders import load_config
     from pathlib import Path
 
     write, calls = CopyWriter._write, []

@@ -1,9 +1,9 @@
 import pytest
 from transformers import LlamaConfig, Qwen3Config
 
+from lowmem_dpo.weights.folders import load_config
 from lowmem_dpo.weights.loading import load_model
 from lowmem_dpo.weights.size import ModelSize
-from lowmem_dpo.weights.source import load_config
 from tests.tiny import FAMILIES, save_tiny_model, tiny_model
 
 

@@ -7,8 +7,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from lowmem_dpo.model import source
-from lowmem_dpo.weights.source import (
+from lowmem_dpo.weights.folders import (
     SUPPORTED_MODEL_TYPES,
     answer_ends,
     load_config,
