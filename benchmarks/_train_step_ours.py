@@ -17,7 +17,7 @@ from lowmem_dpo.packs.trees import build_tree
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.batches import Schedule
-from lowmem_dpo.training.checkpoints import TrainingState
+from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.training.loop import train_steps
 from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
 from lowmem_dpo.training.policy import Policy, make_policy

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lowmem_dpo.training.setup import Pairs, Run, score_reference
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,11 +30,10 @@ from lowmem_dpo.packs.trees import Tree, build_tree
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.batches import Schedule
-from lowmem_dpo.training.checkpoints import TrainingState
+from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.training.loop import train_steps
 from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
 from lowmem_dpo.training.policy import Policy, make_policy
-from lowmem_dpo.training.setup import Pairs, Run, score_reference
 from lowmem_dpo.weights.adapters import AdapterSettings
 from lowmem_dpo.weights.folders import load_config
 from lowmem_dpo.weights.loading import load_model

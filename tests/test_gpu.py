@@ -41,7 +41,7 @@ def test_run_on_a_card_has_an_exact_step_zero_and_learns(config, dtype):
     result = Trainer(replace(config, dtype=dtype)).fit()
     record = json.loads((result.output_dir / "run.json").read_text())
     assert record["step_zero"]["exact"], record["step_zero"]
-    assert result.metrics["reward_margin"] > 0
+    assert result.metrics["rewards/margins"] > 0
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])

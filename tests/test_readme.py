@@ -55,7 +55,7 @@ def test_readme_names_every_key_that_a_run_writes(llama_dir, pairs_file, tmp_pat
         return torch.tensor(torch.inf) if len(calls) == 2 else clip(parameters, limit)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", one_without_end)
-    monkeypatch.setattr("lowmem_dpo.training.fit.draw_plots", lambda *paths: [])
+    monkeypatch.setattr("lowmem_dpo.training.recorder.draw_plots", lambda *paths: [])
     settings = {"eval_fraction": 0.3, "batch_size": 2, "max_steps": 3, "learning_rate": 1e-3}
     config = TrainConfig(
         model=str(llama_dir), data=str(pairs_file(8)), output_dir=str(tmp_path / "out"), **settings

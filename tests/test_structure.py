@@ -18,6 +18,7 @@ ORDER = [
     {"cli", "settings_table"},
     {"pipeline", "demo"},
     {"training"},
+    {"records"},
     {"weights"},
     {"model"},
     {"reference", "memory"},

@@ -20,9 +20,9 @@ from lowmem_dpo.machine.device import resolve_device, unusable_cards
 from lowmem_dpo.model.generation import generate_text
 from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.settings.configs import DemoConfig, TrainConfig
-from lowmem_dpo.settings.groups import SamplingSettings, TemplateSettings
+from lowmem_dpo.settings.groups import ModelSettings, SamplingSettings, TemplateSettings
 from lowmem_dpo.training.loop import StepResult
-from lowmem_dpo.training.policy import Policy, load_policy
+from lowmem_dpo.training.policy import Policy, load_policy, read_source
 from lowmem_dpo.training.trainer import Trainer
 
 MARKER = ".lowmem_dpo_demo"
@@ -56,7 +56,9 @@ def demo(config: DemoConfig) -> bool:
     say(f"   {len(questions())} questions, loss {loss:.3f} nat per token")
 
     say("2. preference pairs from its own answers: one sentence is preferred to several")
-    policy = load_policy(TrainConfig(model=str(root / "model"), device=config.device))
+    cache = str(root / "cache")
+    model = ModelSettings(model=str(root / "model"), device=config.device, cache_dir=cache)
+    policy = load_policy(read_source(model), model)
     pairs = write_pairs(policy, root / "preferences.jsonl", config.seed)
     say(f"   {pairs} pairs in {root / 'preferences.jsonl'}")
 
@@ -67,7 +69,7 @@ def demo(config: DemoConfig) -> bool:
             model=str(root / "model"),
             data=str(root / "preferences.jsonl"),
             output_dir=str(root / "run"),
-            cache_dir=str(root / "cache"),
+            cache_dir=cache,
             device=config.device,
             seed=config.seed,
             eval_fraction=0.2,
@@ -125,7 +127,7 @@ def _start_accuracy(metrics: dict[str, float]) -> float:
 
     Policy and reference are still the same then, so what holds for its pairs holds for all.
     """
-    is_tie = metrics["reward_margin"] == 0 and metrics["chosen_reward"] == 0
+    is_tie = metrics["rewards/margins"] == 0 and metrics["rewards/chosen"] == 0
     return 0.5 if is_tie else metrics["rewards/accuracies"]
 
 

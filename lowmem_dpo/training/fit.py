@@ -1,50 +1,45 @@
-"""What surrounds the training loop: logging, evaluation, checkpoints, the adapters it leaves."""
+"""A training run, top to bottom: `prepare` brings it to its first step, `fit` takes the steps."""
 
 import math
 import platform
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowmem_dpo.console import ProgressBar, duration, say, size, speed, warn
-from lowmem_dpo.files import replace_folder
+from lowmem_dpo.console import ProgressBar, duration, say, warn
+from lowmem_dpo.data.rendering import build_renderer
+from lowmem_dpo.losses.checks import unusual_values
+from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.records.checkpoints import TrainingState, load_checkpoint, read_record
+from lowmem_dpo.records.folder import RunFolder, check_resumable, resume_facts
+from lowmem_dpo.records.trackers import Trackers, check_installed
+from lowmem_dpo.reference.cache import ReferenceCache
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.settings.parsing import to_yaml
 from lowmem_dpo.stopping import Interrupt
-from lowmem_dpo.training.batches import Schedule
-from lowmem_dpo.training.checkpoints import (
-    TrainingState,
-    load_checkpoint,
-    prune_checkpoints,
-    read_record,
-    save_checkpoint,
-    set_aside_checkpoints,
-)
-from lowmem_dpo.training.health import check_adapter_moves, check_weights_finite
-from lowmem_dpo.training.loop import StepResult, evaluate, predicted_fill, train_steps
-from lowmem_dpo.training.metrics import (
-    Metrics,
-    mean_metrics,
-    with_friendly_names,
-    without_pairs,
-)
-from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
-from lowmem_dpo.training.output import RunFolder, check_resumable, resume_facts
-from lowmem_dpo.training.plots import draw_plots
-from lowmem_dpo.training.setup import Run
-from lowmem_dpo.training.trackers import Trackers
+from lowmem_dpo.training.batches import Batches, warn_of_few_steps, warn_of_late_settings
+from lowmem_dpo.training.forecast import check_cpu_time, forward_tokens
+from lowmem_dpo.training.health import check_adapter_moves
+from lowmem_dpo.training.loop import StepResult, predicted_fill, train_steps
+from lowmem_dpo.training.optimizers import check_optimizer, make_lr_scheduler, make_optimizer
+from lowmem_dpo.training.pairs import check_token_ids, load_pairs
+from lowmem_dpo.training.policy import Policy, cache_directory, load_policy, read_source
+from lowmem_dpo.training.recorder import Recorder, leave_later_steps
+from lowmem_dpo.training.run import Run, plan_pack_tokens, score_reference, self_check
 from lowmem_dpo.version import __version__
 from lowmem_dpo.weights.adapters import load_adapter
-
-FEW_STEPS_TO_LOG_ALL = 100
+from lowmem_dpo.weights.loading import storage_table
 
 StepCallback = Callable[[StepResult], Any]
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainResult:
     """What `fit` returns.
 
@@ -53,266 +48,240 @@ class TrainResult:
         metrics: That step's metrics, with the last evaluation's (eval_*).
         num_steps: Optimizer steps of the whole run.
         output_dir: The run's folder.
+        policy: The model as it was trained.
     """
 
     final_loss: float
     metrics: dict[str, float]
     num_steps: int
     output_dir: Path
+    policy: Policy
 
 
-class Fit:
-    """One call of `Trainer.fit`.
+def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool = True) -> Run:
+    """Everything up to the first step: source, pairs, policy, self-check, plan, reference.
 
     Args:
-        run: Policy, pairs and reference.
-        folder: Where the run goes.
-        callbacks: Called after every step.
+        config: The settings; `data` is given.
+        checkpoint: What the run goes on from, or None.
+        trains: Whether it is trained after that.
+
+    Raises:
+        ValueError: If a setting, the data or the checkpoint does not fit; nothing was written.
+        RunStopped: If a check failed.
     """
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    objective = Objective.of(config)
 
-    def __init__(self, run: Run, folder: RunFolder, callbacks: Sequence[StepCallback]) -> None:
-        self.run, self.folder, self.callbacks = run, folder, callbacks
-        self.config = config = run.config
-        self.schedule = Schedule.of(config, len(run.pairs.train))
-        self.parameters = lora_parameters(run.policy.model.network)
-        optimizer = make_optimizer(config, self.parameters.values())
-        self.state = TrainingState(
-            optimizer=optimizer,
-            schedule=make_schedule(config, optimizer, self.schedule.num_steps),
-            scaler=torch.amp.GradScaler(
-                run.policy.model.device.type, enabled=run.policy.model.dtype == torch.float16
+    source = read_source(
+        config, config, init_adapter=config.init_adapter, max_length=config.max_length
+    )
+    check_optimizer(config.optim, source.device)
+
+    pairs = load_pairs(config, config, source.tokenizer, seed=config.seed)
+    check_token_ids(pairs, source.config)
+    batches = Batches.of(config, len(pairs.train))
+    if checkpoint is not None:
+        facts = resume_facts(asdict(config)) | {"data_digest": pairs.digest}
+        check_resumable(checkpoint, facts)
+    if trains:
+        warn_of_few_steps(batches)
+        warn_of_late_settings(config, config.warmup_steps, batches)
+    num_tokens = forward_tokens(pairs, batches, objective, trains=trains)
+    check_cpu_time(source, num_tokens, is_named=config.device != "auto")
+
+    dtype = str(source.dtype).removeprefix("torch.")
+    say(
+        f"model: {source.base}, {source.config.model_type}, computing in {dtype} on {source.device}"
+    )
+    template = build_renderer(source.tokenizer, config).template
+    policy = load_policy(source, config, config, config, seed=config.seed, chat_template=template)
+    say(storage_table(policy.model.storage))
+    if checkpoint is not None:
+        check_resumable(checkpoint, {"model_digest": policy.digest})
+    rms = self_check(policy, pairs.train)
+
+    cache = ReferenceCache(cache_directory(config.cache_dir), policy.identity)
+    if checkpoint is None:
+        pack_tokens = plan_pack_tokens(
+            pairs.all,
+            policy,
+            cache,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            wanted=config.pack_tokens,
+        )
+    else:  # under another micro-batch size log-probs would differ in the last bits
+        pack_tokens = read_record(checkpoint)["facts"]["planned_pack_tokens"]
+    _say_plan(config, policy, objective, pack_tokens)
+
+    reference = None
+    if objective.needs_reference:
+        accept = config.reference == "accept"
+        reference = score_reference(
+            pairs.all, policy, cache, pack_tokens, accept_other=accept, seed=config.seed
+        )
+    return Run(policy, pairs, batches, objective, pack_tokens, rms, reference)
+
+
+def precompute(config: TrainConfig) -> int:
+    """Bring the reference cache up to date: the first half of `fit`.
+
+    Returns:
+        How many pairs were scored.
+
+    Raises:
+        ValueError: If the losses have no reference.
+        OSError: If the cache could not take them all.
+    """
+    if config.reference_free:
+        raise ValueError("precompute has nothing to do with reference_free; leave one out")
+    if not Objective.of(config).needs_reference:
+        raise ValueError(
+            f"precompute has nothing to do: loss_type {config.loss_type} needs no "
+            "reference; train without it"
+        )
+    usual = TrainConfig()
+    names = ("output_dir", "resume", "report_to")
+    unused = [name for name in names if getattr(config, name) != getattr(usual, name)]
+    if unused:
+        warn(f"precompute writes to the cache only: {', '.join(unused)} has no effect")
+    reference = prepare(config, trains=False).reference
+    assert reference is not None
+    if reference.cache_error is not None:
+        raise reference.cache_error
+    return reference.num_scored
+
+
+def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainResult:
+    """Train from the start, or from a checkpoint, to the end.
+
+    Args:
+        config: The settings; `data` is given.
+        callbacks: Called after every step with its result.
+
+    Raises:
+        ValueError: If a setting or the data is wrong; nothing has been overwritten then.
+        RunStopped: If a check failed on the way.
+    """
+    check_installed(config.trackers)
+    with RunFolder(config) as folder:
+        checkpoint = folder.checkpoint
+        run = prepare(config, checkpoint)
+        policy = run.policy
+        facts = resume_facts(asdict(config)) | {
+            "model_digest": policy.digest,
+            "data_digest": run.pairs.digest,
+            "planned_pack_tokens": run.pack_tokens,
+        }
+
+        parameters = lora_parameters(policy.model.network)
+        optimizer = make_optimizer(config, parameters.values())
+        state = TrainingState(
+            optimizer,
+            make_lr_scheduler(config, optimizer, run.batches.num_steps),
+            torch.amp.GradScaler(
+                policy.model.device.type, enabled=policy.model.dtype == torch.float16
             ),
-            device=run.policy.model.device,
+            policy.model.device,
         )
-        few = self.schedule.num_steps < FEW_STEPS_TO_LOG_ALL
-        self.logging_steps = config.logging_steps or (1 if few else 10)
-        self.eval_steps = self.schedule.eval_steps(config)
-        self.facts = resume_facts(
-            config,
-            model_digest=run.policy.digest,
-            data_digest=run.pairs.digest,
-            planned_pack_tokens=run.pack_tokens,
-        )
-
-    def go(self, checkpoint: Path | None) -> TrainResult:
-        """Train from the start or from a checkpoint to the end."""
         if checkpoint is not None:
-            check_resumable(self.facts, read_record(checkpoint)["facts"], checkpoint)
-            load_adapter(self.run.policy.model.network, checkpoint)
-            load_checkpoint(checkpoint, self.state)
-            self._leave_later_steps()
-            # A kill may have come between a checkpoint and the deletion of older ones.
-            prune_checkpoints(self.folder.checkpoints, self.config.keep_checkpoints)
+            load_adapter(policy.model.network, checkpoint)
+            load_checkpoint(checkpoint, state)
+            leave_later_steps(folder, state, config.keep_checkpoints)
             say(f"resumed from {checkpoint}")
-        elif self.config.resume == "auto":
-            say(f"resume auto: no checkpoint in {self.folder.checkpoints}, starting afresh")
-        self.folder.start(self.config, self.state.step)
-        self._note_start()
-        begun, start = time.perf_counter(), self.state.step
-        self.trackers = Trackers(
-            self.config.trackers,
-            self.folder.root,
-            asdict(self.config),
-            start,
-            self.folder.record.get("trackers", {}),
+        elif config.resume == "auto":
+            say(f"resume auto: no checkpoint in {folder.checkpoints}, starting afresh")
+
+        first_step = state.step
+        folder.start(to_yaml(replace(config, resume=None)), first_step)
+        folder.note(**_facts_at_start(run))
+        begun = time.perf_counter()
+        trackers = Trackers(
+            config.trackers,
+            folder.root,
+            asdict(config),
+            first_step,
+            folder.record.get("trackers", {}),
         )
-        self.folder.note(trackers=self.trackers.run_ids)
+        folder.note(trackers=trackers.run_ids)
+        recorder = Recorder(run, state, folder, trackers, config, facts)
+        bar = ProgressBar("training", run.batches.num_steps, "steps", done=first_step, lines=False)
         try:
-            with Interrupt() as interrupt:
-                self._train(interrupt)
-                check_adapter_moves(self.parameters, self.state.step)
-                self._save_adapters()
+            with Interrupt() as interrupt, bar:
+                steps = train_steps(run, state, config.max_grad_norm)
+                for result in steps if not recorder.stops_early else ():  # a resumed run's
+                    is_last = recorder.record(result, bar, interrupted=interrupt.requested)
+                    for callback in callbacks:
+                        callback(result)
+                    if interrupt.requested:
+                        say(f"interrupted after step {result.step}; go on with --resume auto")
+                        raise KeyboardInterrupt
+                    if is_last:
+                        break
+                check_adapter_moves(parameters, state.step)
+                adapter = recorder.finish()
         finally:
-            self.trackers.finish()
-        self._draw_plots()
+            trackers.finish()
+
         seconds = time.perf_counter() - begun
-        steps = self.state.step - start
-        session = {"from_step": start, "to_step": self.state.step, "seconds": seconds}
-        self.folder.note(
-            sessions=[*self.folder.record["sessions"], session],
-            stopped_early=self._stops_early(),
+        session = {"from_step": first_step, "to_step": state.step, "seconds": seconds}
+        folder.note(
+            sessions=[*folder.record["sessions"], session],
+            stopped_early=recorder.stops_early,
             finished=True,
         )
-        adapter = self.folder.root / "adapter"
-        say(f"done: {steps} steps in {duration(seconds)}; the adapter is in {adapter}")
+        steps_taken = state.step - first_step
+        say(f"done: {steps_taken} steps in {duration(seconds)}; the adapter is in {adapter}")
         return TrainResult(
-            final_loss=self.state.last_metrics.get("loss", math.nan),
-            metrics=self.state.eval_metrics | self.state.last_metrics,
-            num_steps=self.state.step,
-            output_dir=self.folder.root,
-        )
-
-    def _leave_later_steps(self) -> None:
-        """Set aside, and name, what belongs to steps ahead of the checkpoint."""
-        step = self.state.step
-        if aside := set_aside_checkpoints(self.folder.checkpoints, step):
-            names = ", ".join(path.name for path in aside)
-            warn(
-                f"going back to step {step}: the later checkpoints are {names} now, and are "
-                "deleted when a new one is written"
-            )
-        if best := self.folder.set_aside_best(step, self.state.best_eval_loss):
-            say(
-                f"best/ is of a later step than {step}: it is {best.name} now, until an evaluation "
-                "writes a new one"
-            )
-
-    def _train(self, interrupt: Interrupt) -> None:
-        num_steps = self.schedule.num_steps
-        bar = ProgressBar("training", num_steps, "steps", done=self.state.step, lines=False)
-        if self._stops_early():  # a resumed run that had stopped
-            return
-        with bar:
-            for result in train_steps(self.run, self.state, self.schedule):
-                metrics = self._take(result)
-                if result.step == 1:
-                    self.folder.note(step_zero=self.run.step_zero)
-                bar.advance(1, _summary(metrics))
-                is_last = result.step == num_steps
-                if result.step % self.logging_steps == 0 or is_last:
-                    self._log(bar)
-                if self.run.pairs.evaluation and (result.step % self.eval_steps == 0 or is_last):
-                    self._evaluate()
-                    is_last = is_last or self._stops_early()
-                if is_last and self.state.unlogged:
-                    self._log(bar)
-                if self._is_save_step(result.step, is_last) or interrupt.requested:
-                    self._save_checkpoint()
-                for callback in self.callbacks:
-                    callback(StepResult(result.step, metrics))
-                if interrupt.requested:
-                    say(f"interrupted after step {result.step}; go on with --resume auto")
-                    raise KeyboardInterrupt
-                if is_last:
-                    return
-
-    def _take(self, result: StepResult) -> Metrics:
-        """Keep a step's metrics for the next line; of a skipped step, those that are numbers."""
-        metrics = with_friendly_names(result.metrics)
-        if "skipped_steps" in metrics:
-            self.state.unlogged.append(without_pairs(result.metrics))
-        else:
-            self.state.unlogged.append(result.metrics)
-            self.state.last_metrics = metrics
-        return metrics
-
-    def _stops_early(self) -> bool:
-        patience = self.config.early_stopping_patience
-        return patience is not None and (self.state.num_evaluations_without_improvement >= patience)
-
-    def _log(self, bar: ProgressBar) -> None:
-        metrics = mean_metrics(self.state.unlogged)
-        self.state.unlogged.clear()
-        self._write(metrics)
-        if bar.bar is None:
-            step, num_steps = int(metrics["step"]), self.schedule.num_steps
-            say(f"step {step}/{num_steps}: {_summary(metrics)}, {bar.time_left} left")
-
-    def _write(self, metrics: Mapping[str, float]) -> None:
-        self.folder.log(metrics)
-        self.trackers.log(metrics)
-
-    def _is_save_step(self, step: int, is_last: bool) -> bool:
-        if self.config.save_strategy == "no":
-            return False
-        by_steps = self.config.save_strategy == "steps"
-        every = self.config.save_steps if by_steps else self.schedule.steps_per_epoch
-        return is_last or step % (every or 1) == 0
-
-    def _evaluate(self) -> None:
-        check_weights_finite(self.parameters, self.state.step)
-        metrics = evaluate(self.run, self.run.pairs.evaluation)
-        loss = metrics["eval_loss"]
-        self.state.eval_metrics = {"step": self.state.step, **metrics}
-        self._write(self.state.eval_metrics)
-        say(
-            f"evaluation at step {self.state.step}: loss {loss:.4f}, margin "
-            f"{metrics['eval_rewards/margins']:+.3f}, accuracy "
-            f"{metrics['eval_rewards/accuracies']:.2f}"
-        )
-        self._count_improvement(loss)
-        lowest = self.state.best_eval_loss
-        if lowest is None or loss < lowest or not self.folder.best.exists():
-            self.state.best_eval_loss = loss
-            self.folder.save_best(self.run.policy.save)
-        if self._stops_early():
-            times = self.state.num_evaluations_without_improvement
-            threshold = self.config.early_stopping_threshold
-            by = f" by more than early_stopping_threshold {threshold:g}" if threshold else ""
-            say(
-                f"stopped early: the last {times} evaluations did not lower eval_loss "
-                f"{self.state.eval_loss_to_beat:.4f}{by}"
-            )
-
-    def _count_improvement(self, loss: float) -> None:
-        """Count evaluations since the loss last fell by more than the threshold.
-
-        The loss to beat stays until then, so that many small steps down count in the end.
-        """
-        state = self.state
-        to_beat = state.eval_loss_to_beat
-        if to_beat is None or to_beat - loss > self.config.early_stopping_threshold:
-            state.eval_loss_to_beat = loss
-            state.num_evaluations_without_improvement = 0
-        else:
-            state.num_evaluations_without_improvement += 1
-
-    def _save_checkpoint(self) -> None:
-        check_weights_finite(self.parameters, self.state.step)
-        save_checkpoint(self.folder.checkpoints, self.state, self.run.policy.save, self.facts)
-        prune_checkpoints(self.folder.checkpoints, self.config.keep_checkpoints)
-
-    def _save_adapters(self) -> None:
-        """adapter/ is the last state; best/ the best evaluated one, or the last."""
-        check_weights_finite(self.parameters, self.state.step)
-        replace_folder(self.folder.root / "adapter", self.run.policy.save)
-        if not self.run.pairs.evaluation or not self.folder.best.exists():
-            self.folder.save_best(self.run.policy.save)
-
-    def _draw_plots(self) -> None:
-        try:
-            draw_plots(self.folder.metrics, self.folder.root / "plots")
-        except OSError as error:  # the run itself is saved by now
-            warn(f"the plots could not be drawn: {error}")
-
-    def _note_start(self) -> None:
-        run, policy = self.run, self.run.policy
-        fill = predicted_fill(run, self.schedule)
-        say(f"plan: {self.schedule.num_steps} steps, micro-batches {fill:.0%} filled")
-        self.folder.note(
-            version=__version__,
-            python=platform.python_version(),
-            platform=platform.platform(),
-            numerics=policy.fingerprint(run.pack_tokens),
-            model=policy.identity,
-            data=run.pairs.facts,
-            data_digest=run.pairs.digest,
-            plan={
-                "pack_tokens": run.pack_tokens,
-                "fill": fill,
-                "num_steps": self.schedule.num_steps,
-            },
-            self_check_rms=run.self_check_rms,
-            reference=None
-            if run.reference is None
-            else {
-                "num_scored": run.reference.num_scored,
-                "recheck_rms": run.reference.recheck_rms,
-                "same_fingerprint": run.reference.same_fingerprint,
-            },
-            finished=False,
+            final_loss=state.last_metrics.get("loss", math.nan),
+            metrics=state.eval_metrics | state.last_metrics,
+            num_steps=state.step,
+            output_dir=folder.root,
+            policy=policy,
         )
 
 
-def _summary(metrics: Metrics) -> str:
-    """Loss, margin, accuracy, speed and memory in one line."""
-    if "loss" not in metrics or not math.isfinite(metrics["loss"]):
-        return "skipped"
-    text = (
-        f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.3f}, "
-        f"accuracy {metrics['rewards/accuracies']:.2f}, "
-        f"{speed(metrics['pairs_per_second'])} pairs/s"
-    )
-    if "peak_memory_bytes" in metrics:
-        text += f", peak {size(metrics['peak_memory_bytes'])}"
-    return text
+def _say_plan(config: TrainConfig, policy: Policy, objective: Objective, pack_tokens: int) -> None:
+    """Say what will be trained and how, and what is unusual about it."""
+    num_trainable = sum(p.numel() for p in lora_parameters(policy.model.network).values())
+    assert policy.adapter is not None
+    say(f"adapter: rank {policy.adapter.rank}, {num_trainable / 1e6:.2f}M trainable parameters")
+    say(f"plan: micro-batches of {pack_tokens} tokens, {config.batch_size} pairs a step")
+    for line in unusual_values(config, config.learning_rate):
+        warn(line)
+    if config.reference_free:
+        warn(
+            "reference_free: no reference holds the policy near its start; training is less "
+            "stable, and there is no check at step zero"
+        )
+    elif not objective.needs_reference:
+        say(f"loss {config.loss_type}: without a reference, so without a check at step zero")
+    if objective.couples_pairs:
+        say(f"loss {config.loss_type}: compares the pairs of a step, one more forward pass a step")
+
+
+def _facts_at_start(run: Run) -> dict[str, Any]:
+    """What run.json says of a run before its first step."""
+    fill = predicted_fill(run)
+    num_steps = run.batches.num_steps
+    say(f"plan: {num_steps} steps, micro-batches {fill:.0%} filled")
+    reference = run.reference and {
+        "num_scored": run.reference.num_scored,
+        "recheck_rms": run.reference.recheck_rms,
+        "same_fingerprint": run.reference.same_fingerprint,
+    }
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "numerics": run.policy.fingerprint(run.pack_tokens),
+        "model": run.policy.identity,
+        "data": run.pairs.facts,
+        "data_digest": run.pairs.digest,
+        "plan": {"pack_tokens": run.pack_tokens, "fill": fill, "num_steps": num_steps},
+        "self_check_rms": run.self_check_rms,
+        "reference": reference,
+        "finished": False,
+    }

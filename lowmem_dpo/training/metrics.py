@@ -5,12 +5,8 @@
 every pair seen, prompts counted twice as TRL does.
 """
 
-import contextlib
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,24 +31,24 @@ PER_PAIR = (
 # Of some losses only.
 EXTRA_PER_PAIR = ("nll_loss", "log_odds_ratio", "log_odds_chosen")
 
-FRIENDLY_NAMES = {
-    "chosen_reward": "rewards/chosen",
-    "rejected_reward": "rewards/rejected",
-    "reward_margin": "rewards/margins",
-}
-
 
 @dataclass
 class PairStats:
-    """The per-pair numbers of any number of micro-batches."""
+    """The per-pair numbers of any number of micro-batches.
 
+    Attributes:
+        objective: Whose losses they are.
+        blocks: Of each micro-batch, names to [P] numbers.
+        worst_rms: Largest difference of policy and reference in a micro-batch, nat rms per token.
+    """
+
+    objective: Objective
     blocks: list[dict[str, Tensor]] = field(default_factory=list)
-    by_rank: bool = False  # the losses, if they couple pairs; all else is by pair
+    worst_rms: float = 0.0
 
-    def add(self, logps: PairLogps, losses: Tensor, objective: Objective) -> None:
+    def add(self, logps: PairLogps, losses: Tensor) -> None:
         """Take in one micro-batch of P pairs and their losses."""
-        self.by_rank = objective.couples_pairs
-        chosen, rejected = objective.rewards(logps)
+        chosen, rejected = self.objective.rewards(logps)
         rows = [
             losses,
             chosen,
@@ -62,12 +58,13 @@ class PairStats:
             logps.policy_chosen,
             logps.policy_rejected,
         ]
-        block = dict(zip(PER_PAIR, rows, strict=True)) | _extra_rows(logps, objective)
+        block = dict(zip(PER_PAIR, rows, strict=True)) | _extra_rows(logps, self.objective)
         self.blocks.append({name: row.detach() for name, row in block.items()})
 
     def bad_pairs(self) -> list[int]:
         """Places, in the order taken in, of the pairs with a number that is not finite."""
-        _, columns = self._columns(("loss",) if self.by_rank else ())
+        by_rank = ("loss",) if self.objective.couples_pairs else ()  # the rest is by pair
+        _, columns = self._columns(by_rank)
         return (~columns.isfinite().all(dim=0)).nonzero().flatten().tolist()
 
     def means(self) -> Metrics:
@@ -123,22 +120,6 @@ def without_pairs(metrics: Mapping[str, float]) -> Metrics:
     """The metrics of a skipped step that may be written: not those of its pairs and gradient."""
     left_out = {*PER_PAIR, *EXTRA_PER_PAIR, "num_pairs", "grad_norm"}
     return {name: value for name, value in metrics.items() if name not in left_out}
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, if there is one; what a kill cut short is left out."""
-    rows = []
-    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-    return rows
-
-
-def with_friendly_names(metrics: Mapping[str, float]) -> Metrics:
-    """Add chosen_reward, rejected_reward and reward_margin beside TRL's names."""
-    return {**metrics, **{short: metrics[name] for short, name in FRIENDLY_NAMES.items()}}
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

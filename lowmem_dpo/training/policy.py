@@ -1,28 +1,27 @@
-"""The policy: the base in memory, its adapter, its layers wrapped, ready to be trained."""
+"""The policy: a base in memory with its adapter, ready to score, to train or to answer.
+
+Two calls make it, for every verb alike: `read_source` finds and checks all that needs no weights,
+`load_policy` reads the weights and gives them their adapter.
+"""
 
 import contextlib
-import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import torch
-import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 import lowmem_dpo_kernels
 from lowmem_dpo.console import say, warn
-from lowmem_dpo.data.rendering import build_renderer
 from lowmem_dpo.machine.device import resolve_device, resolve_dtype
 from lowmem_dpo.memory.limits import limit_memory
 from lowmem_dpo.model.attention import TREE_ATTENTION, attention_path
@@ -34,9 +33,9 @@ from lowmem_dpo.model.runner import wrap_layers
 from lowmem_dpo.model.selfcheck import tried_head
 from lowmem_dpo.model.tiles import TILE_ROWS
 from lowmem_dpo.reference.cache import Fingerprint
-from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.settings.groups import AdapterSettings, MemorySettings, ModelSettings
 from lowmem_dpo.weights.adapters import (
-    AdapterSettings,
+    AdapterSpec,
     adapter_digest,
     load_adapter,
     other_base_storage,
@@ -45,13 +44,99 @@ from lowmem_dpo.weights.adapters import (
     save_base_storage,
 )
 from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
-from lowmem_dpo.weights.folders import load_config, load_tokenizer, resolve_source, tokenizer_source
+from lowmem_dpo.weights.folders import (
+    check_max_length,
+    load_config,
+    load_tokenizer,
+    resolve_source,
+    tokenizer_source,
+)
 from lowmem_dpo.weights.hub import check_download
 from lowmem_dpo.weights.loading import load_model
 from lowmem_dpo.weights.size import ModelSize
 from lowmem_dpo_kernels.token_logps import check_implementation
 
 LORA_SHAPE = ("lora_r", "lora_alpha", "use_rslora")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What settings name, read and checked as far as that needs no weights.
+
+    Attributes:
+        base: Folder or id of the base.
+        init_adapter: Adapter folder to start from, or None.
+        config: The base's config.json.
+        tokenizer: The base's, or the starting adapter's own.
+        device: Where the run computes.
+        dtype: In what it computes.
+    """
+
+    base: str
+    init_adapter: str | None
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+
+
+def read_source(
+    settings: ModelSettings,
+    memory: MemorySettings | None = None,
+    *,
+    init_adapter: str | None = None,
+    adapter_setting: str = "init_adapter",
+    max_length: int | None = None,
+) -> Source:
+    """Find base, tokenizer and starting adapter, and refuse what cannot work before any download.
+
+    Args:
+        settings: The model.
+        memory: What the user decided of memory; by default nothing.
+        init_adapter: PEFT adapter folder to start from, or None.
+        adapter_setting: The user's name of `init_adapter`, for messages.
+        max_length: Longest sequence, in tokens; None where that is checked later.
+
+    Raises:
+        ValueError: If a setting does not fit the machine, or the model is not supported.
+    """
+    memory = memory or MemorySettings()
+    if settings.model is None:
+        raise ValueError("no model given; set --model to a folder or a Hugging Face id")
+    base, init_adapter, note = resolve_source(settings.model, init_adapter, adapter_setting)
+    device, notes = resolve_device(settings.device)
+    for line in ([note] if note else []) + notes:
+        say(line)
+    _check_memory(memory, device)
+    config = load_config(base)
+    if max_length is not None:
+        check_max_length(base, config, max_length)
+    comes_quantised = bool(getattr(config, "quantization_config", None))
+    if comes_quantised:
+        check_kept_quantised(base, settings.quantization)
+    check_head(config.tie_word_embeddings, settings.head_quantization, memory.head_weight)
+    if not Path(base).is_dir():
+        copies = settings.quantization == "nf4" and settings.quantized_copy and not comes_quantised
+        copy_bytes = ModelSize.of(config).nf4_bytes if copies else 0
+        check_download(base, cache_directory(settings.cache_dir), copy_bytes)
+    dtype = resolve_dtype(settings.dtype, device)
+    if init_adapter is not None:
+        _warn_of_other_storage(Path(init_adapter), _base_storage(settings, dtype))
+    tokenizer = load_tokenizer(tokenizer_source(base, init_adapter))
+    return Source(base, init_adapter, config, tokenizer, device, dtype)
+
+
+def _check_memory(memory: MemorySettings, device: torch.device) -> None:
+    """Refuse what has no effect on this device; hold the process to its limit."""
+    for name in ("layer_inputs", "head_weight"):
+        if getattr(memory, name) == "host" and device.type != "cuda":
+            raise ValueError(f"{name} host has no effect on {device.type}; leave it out")
+    if memory.memory_limit_bytes is not None:
+        limit_memory(memory.memory_limit_bytes, device)
+    try:
+        check_implementation(memory.head_kernel, device)
+    except ValueError as error:
+        raise ValueError(f"head_kernel: {error}") from None
 
 
 def cache_directory(setting: str | None) -> Path:
@@ -61,27 +146,27 @@ def cache_directory(setting: str | None) -> Path:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Policy:
-    """The model that is trained.
+    """The model that is trained, or that answers.
 
     Attributes:
         model: The base with its adapter.
         tokenizer: Of the same source.
-        adapter: Settings of the adapter.
+        adapter: What kind of adapter; None for a base alone.
         source: The base's folder or id.
         init_adapter: The adapter folder it starts from.
-        chat_template: Jinja text in use, or None for plain text.
         base_storage: The settings that say how the base is stored.
+        chat_template: Jinja text to save with the adapter, or None for plain text.
     """
 
     model: LanguageModel
     tokenizer: PreTrainedTokenizerBase
-    adapter: AdapterSettings
-    source: str = ""
-    init_adapter: str | None = None
+    adapter: AdapterSpec | None
+    source: str
+    init_adapter: str | None
+    base_storage: dict[str, str]
     chat_template: str | None = None
-    base_storage: dict[str, str] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -100,6 +185,7 @@ class Policy:
 
     def save(self, directory: Path) -> None:
         """Write the adapter in PEFT's format, with the tokenizer and template it trained under."""
+        assert self.adapter is not None, "a base alone has no adapter to save"
         save_adapter(directory, self.model.network, base_model=self.source, settings=self.adapter)
         save_base_storage(directory, self.base_storage)
         own = self.tokenizer.chat_template
@@ -115,29 +201,31 @@ class Policy:
 
     def fingerprint(self, pack_tokens: int) -> Fingerprint:
         """Everything else that can move the last bits of a log-prob."""
-        on_cuda = self.model.device.type == "cuda"
+        model, device = self.model, self.model.device
+        on_cuda = device.type == "cuda"
         return {
-            "device": torch.cuda.get_device_name(self.model.device) if on_cuda else _cpu_name(),
+            "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
             "threads": None if on_cuda else torch.get_num_threads(),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": str(model.dtype).removeprefix("torch."),
             "pack_tokens": pack_tokens,
-            "head": lowmem_dpo_kernels.token_logps_path(
-                self.model.device, self.model.head_implementation
-            ),
+            "head": lowmem_dpo_kernels.token_logps_path(device, model.head_implementation),
             "kernels": lowmem_dpo_kernels.NUMERICS_VERSION,
-            "attention": attention_path(self.model.config, self.model.device, self.model.dtype),
-            "norms": norm_implementation(self.model.device, self.model.dtype),
+            "attention": attention_path(model.config, device, model.dtype),
+            "norms": norm_implementation(device, model.dtype),
             "tile_rows": TILE_ROWS,
             "matmul_precision": torch.get_float32_matmul_precision(),
             "torch": torch.__version__,
-            "triton": _triton_version() if on_cuda else None,
-            "transformers": transformers.__version__,
-            "bitsandbytes": bitsandbytes.__version__,
+            "triton": _version("triton") if on_cuda else None,
+            "transformers": _version("transformers"),
+            "bitsandbytes": _version("bitsandbytes"),
         }
 
 
-def _triton_version() -> str | None:
-    return import_module("triton").__version__ if find_spec("triton") else None
+def _version(package: str) -> str | None:
+    """The version that is installed; None without the package."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
 
 
 def _cpu_name() -> str:
@@ -148,178 +236,88 @@ def _cpu_name() -> str:
     return f"{name.strip()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a config names, read and checked as far as that needs no weights.
-
-    Attributes:
-        base: Folder or id of the base.
-        init_adapter: Adapter folder to start from, or None.
-        model_config: The base's config.json.
-        tokenizer: The base's, or the starting adapter's own.
-        adapter: What kind of adapter the run trains.
-        device: Where the run computes.
-        dtype: In what it computes.
-    """
-
-    base: str
-    init_adapter: str | None
-    model_config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    adapter: AdapterSettings
-    device: torch.device
-    dtype: torch.dtype
-
-
-def read_source(config: TrainConfig, adapter_setting: str = "init_adapter") -> Source:
-    """Find base, tokenizer and starting adapter, and refuse what cannot work before any download.
-
-    Args:
-        config: The settings.
-        adapter_setting: The user's name of `init_adapter`, for messages.
-
-    Raises:
-        ValueError: If a setting does not fit the machine, or the model is not supported.
-    """
-    if config.model is None:
-        raise ValueError("no model given; set --model to a folder or a Hugging Face id")
-    base, init_adapter, note = resolve_source(config.model, config.init_adapter, adapter_setting)
-    device, notes = resolve_device(config.device)
-    for line in ([note] if note else []) + notes:
-        say(line)
-    if config.layer_inputs == "host" and device.type != "cuda":
-        raise ValueError(f"layer_inputs host has no effect on {device.type}; leave it out")
-    if config.optim == "paged_adamw_8bit" and device.type != "cuda":
-        raise ValueError(f"optim paged_adamw_8bit cannot page on {device.type}; use adamw_8bit")
-    if config.memory_limit_bytes is not None:
-        limit_memory(config.memory_limit_bytes, device)
-    if config.head_weight == "host" and device.type != "cuda":
-        raise ValueError(f"head_weight host has no effect on {device.type}; leave it out")
-    try:
-        check_implementation(config.head_kernel, device)
-    except ValueError as error:
-        raise ValueError(f"head_kernel: {error}") from None
-    model_config = load_config(base, max_length=config.max_length)
-    comes_quantised = bool(getattr(model_config, "quantization_config", None))
-    if comes_quantised:
-        check_kept_quantised(base, config.quantization)
-    check_head(model_config.tie_word_embeddings, config.head_quantization, config.head_weight)
-    if not Path(base).is_dir():
-        copies = config.quantization == "nf4" and config.quantized_copy and not comes_quantised
-        copy_bytes = ModelSize.of(model_config).nf4_bytes if copies else 0
-        check_download(base, cache_directory(config.cache_dir), copy_bytes)
-    dtype = resolve_dtype(config.dtype, device)
-    if init_adapter is not None:
-        _warn_of_other_storage(Path(init_adapter), _base_storage(config, dtype))
-    return Source(
-        base=base,
-        init_adapter=init_adapter,
-        model_config=model_config,
-        tokenizer=load_tokenizer(tokenizer_source(base, init_adapter)),
-        adapter=_adapter_settings(config, init_adapter),
-        device=device,
-        dtype=dtype,
-    )
-
-
-def load_policy(config: TrainConfig, source: Source | None = None) -> Policy:
+def load_policy(
+    source: Source,
+    settings: ModelSettings,
+    adapter: AdapterSettings | None = None,
+    memory: MemorySettings | None = None,
+    *,
+    seed: int = 0,
+    chat_template: str | None = None,
+) -> Policy:
     """Load the base and give it its adapter.
 
     Args:
-        config: The settings.
-        source: From `read_source`, if that was done already.
+        source: From `read_source`.
+        settings: The model.
+        adapter: The adapter to train; None for what only answers, with the starting adapter if
+            there is one.
+        memory: What the user decided of memory; by default nothing.
+        seed: Of a new adapter's A matrices.
+        chat_template: Jinja text to save with the adapter.
 
     Raises:
         ValueError: If the model cannot be read or trained.
     """
-    source = source or read_source(config)
-    loaded = load_model(
+    memory = memory or MemorySettings()
+    spec = _adapter_spec(adapter, source.init_adapter)
+    model = load_model(
         source.base,
-        config=source.model_config,
-        quantization=config.quantization,
+        config=source.config,
+        quantization=settings.quantization,
         dtype=source.dtype,
         device=source.device,
-        cache_dir=cache_directory(config.cache_dir),
-        quantized_copy=config.quantized_copy,
+        cache_dir=cache_directory(settings.cache_dir),
+        quantized_copy=settings.quantized_copy,
     )
-    loaded = quantize_head(loaded, config.head_quantization)
-    if config.head_weight == "host":
-        loaded = head_to_host(loaded, source.device)
-    policy = make_policy(
-        loaded,
-        source.tokenizer,
-        source.adapter,
-        seed=config.seed,
-        layer_inputs=config.layer_inputs,
-        head_kernel=config.head_kernel,
-    )
-    policy.source, policy.init_adapter = source.base, source.init_adapter
-    policy.base_storage = _base_storage(config, source.dtype)
-    policy.chat_template = build_renderer(source.tokenizer, config).template
-    if source.init_adapter:
-        load_adapter(loaded.network, Path(source.init_adapter))
-        _warn_of_other_targets(loaded.network, config.lora_target_modules, source.init_adapter)
-    return policy
-
-
-def _warn_of_other_targets(
-    model: nn.Module, targets: str | Sequence[str], init_adapter: str
-) -> None:
-    """Say that lora_target_modules has no effect, if it was set to other layers."""
-    if targets == TrainConfig().lora_target_modules:
-        return
-    ours = lora_layers(model).keys()
-    if set(match_targets(linear_layers(model), targets)) != ours:
-        warn(
-            f"lora_target_modules: no effect, the run starts from {init_adapter}, which is on "
-            f"{len(ours)} layers of its own"
-        )
-
-
-def make_policy(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    adapter: AdapterSettings,
-    *,
-    seed: int,
-    layer_inputs: str,
-    head_kernel: str = "auto",
-) -> Policy:
-    """Give a loaded base a new adapter, layer runners and attention over trees.
-
-    Args:
-        model: The base; changed in place.
-        tokenizer: Its tokenizer.
-        adapter: What kind of adapter.
-        seed: Of the adapter's A matrices.
-        layer_inputs: device or host.
-        head_kernel: Implementation of `token_logps`; torch takes its place where it is wrong.
-    """
-    add_lora(
-        model.network,
-        targets=adapter.targets,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        rank_stabilised=adapter.rank_stabilised,
+    model = quantize_head(model, settings.head_quantization)
+    if memory.head_weight == "host":
+        model = head_to_host(model, source.device)
+    model = prepare_model(
+        model,
+        spec,
         seed=seed,
+        inputs_on_host=memory.layer_inputs == "host",
+        head_kernel=memory.head_kernel,
     )
-    model = tried_head(dataclasses.replace(model, head_implementation=head_kernel))
-    fuse_norms(model.backbone)
-    fuse_mlps(model.layers)
-    tile_layers(model.layers, has_randomness=adapter.dropout > 0)
-    wrap_layers(
-        model.layers, inputs_on_host=layer_inputs == "host", has_randomness=adapter.dropout > 0
+    if source.init_adapter:
+        load_adapter(model.network, Path(source.init_adapter))
+        if adapter is not None:
+            _warn_of_other_targets(model.network, adapter.lora_target_modules, source.init_adapter)
+    storage = _base_storage(settings, source.dtype)
+    return Policy(
+        model, source.tokenizer, spec, source.base, source.init_adapter, storage, chat_template
     )
-    model.backbone.set_attn_implementation(TREE_ATTENTION)
-    return Policy(model, tokenizer, adapter)
 
 
-def _base_storage(config: TrainConfig, dtype: torch.dtype) -> dict[str, str]:
+def _adapter_spec(settings: AdapterSettings | None, init_adapter: str | None) -> AdapterSpec | None:
+    """The adapter as the settings say, or as the starting adapter is."""
+    settings_or_none, settings = settings, settings or AdapterSettings()
+    wanted = AdapterSpec(
+        rank=settings.lora_r,
+        alpha=settings.lora_alpha,
+        dropout=settings.lora_dropout,
+        targets=settings.lora_target_modules,
+        rank_stabilised=settings.use_rslora,
+    )
+    if init_adapter is None:
+        return wanted if settings_or_none else None
+    given = replace(read_adapter_config(Path(init_adapter)), dropout=wanted.dropout)
+    usual = AdapterSettings()
+    asked = [name for name in LORA_SHAPE if getattr(settings, name) != getattr(usual, name)]
+    if asked and replace(given, targets=wanted.targets) != wanted:
+        warn(
+            f"{', '.join(asked)}: no effect, the run starts from {init_adapter}, which has rank "
+            f"{given.rank} and alpha {given.alpha:g}"
+        )
+    return given
+
+
+def _base_storage(settings: ModelSettings, dtype: torch.dtype) -> dict[str, str]:
     """The settings that say how the base is stored: with others it is another base."""
     return {
-        "quantization": config.quantization,
-        "head_quantization": config.head_quantization,
+        "quantization": settings.quantization,
+        "head_quantization": settings.head_quantization,
         "dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -335,29 +333,44 @@ def _warn_of_other_storage(adapter: Path, storage: dict[str, str]) -> None:
         )
 
 
-def _adapter_settings(config: TrainConfig, init_adapter: str | None) -> AdapterSettings:
-    """The run's adapter: as the settings say, or as the starting adapter is."""
-    wanted = AdapterSettings(
-        rank=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        targets=config.lora_target_modules,
-        rank_stabilised=config.use_rslora,
-    )
-    if init_adapter is None:
-        return wanted
-    given = dataclasses.replace(
-        read_adapter_config(Path(init_adapter)), dropout=config.lora_dropout
-    )
-    usual = TrainConfig()
-    asked = [name for name in LORA_SHAPE if getattr(config, name) != getattr(usual, name)]
-    if asked and (given.rank, given.alpha, given.rank_stabilised) != (
-        wanted.rank,
-        wanted.alpha,
-        wanted.rank_stabilised,
-    ):
+def _warn_of_other_targets(
+    network: nn.Module, targets: str | Sequence[str], init_adapter: str
+) -> None:
+    """Say that lora_target_modules has no effect, if it was set to other layers."""
+    if targets == AdapterSettings().lora_target_modules:
+        return
+    ours = lora_layers(network).keys()
+    if set(match_targets(linear_layers(network), targets)) != ours:
         warn(
-            f"{', '.join(asked)}: no effect, the run starts from {init_adapter}, which has rank "
-            f"{given.rank} and alpha {given.alpha:g}"
+            f"lora_target_modules: no effect, the run starts from {init_adapter}, which is on "
+            f"{len(ours)} layers of its own"
         )
-    return given
+
+
+def prepare_model(
+    model: LanguageModel,
+    adapter: AdapterSpec | None,
+    *,
+    seed: int,
+    inputs_on_host: bool = False,
+    head_kernel: str = "auto",
+) -> LanguageModel:
+    """Placeholder until model/surgery.py arrives."""
+    if adapter is not None:
+        add_lora(
+            model.network,
+            targets=adapter.targets,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            rank_stabilised=adapter.rank_stabilised,
+            seed=seed,
+        )
+    random = adapter is not None and adapter.dropout > 0
+    model = tried_head(replace(model, head_implementation=head_kernel))
+    fuse_norms(model.backbone)
+    fuse_mlps(model.layers)
+    tile_layers(model.layers, has_randomness=random)
+    wrap_layers(model.layers, inputs_on_host=inputs_on_host, has_randomness=random)
+    model.backbone.set_attn_implementation(TREE_ATTENTION)
+    return model

@@ -6,17 +6,11 @@ from typing import Any
 
 from lowmem_dpo.console import warn
 from lowmem_dpo.data.encoding import render_prompt
-from lowmem_dpo.losses.types import needs_reference
 from lowmem_dpo.model.generation import generate_text, position_warning
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.groups import SamplingSettings
-from lowmem_dpo.training.batches import Schedule, warn_of_few_steps, warn_of_late_settings
-from lowmem_dpo.training.checkpoints import read_record
-from lowmem_dpo.training.fit import Fit, StepCallback, TrainResult
-from lowmem_dpo.training.output import RunFolder, check_resumable
-from lowmem_dpo.training.policy import Policy, load_policy
-from lowmem_dpo.training.setup import Pairs, prepare_run
-from lowmem_dpo.training.trackers import check_installed
+from lowmem_dpo.training.fit import StepCallback, TrainResult, fit, precompute
+from lowmem_dpo.training.policy import Policy, load_policy, read_source
 from lowmem_dpo.weights.folders import ADAPTER_CONFIG_FILE
 
 
@@ -46,29 +40,10 @@ class Trainer:
         Raises:
             OSError: If the cache could not take them all.
         """
-        if self.config.reference_free:
-            raise ValueError("precompute has nothing to do with reference_free; leave one out")
-        if not needs_reference(self.config):
-            raise ValueError(
-                f"precompute has nothing to do: loss_type {self.config.loss_type} needs no "
-                "reference; train without it"
-            )
-        usual, ours = TrainConfig(), self.config
-        names = ("output_dir", "resume", "report_to")
-        unused = [name for name in names if getattr(ours, name) != getattr(usual, name)]
-        if unused:
-            warn(f"precompute writes to the cache only: {', '.join(unused)} has no effect")
-        run = prepare_run(self.config, self._data(data), only_reference=True)
-        assert run.reference is not None
-        if run.reference.cache_error is not None:
-            raise run.reference.cache_error
-        return run.reference.num_scored
+        return precompute(self._with_data(data))
 
     def fit(
-        self,
-        prompts: str | Path | None = None,
-        *,
-        data_format: str = "preferences",
+        self, prompts: str | Path | None = None, *, data_format: str = "preferences"
     ) -> TrainResult:
         """Train on preference pairs.
 
@@ -82,27 +57,9 @@ class Trainer:
         """
         if data_format != "preferences":
             raise ValueError(f"data_format must be preferences, got {data_format!r}")
-        config = replace(self.config, data=self._data(prompts))
-        check_installed(config.trackers)
-        folder = RunFolder(config)
-        checkpoint = folder.open(config)
-        resumed = None if checkpoint is None else read_record(checkpoint)["facts"]
-
-        def before_weights(pairs: Pairs) -> None:
-            if resumed is not None and checkpoint is not None:
-                check_resumable({"data_digest": pairs.digest}, resumed, checkpoint)
-            schedule = Schedule.of(config, len(pairs.train))
-            warn_of_few_steps(schedule)
-            warn_of_late_settings(config, schedule)
-
-        try:
-            run = prepare_run(
-                config, str(config.data), resumed=resumed, before_weights=before_weights
-            )
-            self.policy = run.policy
-            return Fit(run, folder, self.callbacks).go(checkpoint)
-        finally:
-            folder.close()
+        result = fit(self._with_data(prompts), self.callbacks)
+        self.policy = result.policy
+        return result
 
     def load_checkpoint(self, directory: str | Path) -> "Trainer":
         """Load the base and an adapter (best/, adapter/ or a checkpoint), for `generate`.
@@ -117,7 +74,14 @@ class Trainer:
         model = self.config.model or str(directory)
         if (Path(model) / ADAPTER_CONFIG_FILE).is_file():
             model = str(directory)
-        self.policy = load_policy(replace(self.config, model=model, init_adapter=str(directory)))
+        settings = replace(self.config, model=model)
+        source = read_source(
+            settings,
+            settings,
+            init_adapter=str(directory),
+            max_length=settings.max_length,
+        )
+        self.policy = load_policy(source, settings, memory=settings)
         return self
 
     def generate(self, prompt: str, **sampling: Any) -> str:
@@ -139,15 +103,10 @@ class Trainer:
         ids = render_prompt(self.policy.tokenizer, prompt, self.config)
         if line := position_warning([ids], self.policy.model.config, settings):
             warn(line)
-        return generate_text(
-            self.policy.model,
-            self.policy.tokenizer,
-            [ids],
-            settings,
-        )[0]
+        return generate_text(self.policy.model, self.policy.tokenizer, [ids], settings)[0]
 
-    def _data(self, data: str | Path | None) -> str:
+    def _with_data(self, data: str | Path | None) -> TrainConfig:
         data = data if data is not None else self.config.data
         if data is None:
             raise ValueError("no data given; set --data to a file of preference pairs")
-        return str(data)
+        return replace(self.config, data=str(data))

@@ -120,12 +120,11 @@ def tokenizer_source(base: str, init_adapter: str | None) -> str:
     return base
 
 
-def load_config(source: str, *, max_length: int | None = None) -> PretrainedConfig:
+def load_config(source: str) -> PretrainedConfig:
     """Read a model's config.json and refuse what cannot be trained rightly.
 
     Args:
         source: Folder or Hugging Face id. Of the latter, only config.json is downloaded.
-        max_length: Longest sequence of the run, in tokens; None if it has no bound.
 
     Raises:
         ValueError: If there is no such model, or it is one of those that are not supported.
@@ -138,7 +137,7 @@ def load_config(source: str, *, max_length: int | None = None) -> PretrainedConf
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise ValueError(f"config.json of {source} is not valid: {one_line(error)}") from None
     _check_attention(source, config)
-    _check_rope(source, config, max_length)
+    _check_rope(source, config)
     return config
 
 
@@ -151,7 +150,7 @@ def _check_attention(source: str, config: PretrainedConfig) -> None:
         )
 
 
-def _check_rope(source: str, config: PretrainedConfig, max_length: int | None) -> None:
+def _check_rope(source: str, config: PretrainedConfig) -> None:
     for rope in rope_settings(config):
         rope_type = rope.get("rope_type", "default")
         if rope_type not in SUPPORTED_ROPE_TYPES:
@@ -159,12 +158,25 @@ def _check_rope(source: str, config: PretrainedConfig, max_length: int | None) -
                 f"{source} has position encoding {rope_type!r}; "
                 f"supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
             )
+
+
+def check_max_length(source: str, config: PretrainedConfig, max_length: int) -> None:
+    """Refuse sequences that a model's position encoding does not take.
+
+    Args:
+        source: Folder or Hugging Face id, for the message.
+        config: Of the model.
+        max_length: Longest sequence of the run, in tokens.
+
+    Raises:
+        ValueError: If it is longer than the encoding stays the same.
+    """
     limit = rope_limit(config)
-    if limit is not None and (max_length is None or max_length > limit):
-        given = "unlimited" if max_length is None else max_length
+    if limit is not None and max_length > limit:
         raise ValueError(
             f"{source} has position encoding 'longrope', which changes beyond {limit} tokens and "
-            f"is supported up to that length only; max_length is {given}, set it to {limit} or less"
+            f"is supported up to that length only; max_length is {max_length}, set it to {limit} "
+            "or less"
         )
 
 

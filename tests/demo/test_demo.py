@@ -61,7 +61,7 @@ def test_fresh_folder_deletes_only_what_the_demo_made(tmp_path):
     [(0.0, 0.0, 0.0, 0.5), (0.1, 0.0, 0.4, 0.4), (0.1, 0.2, 0.7, 0.7)],
 )
 def test_start_accuracy_counts_a_tie_as_half(chosen, margin, accuracy, expected):
-    metrics = {"chosen_reward": chosen, "reward_margin": margin, "rewards/accuracies": accuracy}
+    metrics = {"rewards/chosen": chosen, "rewards/margins": margin, "rewards/accuracies": accuracy}
     assert _start_accuracy(metrics) == expected
 
 

@@ -129,8 +129,8 @@ def test_reference_equals_the_policy_at_step_zero_in_any_order_to_the_bit(config
         metrics = []
         run.add_step_callback(lambda result, m=metrics: m.append(result.metrics))
         run.fit()
-        assert metrics[0]["reward_margin"] == 0.0 and metrics[0]["chosen_reward"] == 0.0
-        assert metrics[-1]["reward_margin"] != 0.0
+        assert metrics[0]["rewards/margins"] == 0.0 and metrics[0]["rewards/chosen"] == 0.0
+        assert metrics[-1]["rewards/margins"] != 0.0
 
 
 @pytest.mark.parametrize(

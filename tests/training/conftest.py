@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture
 def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing plots takes longer than training a tiny model."""
-    monkeypatch.setattr("lowmem_dpo.training.fit.draw_plots", lambda *paths: [])
+    monkeypatch.setattr("lowmem_dpo.training.recorder.draw_plots", lambda *paths: [])
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lowmem_dpo.training.checkpoints import find_damage, list_checkpoints
+from lowmem_dpo.records.checkpoints import find_damage, list_checkpoints
 from tests.conftest import random_pairs
 from tests.training.conftest import environment, read_metrics, read_record, write_rows
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from lowmem_dpo.cli import main
+from lowmem_dpo.records.checkpoints import list_checkpoints, load_checkpoint
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.training import fit, loop, objective
-from lowmem_dpo.training.checkpoints import list_checkpoints, load_checkpoint
 from lowmem_dpo.training.trainer import Trainer
 from tests.training.conftest import read_metrics, read_record
 

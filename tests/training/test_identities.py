@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lowmem_dpo.training.setup import Run, prepare_run
 from torch import Tensor
 
 from lowmem_dpo.data.encoding import TokenPair
@@ -23,13 +24,12 @@ from lowmem_dpo.model.lora import LoraLinear, lora_layers, lora_parameters
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import pack_trees, sequence_logps
 from lowmem_dpo.packs.trees import Tree, build_tree, scored
+from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.batches import Schedule
-from lowmem_dpo.training.checkpoints import TrainingState
 from lowmem_dpo.training.loop import evaluate, train_steps
 from lowmem_dpo.training.metrics import PER_PAIR, Metrics
 from lowmem_dpo.training.policy import load_policy
-from lowmem_dpo.training.setup import Run, prepare_run
 from lowmem_dpo.training.trainer import Trainer
 from lowmem_dpo.weights.adapters import save_adapter
 from tests.conftest import random_pairs

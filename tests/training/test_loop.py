@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.checkpoints import TrainingState
 from lowmem_dpo.training.loop import _update
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")

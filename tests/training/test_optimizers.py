@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from lowmem_dpo.records.checkpoints import TrainingState, load_checkpoint, save_checkpoint
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.checkpoints import TrainingState, load_checkpoint, save_checkpoint
 from lowmem_dpo.training.optimizers import make_optimizer, make_schedule, page_state
 
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from lowmem_dpo.files import NoLocksError
+from lowmem_dpo.records.checkpoints import find_damage, list_checkpoints
+from lowmem_dpo.records.folder import RunFolder
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.checkpoints import find_damage, list_checkpoints
-from lowmem_dpo.training.output import RunFolder
 from lowmem_dpo.training.trainer import Trainer
 from tests.training.conftest import environment
 
@@ -296,7 +296,7 @@ def test_a_run_on_a_file_system_without_locks_says_so_and_goes_on(config, monkey
     def no_locks(path):
         raise NoLocksError(37, "its file system gives no locks (No locks available)", str(path))
 
-    monkeypatch.setattr("lowmem_dpo.training.output.lock_file", no_locks)
+    monkeypatch.setattr("lowmem_dpo.records.folder.lock_file", no_locks)
     Trainer(replace(config, max_steps=1, save_steps=1)).fit()
     assert "let no other run write to it" in capsys.readouterr().out
 

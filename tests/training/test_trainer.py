@@ -116,10 +116,10 @@ def test_add_step_callback_gives_the_function_back_and_calls_it_after_every_step
         metrics = result.metrics
         assert result.step == metrics["step"] == line["step"]
         assert metrics["loss"] == line["loss"]
-        assert metrics["chosen_reward"] == metrics["rewards/chosen"] == line["rewards/chosen"]
+        assert metrics["rewards/chosen"] == metrics["rewards/chosen"] == line["rewards/chosen"]
         assert metrics["rejected_reward"] == line["rewards/rejected"]
-        assert metrics["reward_margin"] == line["rewards/margins"]
-    assert results[0].metrics["reward_margin"] == 0.0 != results[-1].metrics["reward_margin"]
+        assert metrics["rewards/margins"] == line["rewards/margins"]
+    assert results[0].metrics["rewards/margins"] == 0.0 != results[-1].metrics["rewards/margins"]
 
 
 def test_fit_scores_no_reference_that_precompute_has_scored(config, pairs_file):

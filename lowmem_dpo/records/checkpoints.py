@@ -26,7 +26,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lowmem_dpo.console import warn
 from lowmem_dpo.files import move, remove_folder, replace_file, replace_folder
-from lowmem_dpo.training.optimizers import page_state
 
 STATE_FILE = "trainer_state.json"
 TENSOR_FILE = "trainer_state.safetensors"
@@ -43,7 +42,7 @@ class TrainingState:
 
     Attributes:
         optimizer: Over the adapter's parameters.
-        schedule: Of its learning rate.
+        lr_scheduler: Of its learning rate.
         scaler: Loss scaling, live in float16 only.
         device: Whose random state counts.
         step: Optimizer steps done.
@@ -58,7 +57,7 @@ class TrainingState:
     """
 
     optimizer: torch.optim.Optimizer
-    schedule: LRScheduler
+    lr_scheduler: LRScheduler
     scaler: torch.amp.GradScaler
     device: torch.device
     step: int = 0
@@ -109,7 +108,7 @@ def save_checkpoint(
             "schema_version": SCHEMA_VERSION,
             **{name: getattr(state, name) for name in PLAIN},
             "optimizer": _take_tensors(state.optimizer.state_dict(), "optimizer", tensors),
-            "schedule": _plain(state.schedule.state_dict()),
+            "schedule": _plain(state.lr_scheduler.state_dict()),
             "scaler": state.scaler.state_dict(),
             "facts": facts,
         }
@@ -131,7 +130,7 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
         tensors = load((directory / TENSOR_FILE).read_bytes())
         state.optimizer.load_state_dict(_put_tensors(record["optimizer"], tensors))
         page_state(state.optimizer)
-        state.schedule.load_state_dict(record["schedule"])
+        state.lr_scheduler.load_state_dict(record["schedule"])
         state.scaler.load_state_dict(record["scaler"])
         for name in PLAIN:
             setattr(state, name, record[name])
@@ -140,6 +139,23 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
             torch.cuda.set_rng_state(tensors["random.cuda"], state.device)
     except (OSError, KeyError, SafetensorError) as error:
         raise _damaged(directory, error) from None
+
+
+def page_state(optimizer: torch.optim.Optimizer) -> None:
+    """Put a paged optimizer's moments, loaded from a checkpoint, into paged memory again.
+
+    bitsandbytes loads them into plain device memory, where they would stay.
+    """
+    if not getattr(optimizer, "is_paged", False):
+        return
+    new_buffer = optimizer.get_state_buffer  # type: ignore[attr-defined]
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            loaded = state[name]
+            paged = new_buffer(parameter, dtype=loaded.dtype)
+            if parameter.device.type == "cuda":
+                torch.cuda.synchronize(parameter.device)  # the buffer is zeroed asynchronously
+            state[name] = paged.copy_(loaded)
 
 
 def read_record(directory: Path) -> dict[str, Any]:

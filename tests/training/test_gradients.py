@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from lowmem_dpo.training.objective import pair_logps
+from lowmem_dpo.training.setup import Run
 
 from lowmem_dpo.losses.pairs import join_pairs
 from lowmem_dpo.losses.types import LOSS_TYPES
@@ -12,8 +14,6 @@ from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.training import loop, objective
 from lowmem_dpo.training.loop import evaluate
-from lowmem_dpo.training.objective import pair_logps
-from lowmem_dpo.training.setup import Run
 from lowmem_dpo.training.trainer import Trainer
 from tests.conftest import random_pairs
 from tests.training.conftest import read_metrics, read_record, write_rows

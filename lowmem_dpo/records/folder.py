@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,10 +18,8 @@ from lowmem_dpo.files import (
     replace_folder,
     unlock_file,
 )
-from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.settings.parsing import to_yaml
-from lowmem_dpo.training.checkpoints import check_undamaged, newest_good_checkpoint, read_record
-from lowmem_dpo.training.metrics import read_metrics
+from lowmem_dpo.records.checkpoints import check_undamaged, newest_good_checkpoint, read_record
+from lowmem_dpo.settings.groups import RunSettings
 
 SCHEMA_VERSION = 1
 
@@ -67,44 +64,67 @@ RECORD_FILES = ("run.json", "metrics.jsonl")
 class RunFolder:
     """Paths and records of one run.
 
+    Used as a context manager: inside, no other run writes there.
+
     Args:
-        config: The run's settings.
+        settings: Where the run goes, and whether it goes on with an earlier one.
+
+    Attributes:
+        checkpoint: Where to resume from, once the folder is entered; None to start afresh.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.root = Path(config.output_dir)
+    def __init__(self, settings: RunSettings) -> None:
+        self.resume = settings.resume
+        self.root = Path(settings.output_dir)
+        self.checkpoint: Path | None = None
         self.checkpoints = self.root / "checkpoints"
         self.metrics = self.root / "metrics.jsonl"
         self.best = self.root / "best"
         self.record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "sessions": []}
         self._lock: IO[bytes] | None = None
 
-    def open(self, config: TrainConfig) -> Path | None:
-        """Make the folder and hold it against other runs, or find where to resume.
-
-        Returns:
-            The checkpoint to resume from, or None to start afresh.
+    def __enter__(self) -> "RunFolder":
+        """Make the folder and hold it against other runs; find where to resume.
 
         Raises:
             ValueError: If the folder holds a run and resume is not set, the checkpoint is not
-                there or is another setting's, there is none and a new run would overwrite what
-                an earlier one left, or the folder cannot be written.
+                there, there is none and a new run would overwrite what an earlier one left, or the
+                folder cannot be written.
         """
         holds_run = any((self.root / name).exists() for name in RUN_FILES)
-        if config.resume is None and holds_run:
+        if self.resume is None and holds_run:
             raise ValueError(
                 f"{self.root} holds a run already; go on with --resume auto, "
                 "or choose another --output_dir"
             )
-        checkpoint = None
-        if config.resume not in (None, "auto"):
-            checkpoint = Path(str(config.resume))
-            if holds_run and checkpoint.resolve().parent != self.checkpoints.resolve():
+        if self.resume not in (None, "auto"):
+            self.checkpoint = Path(str(self.resume))
+            if holds_run and self.checkpoint.resolve().parent != self.checkpoints.resolve():
                 raise ValueError(
-                    f"{self.root} holds a run and {checkpoint} is not its checkpoint; "
+                    f"{self.root} holds a run and {self.checkpoint} is not its checkpoint; "
                     "choose another --output_dir"
                 )
-            check_undamaged(checkpoint)
+            check_undamaged(self.checkpoint)
+        self._take_lock()
+        try:
+            recover(self.root, *RUN_FILES, *RECORD_FILES)
+            recover(self.checkpoints, "step-")
+            if self.resume == "auto":
+                self.checkpoint = newest_good_checkpoint(self.checkpoints)
+                if self.checkpoint is None:
+                    self._check_nothing_is_lost()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Let other runs have the folder."""
+        if self._lock is not None:
+            unlock_file(self._lock)
+            self._lock = None
+
+    def _take_lock(self) -> None:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = lock_file(self.root / ".lock")
@@ -116,19 +136,6 @@ class RunFolder:
             raise ValueError(f"cannot write output_dir {self.root}: {error.strerror}") from None
         if not is_free:
             raise ValueError(f"another run is writing to {self.root}; choose another --output_dir")
-        try:
-            recover(self.root, *RUN_FILES, *RECORD_FILES)
-            recover(self.checkpoints, "step-")
-            if config.resume == "auto":
-                checkpoint = newest_good_checkpoint(self.checkpoints)
-                if checkpoint is None:
-                    self._check_nothing_is_lost()
-            if checkpoint is not None:
-                check_resumable(resume_facts(config), read_record(checkpoint)["facts"], checkpoint)
-        except BaseException:
-            self.close()
-            raise
-        return checkpoint
 
     def _check_nothing_is_lost(self) -> None:
         """Refuse to start afresh over adapters, or over the record of a finished run."""
@@ -142,15 +149,9 @@ class RunFolder:
                 "starting afresh would overwrite that; choose another --output_dir"
             )
 
-    def close(self) -> None:
-        """Let other runs have the folder."""
-        if self._lock is not None:
-            unlock_file(self._lock)
-            self._lock = None
-
-    def start(self, config: TrainConfig, resumed_step: int) -> None:
+    def start(self, settings_yaml: str, resumed_step: int) -> None:
         """Write config.yaml; cut metrics.jsonl back to the step that the run goes on from."""
-        replace_file(self.root / "config.yaml", to_yaml(replace(config, resume=None)).encode())
+        replace_file(self.root / "config.yaml", settings_yaml.encode())
         kept = [row for row in read_metrics(self.metrics) if row["step"] <= resumed_step]
         replace_file(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
         if resumed_step:
@@ -202,19 +203,28 @@ class RunFolder:
         append(self.metrics, (json.dumps(line, allow_nan=False) + "\n").encode())
 
 
-def check_resumable(
-    facts: Mapping[str, Any], recorded: Mapping[str, Any], checkpoint: Path
-) -> None:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, if there is one; what a kill cut short is left out."""
+    rows = []
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
+
+
+def check_resumable(checkpoint: Path, facts: Mapping[str, Any]) -> None:
     """Refuse to resume a run whose model, data or settings changed.
 
     Args:
-        facts: `resume_facts` of this run.
-        recorded: Those in the checkpoint; more than `facts` may be there.
-        checkpoint: For the message.
+        checkpoint: To go on from.
+        facts: Some of what the run must share with it: `resume_facts`, digests.
 
     Raises:
         ValueError: Naming what changed.
     """
+    recorded = read_record(checkpoint)["facts"]
     changed = [
         f"{name} changed" if "digest" in name else f"{name} {recorded.get(name)} -> {facts[name]}"
         for name in sorted(facts)
@@ -227,7 +237,6 @@ def check_resumable(
         )
 
 
-def resume_facts(config: TrainConfig, **digests: Any) -> dict[str, Any]:
-    """What a resumed run must share with the run it goes on with."""
-    settings = asdict(config).items()
-    return {name: value for name, value in settings if name not in FREE_TO_CHANGE} | digests
+def resume_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run must share with the run it goes on with."""
+    return {name: value for name, value in settings.items() if name not in FREE_TO_CHANGE}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lowmem_dpo.training.metrics import read_metrics
+from lowmem_dpo.records.folder import read_metrics
 
 PLOTS = {
     "loss": ("loss", "eval_loss"),

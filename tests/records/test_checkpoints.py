@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem_dpo.training.checkpoints import (
+from lowmem_dpo.records.checkpoints import (
     TrainingState,
     check_undamaged,
     find_damage,
