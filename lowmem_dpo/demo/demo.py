@@ -22,7 +22,7 @@ from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.settings.configs import DemoConfig, TrainConfig
 from lowmem_dpo.settings.groups import ModelSettings, SamplingSettings, TemplateSettings
 from lowmem_dpo.training.loop import StepResult
-from lowmem_dpo.training.policy import Policy, load_policy, read_source
+from lowmem_dpo.training.policy import Policy, load_policy
 from lowmem_dpo.training.trainer import Trainer
 
 MARKER = ".lowmem_dpo_demo"
@@ -58,7 +58,7 @@ def demo(config: DemoConfig) -> bool:
     say("2. preference pairs from its own answers: one sentence is preferred to several")
     cache = str(root / "cache")
     model = ModelSettings(model=str(root / "model"), device=config.device, cache_dir=cache)
-    policy = load_policy(read_source(model), model)
+    policy = load_policy(model)
     pairs = write_pairs(policy, root / "preferences.jsonl", config.seed)
     say(f"   {pairs} pairs in {root / 'preferences.jsonl'}")
 

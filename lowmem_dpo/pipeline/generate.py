@@ -39,7 +39,7 @@ def generate(config: GenerateConfig) -> None:
     if source.device.type == "cpu" and size.is_large_for_a_cpu:
         say(f"{size.total / 1e9:.1f}B parameters on a CPU: an answer takes minutes")
 
-    policy = load_policy(source, config)
+    policy = load_policy(config, source=source)
     network = policy.model.network
     answers: dict[str, Callable[[], AbstractContextManager[None]]]
     answers = {"adapter" if policy.init_adapter else "base": nullcontext}

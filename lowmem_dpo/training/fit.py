@@ -96,7 +96,9 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
         f"model: {source.base}, {source.config.model_type}, computing in {dtype} on {source.device}"
     )
     template = build_renderer(source.tokenizer, config).template
-    policy = load_policy(source, config, config, config, seed=config.seed, chat_template=template)
+    policy = load_policy(
+        config, config, config, source=source, seed=config.seed, chat_template=template
+    )
     say(storage_table(policy.model.storage))
     if checkpoint is not None:
         check_resumable(checkpoint, {"model_digest": policy.digest})

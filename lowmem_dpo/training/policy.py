@@ -1,7 +1,7 @@
 """The policy: a base in memory with its adapter, ready to score, to train or to answer.
 
-Two calls make it, for every verb alike: `read_source` finds and checks all that needs no weights,
-`load_policy` reads the weights and gives them their adapter.
+`load_policy` makes it, for every verb alike. Who needs to know the model before its weights are
+read calls `read_source` first.
 """
 
 import contextlib
@@ -237,22 +237,24 @@ def _cpu_name() -> str:
 
 
 def load_policy(
-    source: Source,
     settings: ModelSettings,
     adapter: AdapterSettings | None = None,
     memory: MemorySettings | None = None,
     *,
+    source: Source | None = None,
+    init_adapter: str | None = None,
     seed: int = 0,
     chat_template: str | None = None,
 ) -> Policy:
     """Load the base and give it its adapter.
 
     Args:
-        source: From `read_source`.
         settings: The model.
         adapter: The adapter to train; None for what only answers, with the starting adapter if
             there is one.
         memory: What the user decided of memory; by default nothing.
+        source: From `read_source`, where that was called before.
+        init_adapter: PEFT adapter folder to start from, where it was not.
         seed: Of a new adapter's A matrices.
         chat_template: Jinja text to save with the adapter.
 
@@ -260,6 +262,7 @@ def load_policy(
         ValueError: If the model cannot be read or trained.
     """
     memory = memory or MemorySettings()
+    source = source or read_source(settings, memory, init_adapter=init_adapter)
     spec = _adapter_spec(adapter, source.init_adapter)
     model = load_model(
         source.base,

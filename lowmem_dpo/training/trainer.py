@@ -10,7 +10,7 @@ from lowmem_dpo.model.generation import generate_text, position_warning
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.groups import SamplingSettings
 from lowmem_dpo.training.fit import StepCallback, TrainResult, fit, precompute
-from lowmem_dpo.training.policy import Policy, load_policy, read_source
+from lowmem_dpo.training.policy import Policy, load_policy
 from lowmem_dpo.weights.folders import ADAPTER_CONFIG_FILE
 
 
@@ -75,13 +75,7 @@ class Trainer:
         if (Path(model) / ADAPTER_CONFIG_FILE).is_file():
             model = str(directory)
         settings = replace(self.config, model=model)
-        source = read_source(
-            settings,
-            settings,
-            init_adapter=str(directory),
-            max_length=settings.max_length,
-        )
-        self.policy = load_policy(source, settings, memory=settings)
+        self.policy = load_policy(settings, memory=settings, init_adapter=str(directory))
         return self
 
     def generate(self, prompt: str, **sampling: Any) -> str:

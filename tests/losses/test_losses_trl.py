@@ -18,8 +18,8 @@ from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.packs.packing import Pack, pack_trees
 from lowmem_dpo.packs.trees import build_tree
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.training.gradients import pair_logps
 from lowmem_dpo.training.metrics import PairStats
-from lowmem_dpo.training.objective import pair_logps
 
 trl = pytest.importorskip("trl", reason="needs TRL to compare with")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -126,9 +126,9 @@ def our_loss(
     """Our loss of a step in one pack, and what we log."""
     objective = Objective.of(config)
     of = None if reference is None else SimpleNamespace(of=lambda pack: reference)
-    pairs = pair_logps(SimpleNamespace(objective=objective, reference=of), pack, policy)
-    losses, stats = objective.pair_losses(pairs), PairStats()
-    stats.add(pairs, losses, objective)
+    pairs = pair_logps(policy, pack, objective, of)
+    losses, stats = objective.pair_losses(pairs), PairStats(objective)
+    stats.add(pairs, losses)
     return losses.mean(), stats.means()
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.batches import Schedule, warn_of_late_settings
+from lowmem_dpo.training.batches import Batches, warn_of_late_settings
 
 EVALUATED = {"eval_fraction": 0.1}
 PATIENT = {**EVALUATED, "eval_steps": 2, "early_stopping_patience": 4}
@@ -9,7 +9,7 @@ PATIENT = {**EVALUATED, "eval_steps": 2, "early_stopping_patience": 4}
 
 def said(capsys, **settings) -> str:
     config = TrainConfig(batch_size=1, **settings)
-    warn_of_late_settings(config, Schedule.of(config, 10))
+    warn_of_late_settings(config, config.warmup_steps, Batches.of(config, 10))
     printed = capsys.readouterr()
     return " ".join((printed.out + printed.err).split())
 
@@ -42,6 +42,6 @@ def test_warn_of_late_settings_is_silent_about_the_defaults(capsys):
 @pytest.mark.parametrize(
     ("epochs", "steps"), [(1.1, 110), (1.101, 111), (0.07, 7), (2.0, 200), (0.001, 1)]
 )
-def test_schedule_takes_no_step_for_rounding(epochs, steps):
+def test_batches_take_no_step_for_rounding(epochs, steps):
     config = TrainConfig(batch_size=4, num_train_epochs=epochs)
-    assert Schedule.of(config, 400).num_steps == steps
+    assert Batches.of(config, 400).num_steps == steps

@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from lowmem_dpo.cli import main
-from lowmem_dpo.model import size
+from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.packs.trees import Tree
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.training.batches import Batches
 from lowmem_dpo.training.forecast import forward_tokens, matmul_rate
+from lowmem_dpo.training.pairs import Pairs
+from lowmem_dpo.weights import size
 
 PAIRS = [
     Tree(0, (1,) * 50, (2,) * 25, (3,) * 25, 50, 50),
@@ -17,7 +20,9 @@ PAIRS = [
 
 def tokens(evaluation=(), only_reference=False, **settings) -> int:
     config = TrainConfig(**{"batch_size": 1, **settings})
-    return forward_tokens(config, PAIRS, evaluation, only_reference=only_reference)
+    pairs = Pairs(PAIRS, list(evaluation), "", {})
+    batches = Batches.of(config, len(PAIRS))
+    return forward_tokens(pairs, batches, Objective.of(config), trains=not only_reference)
 
 
 def test_forward_tokens_counts_the_reference_once_and_three_passes_a_step():
@@ -45,7 +50,7 @@ def large(monkeypatch):
     def read(*args, **kwargs):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("lowmem_dpo.training.setup.load_policy", read)
+    monkeypatch.setattr("lowmem_dpo.training.fit.load_policy", read)
 
 
 @pytest.mark.parametrize("verb", ["train", "precompute"])

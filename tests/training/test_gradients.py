@@ -4,16 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem_dpo.training.objective import pair_logps
-from lowmem_dpo.training.setup import Run
 
-from lowmem_dpo.losses.pairs import join_pairs
+from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.losses.pairs import PairLogps, join_pairs
 from lowmem_dpo.losses.types import LOSS_TYPES
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.model.scoring import score
-from lowmem_dpo.packs.packing import pack_trees
-from lowmem_dpo.training import loop, objective
+from lowmem_dpo.packs.packing import Pack, pack_trees
+from lowmem_dpo.settings.groups import LossSettings
+from lowmem_dpo.training import gradients
+from lowmem_dpo.training.gradients import pair_logps
 from lowmem_dpo.training.loop import evaluate
+from lowmem_dpo.training.run import Run
 from lowmem_dpo.training.trainer import Trainer
 from tests.conftest import random_pairs
 from tests.training.conftest import read_metrics, read_record, write_rows
@@ -31,10 +33,15 @@ from tests.training.test_identities import (
 pytestmark = pytest.mark.usefixtures("without_plots")
 
 
+def summed(run: Run, pack: Pack) -> PairLogps:
+    """The sums of a pack's pairs."""
+    return pair_logps(score(run.policy.model, pack), pack, run.objective, run.reference)
+
+
 def whole_step_gradients(run: Run) -> dict[str, torch.Tensor]:
     """Autograd through the whole step at once, all packs in one graph."""
     packs = pack_trees(run.pairs.train, run.pack_tokens)
-    pairs = join_pairs([pair_logps(run, pack, score(run.policy.model, pack)) for pack in packs])
+    pairs = join_pairs([summed(run, pack) for pack in packs])
     run.objective.pair_losses(pairs).mean().backward()
     parameters = lora_parameters(run.policy.model.network)
     gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
@@ -68,21 +75,20 @@ def test_coupled_step_draws_the_dropout_of_its_first_pass_again(prepare, monkeyp
         lora_dropout=0.5,
         learning_rate=1e-9,
     )
-    passes: dict[Any, list[torch.Tensor]] = {loop: [], objective: []}
+    passes: list[torch.Tensor] = []
 
-    def record(module: Any) -> None:
-        def recorded(*arguments: Any) -> Any:
-            pairs = pair_logps(*arguments)
-            passes[module].append(pairs.policy_chosen.detach())
-            return pairs
+    def recorded(*arguments: Any) -> Any:
+        pairs = pair_logps(*arguments)
+        passes.append(pairs.policy_chosen.detach())
+        return pairs
 
-        monkeypatch.setattr(module, "pair_logps", recorded)
-
-    record(loop)
-    record(objective)
+    monkeypatch.setattr(gradients, "pair_logps", recorded)
     torch.manual_seed(0)
     take_steps(run, learning_rate=0.0)
-    first, second = torch.cat(passes[objective]), torch.cat(passes[loop])
+    assert len(passes) % 2 == 0  # all packs without gradient, then all of them with
+    first, second = (
+        torch.cat(half) for half in (passes[: len(passes) // 2], passes[len(passes) // 2 :])
+    )
     assert len(first) == 6 and torch.equal(first, second)
     assert not torch.equal(first, join_reference(run))
 
@@ -91,7 +97,7 @@ def join_reference(run: Run) -> torch.Tensor:
     """The chosen sums without dropout."""
     packs = pack_trees(run.pairs.train, run.pack_tokens)
     with torch.no_grad():
-        blocks = [pair_logps(run, pack, score(run.policy.model, pack)) for pack in packs]
+        blocks = [summed(run, pack) for pack in packs]
     return join_pairs(blocks).policy_chosen
 
 
@@ -107,8 +113,8 @@ def test_evaluate_sorts_all_held_out_pairs_whatever_the_packs(prepare, tmp_path)
         )
         take_steps(run, learning_rate=0.05)
         losses.append(evaluate(run, run.pairs.evaluation)["eval_loss"])
-        alone = replace(run.config, loss_type="sigmoid")
-        assert losses[-1] != evaluate(replace(run, config=alone), run.pairs.evaluation)["eval_loss"]
+        alone = replace(run, objective=Objective.of(LossSettings()))
+        assert losses[-1] != evaluate(alone, run.pairs.evaluation)["eval_loss"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -120,9 +126,8 @@ def test_pair_logps_weigh_the_tails_of_policy_and_reference():
     pack = pack_trees([build_tree(TokenPair(1, (0, 1, 5, 6, 7, 8), (0, 1, 5, 9), 2, 2))], 64)[0]
     policy = -torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])  # 5 | 6 7 8 | 9
     reference = 10 * policy
-    config = SimpleNamespace(ld_alpha=0.5)
-    run = SimpleNamespace(config=config, reference=SimpleNamespace(of=lambda pack: reference))
-    pairs = pair_logps(run, pack, policy)
+    objective = Objective.of(LossSettings(ld_alpha=0.5))
+    pairs = pair_logps(policy, pack, objective, SimpleNamespace(of=lambda pack: reference))
     assert pairs.policy_chosen.tolist() == [-(1 + 2 + 0.5 * (4 + 8))]
     assert pairs.policy_rejected.tolist() == [-(1 + 16)]
     assert pairs.reference_chosen.tolist() == [-90.0]

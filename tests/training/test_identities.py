@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lowmem_dpo.training.setup import Run, prepare_run
 from torch import Tensor
 
 from lowmem_dpo.data.encoding import TokenPair
@@ -26,13 +25,14 @@ from lowmem_dpo.packs.packing import pack_trees, sequence_logps
 from lowmem_dpo.packs.trees import Tree, build_tree, scored
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.batches import Schedule
+from lowmem_dpo.training import fit
 from lowmem_dpo.training.loop import evaluate, train_steps
 from lowmem_dpo.training.metrics import PER_PAIR, Metrics
-from lowmem_dpo.training.policy import load_policy
+from lowmem_dpo.training.run import Run
 from lowmem_dpo.training.trainer import Trainer
 from lowmem_dpo.weights.adapters import save_adapter
 from tests.conftest import random_pairs
+from tests.policies import policy_for
 from tests.tiny import tiny_model
 from tests.training.conftest import read_metrics, read_record, write_rows
 
@@ -66,7 +66,7 @@ def config_for(model: Path, output: Path, **settings: Any) -> TrainConfig:
 @pytest.fixture
 def adapter(llama_dir: Path, tmp_path: Path) -> Path:
     """An adapter that changes the model and whose every matrix gets a gradient."""
-    policy = load_policy(config_for(llama_dir, tmp_path))
+    policy = policy_for(config_for(llama_dir, tmp_path))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in lora_parameters(policy.model.network).items():
         if name.endswith("lora_b"):
@@ -84,7 +84,7 @@ def prepare(llama_dir: Path, adapter: Path, tmp_path: Path) -> Callable[..., Run
     def prepared(rows: list[Row], **settings: Any) -> Run:
         data = write_rows(tmp_path / "pairs.jsonl", rows)
         settings = {"batch_size": len(rows), "init_adapter": str(adapter)} | settings
-        return prepare_run(config_for(llama_dir, tmp_path / "out", **settings), str(data))
+        return fit.prepare(config_for(llama_dir, tmp_path / "out", data=str(data), **settings))
 
     return prepared
 
@@ -94,13 +94,12 @@ def take_steps(run: Run, *, first_step: int = 0, learning_rate: float = 1.0) -> 
     optimizer = torch.optim.SGD(lora_parameters(run.policy.model.network).values(), learning_rate)
     state = TrainingState(
         optimizer=optimizer,
-        schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         device=torch.device("cpu"),
         step=first_step,
     )
-    schedule = Schedule.of(run.config, len(run.pairs.train))
-    return [result.metrics for result in train_steps(run, state, schedule)]
+    return [result.metrics for result in train_steps(run, state, max_grad_norm=0.0)]
 
 
 def step_gradients(run: Run, **options: Any) -> Gradients:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lowmem_dpo.records.checkpoints import TrainingState
-from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.loop import _update
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
@@ -21,13 +20,13 @@ def update(
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     state = TrainingState(
         optimizer=optimizer,
-        schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
         scaler=torch.amp.GradScaler("cpu", init_scale=START_SCALE, enabled=scaled),
         device=torch.device("cpu"),
         num_skipped_in_a_row=1,
     )
     state.scaler.scale(torch.ones(1))  # as of the step's loss
-    metrics = _update(TrainConfig(), state, {"x.lora_b": parameter}, loss, bad_rows, [1, 2])
+    metrics = _update(state, {"x.lora_b": parameter}, 1.0, loss, bad_rows, [1, 2])
     return metrics, state, parameter.item() != 1.0
 
 
@@ -44,7 +43,7 @@ def test_update_skips_a_loss_that_is_not_finite_whatever_the_gradient(loss, bad_
     metrics, state, moved = update(grad=0.5, loss=loss, bad_rows=bad_rows, scaled=scaled)
     assert not moved and metrics == {"skipped_steps": 1}
     assert state.num_skipped_in_a_row == 2
-    assert state.schedule.last_epoch == 1  # the learning rate moves on as planned
+    assert state.lr_scheduler.last_epoch == 1  # the learning rate moves on as planned
 
 
 def test_update_leaves_float16_overflow_to_the_scaler(capsys):

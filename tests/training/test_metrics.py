@@ -1,6 +1,7 @@
 import pytest
 
-from lowmem_dpo.training.metrics import PER_PAIR, mean_metrics, read_metrics
+from lowmem_dpo.records.folder import read_metrics
+from lowmem_dpo.training.metrics import PER_PAIR, mean_metrics
 
 
 def step(number, loss, num_pairs, **others):

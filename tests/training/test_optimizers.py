@@ -1,16 +1,21 @@
 import pytest
 import torch
 
-from lowmem_dpo.records.checkpoints import TrainingState, load_checkpoint, save_checkpoint
+from lowmem_dpo.records.checkpoints import (
+    TrainingState,
+    load_checkpoint,
+    page_state,
+    save_checkpoint,
+)
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.optimizers import make_optimizer, make_schedule, page_state
+from lowmem_dpo.training.optimizers import make_lr_scheduler, make_optimizer
 
 
 def rates(num_steps: int, **settings) -> list[float]:
     """The learning rate of every step, over the peak."""
     config = TrainConfig(learning_rate=1e-3, **settings)
     optimizer = make_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
-    schedule = make_schedule(config, optimizer, num_steps)
+    schedule = make_lr_scheduler(config, optimizer, num_steps)
     seen = []
     for _ in range(num_steps):
         seen.append(schedule.get_last_lr()[0] / config.learning_rate)
@@ -19,14 +24,14 @@ def rates(num_steps: int, **settings) -> list[float]:
     return seen
 
 
-def test_make_schedule_warms_up_over_the_steps_or_the_share_asked_for():
+def test_make_lr_scheduler_warms_up_over_the_steps_or_the_share_asked_for():
     linear = {"lr_scheduler_type": "constant_with_warmup"}
     assert rates(10, warmup_steps=4, **linear) == pytest.approx([0, 0.25, 0.5, 0.75] + [1] * 6)
     assert rates(10, warmup_ratio=0.2, **linear) == pytest.approx([0, 0.5] + [1] * 8)
     assert rates(10, warmup_steps=0, **linear) == [1] * 10
 
 
-def test_make_schedule_leaves_a_last_step_that_trains():
+def test_make_lr_scheduler_leaves_a_last_step_that_trains():
     assert rates(3, warmup_steps=50, lr_scheduler_type="constant_with_warmup")[-1] == 1
 
 
@@ -68,7 +73,7 @@ def test_paged_moments_go_on_as_before_and_are_paged_again_after_a_checkpoint(tm
     def start(values: torch.Tensor) -> tuple[torch.nn.Parameter, TrainingState]:
         parameter = torch.nn.Parameter(values.clone())
         optimizer = make_optimizer(TrainConfig(optim="paged_adamw_8bit"), [parameter])
-        schedule = make_schedule(TrainConfig(), optimizer, 10)
+        schedule = make_lr_scheduler(TrainConfig(), optimizer, 10)
         scaler = torch.amp.GradScaler("cuda", enabled=False)
         return parameter, TrainingState(optimizer, schedule, scaler, parameter.device)
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.policy import load_policy
 from lowmem_dpo.training.trainer import Trainer
 from lowmem_dpo.weights.adapters import ADAPTER_WEIGHTS_FILE, save_adapter
 from tests.conftest import random_pairs
+from tests.policies import policy_for
 from tests.tiny import save_tiny_model
 from tests.training.conftest import read_metrics, read_record, write_rows
 
@@ -110,7 +110,7 @@ def starts(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 def save_starts(model: Path, directory: Path) -> dict[str, Path]:
     """Adapter folders: the one that a run with our default seed starts from, and a trained one."""
-    policy = load_policy(config_for(model, directory / "unused"))
+    policy = policy_for(config_for(model, directory / "unused"))
 
     def save(name: str) -> Path:
         save_adapter(
