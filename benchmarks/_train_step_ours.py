@@ -4,26 +4,23 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from _common import StepClock, peak_mib, reset_peak
 from _random_models import random_model
 
-from lowmem_dpo.data.encoding import TokenPair
 from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
-from lowmem_dpo.model.lora import LoraLinear, lora_parameters
-from lowmem_dpo.model.scoring import score
-from lowmem_dpo.packs.packing import pack_trees
-from lowmem_dpo.packs.trees import build_tree
+from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.model.language_model import LanguageModel
+from lowmem_dpo.model.lora import LoraLinear
+from lowmem_dpo.packs.trees import TokenPair, build_tree
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.batches import Schedule
-from lowmem_dpo.records.checkpoints import TrainingState
+from lowmem_dpo.training.batches import Batches
 from lowmem_dpo.training.loop import train_steps
-from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
-from lowmem_dpo.training.policy import Policy, make_policy
-from lowmem_dpo.training.setup import Pairs, Run, plan_pack_tokens, score_reference
-from lowmem_dpo.weights.adapters import AdapterSettings
-from lowmem_dpo.weights.loading import LoadedModel
+from lowmem_dpo.training.optimizers import new_state
+from lowmem_dpo.training.pairs import Pairs
+from lowmem_dpo.training.policy import Policy, prepare_model
+from lowmem_dpo.training.run import Run, plan_pack_tokens, score_reference
+from lowmem_dpo.weights.adapters import AdapterSpec
 
 
 def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> dict[str, Any]:
@@ -51,20 +48,19 @@ def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> d
     )
     policy = random_policy(options, config)
     trees = [build_tree(pair) for pair in pairs]
-    dpo_run = Run(config, policy, Pairs(trees, [], "", {}), pack_tokens=0, self_check_rms=0.0)
     cache = ReferenceCache(scratch, policy.identity)
-    dpo_run.pack_tokens = plan_pack_tokens(config, policy, dpo_run.pairs, cache)
-    dpo_run.reference = score_reference(dpo_run, cache)
-    schedule = Schedule.of(config, len(pairs))
-    optimizer = make_optimizer(config, lora_parameters(policy.model.network).values())
-    scaler = torch.amp.GradScaler(options.device.type, enabled=policy.model.dtype == torch.float16)
-    rates = make_schedule(config, optimizer, schedule.num_steps)
-    state = TrainingState(optimizer, rates, scaler, options.device)
+    sizes = {"batch_size": len(trees), "seed": config.seed}
+    pack_tokens = plan_pack_tokens(trees, policy, cache, **sizes)
+    reference = score_reference(trees, policy, cache, pack_tokens)
+    batches, objective = Batches.of(config, len(trees)), Objective.of(config)
+    data = Pairs(trees, [], "", {})
+    dpo_run = Run(policy, data, batches, objective, pack_tokens, 0.0, reference)
+    state = new_state(config, policy.model, batches.num_steps)
 
     clock, metrics = StepClock(options.device), []
     reset_peak(options.device)
     clock.start()
-    for result in train_steps(dpo_run, state, schedule):
+    for result in train_steps(dpo_run, state, config.max_grad_norm):
         clock.stop()
         metrics.append(result.metrics)
         clock.start()
@@ -72,9 +68,7 @@ def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> d
 
     reference_clock = StepClock(options.device)
     reference_clock.start()
-    with torch.no_grad():
-        for pack in pack_trees(trees, dpo_run.pack_tokens):
-            score(policy.model, pack)
+    score_reference(trees, policy, ReferenceCache(scratch / "again", {}), pack_tokens)
     reference_clock.stop()
     return {
         "steps_ms": clock.steps_ms,
@@ -93,14 +87,6 @@ def random_policy(options: argparse.Namespace, config: TrainConfig) -> Policy:
         dtype=options.dtype,
         device=options.device,
     )
-    adapter = AdapterSettings(config.lora_r, config.lora_alpha, 0.0, "all", rank_stabilised=False)
-    loaded = LoadedModel(model, storage=[], identity="random")
-    return make_policy(
-        loaded,
-        byte_tokenizer(),
-        adapter,
-        options.device,
-        options.dtype,
-        seed=config.seed,
-        layer_inputs=config.layer_inputs,
-    )
+    adapter = AdapterSpec(config.lora_r, config.lora_alpha, 0.0, "all", rank_stabilised=False)
+    model = prepare_model(LanguageModel(model, identity="random"), adapter, seed=config.seed)
+    return Policy(model, byte_tokenizer(), adapter, "random", None, {})

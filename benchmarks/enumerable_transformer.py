@@ -15,29 +15,33 @@ import itertools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from lowmem_dpo.training.setup import Pairs, Run, score_reference
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lowmem_dpo.data.encoding import TokenPair
-from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.model.scoring import attention
 from lowmem_dpo.packs.trees import Tree, build_tree
 from lowmem_dpo.reference.cache import ReferenceCache
-from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.batches import Schedule
-from lowmem_dpo.records.checkpoints import TrainingState
+from lowmem_dpo.settings.groups import (
+    AdapterSettings,
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+)
+from lowmem_dpo.training.batches import Batches
 from lowmem_dpo.training.loop import train_steps
-from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
-from lowmem_dpo.training.policy import Policy, make_policy
-from lowmem_dpo.weights.adapters import AdapterSettings
+from lowmem_dpo.training.optimizers import new_state
+from lowmem_dpo.training.pairs import Pairs
+from lowmem_dpo.training.policy import Policy, Source, load_policy
+from lowmem_dpo.training.run import Run, score_reference
 from lowmem_dpo.weights.folders import load_config
-from lowmem_dpo.weights.loading import load_model
 
+PACK_TOKENS = 1024
 VOCABULARY, LENGTH, BETA = 8, 4, 1.0
 CPU = torch.device("cpu")
 
@@ -105,15 +109,10 @@ def save_reference(directory: Path, steps: int) -> None:
 
 def load(directory: Path, *, rank: int, quantization: Any) -> Policy:
     """The saved model with a new adapter on every linear, computing in fp32."""
-    loaded = load_model(
-        str(directory),
-        config=load_config(str(directory)),
-        quantization=quantization,
-        dtype=torch.float32,
-        device=CPU,
-    )
-    adapter = AdapterSettings(rank, float(rank), 0.0, "all", False)
-    return make_policy(loaded, None, adapter, CPU, torch.float32, seed=0, layer_inputs="device")  # type: ignore[arg-type]
+    config, no_tokenizer = load_config(str(directory)), cast(PreTrainedTokenizerBase, None)
+    source = Source(str(directory), None, config, no_tokenizer, CPU, torch.float32)
+    adapter = AdapterSettings(lora_r=rank, lora_alpha=float(rank))
+    return load_policy(ModelSettings(quantization=quantization), adapter, source=source)
 
 
 @torch.no_grad()
@@ -121,7 +120,7 @@ def answer_logps(policy: Policy, ids: Tensor) -> Tensor:
     """[4096] log-prob of every answer, in float64 from the hidden states on."""
     with attention(policy.model, policy.model.plain_attention):
         hidden = policy.model.backbone(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-    logps = F.log_softmax((hidden @ policy.model.lm_head_weight.T).double(), dim=-1)
+    logps = F.log_softmax((hidden @ policy.model.head_weight.T).double(), dim=-1)
     return logps.gather(-1, ids[:, 1:, None])[..., 0].sum(1)
 
 
@@ -152,16 +151,12 @@ def train_and_compare(
     batch_size: int = 64,
 ) -> Outcome:
     """Train one pass over new pairs with the project's loop and hold the policy against pi*."""
-    config = TrainConfig(
-        model=str(directory),
-        beta=BETA,
+    settings = OptimizerSettings(
         learning_rate=learning_rate,
         batch_size=batch_size,
         warmup_ratio=0.05,
         max_grad_norm=0.0,
         adam_beta2=0.99,
-        dtype="float32",
-        device="cpu",
     )
     policy, ids = load(directory, rank=rank, quantization=quantization), all_answers()
     reference = answer_logps(policy, ids)
@@ -170,17 +165,15 @@ def train_and_compare(
     )
     rewards = 0.7 * table[torch.arange(LENGTH), ids[:, 1:]].sum(1)
     trees = draw_pairs(reference, rewards, ids, pairs)
-    run = Run(config, policy, Pairs(trees, [], "", {}), pack_tokens=1024, self_check_rms=0.0)
-    run.reference = score_reference(run, ReferenceCache(cache, {"rank": rank, "q": quantization}))
-    schedule = Schedule.of(config, len(trees))
-    optimizer = make_optimizer(config, lora_parameters(policy.model.network).values())
-    state = TrainingState(
-        optimizer,
-        make_schedule(config, optimizer, schedule.num_steps),
-        torch.amp.GradScaler("cpu", enabled=False),
-        CPU,
+    data = Pairs(trees, [], "", {})
+    batches = Batches.of(settings, len(trees))
+    score = score_reference(
+        trees, policy, ReferenceCache(cache, {"rank": rank, "q": quantization}), PACK_TOKENS
     )
-    for _ in train_steps(run, state, schedule):
+    objective = Objective.of(LossSettings(beta=BETA))
+    run = Run(policy, data, batches, objective, PACK_TOKENS, 0.0, score)
+    state = new_state(settings, policy.model, batches.num_steps)
+    for _ in train_steps(run, state, settings.max_grad_norm):
         pass
     return compare(answer_logps(policy, ids), reference, rewards)
 

@@ -16,7 +16,7 @@ from lowmem_dpo.data.rendering import build_renderer
 from lowmem_dpo.losses.checks import unusual_values
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.model.lora import lora_parameters
-from lowmem_dpo.records.checkpoints import TrainingState, load_checkpoint, read_record
+from lowmem_dpo.records.checkpoints import load_checkpoint, read_record
 from lowmem_dpo.records.folder import RunFolder, check_resumable, resume_facts
 from lowmem_dpo.records.trackers import Trackers, check_installed
 from lowmem_dpo.reference.cache import ReferenceCache
@@ -27,7 +27,7 @@ from lowmem_dpo.training.batches import Batches, warn_of_few_steps, warn_of_late
 from lowmem_dpo.training.forecast import check_cpu_time, forward_tokens
 from lowmem_dpo.training.health import check_adapter_moves
 from lowmem_dpo.training.loop import StepResult, predicted_fill, train_steps
-from lowmem_dpo.training.optimizers import check_optimizer, make_lr_scheduler, make_optimizer
+from lowmem_dpo.training.optimizers import check_optimizer, new_state
 from lowmem_dpo.training.pairs import check_token_ids, load_pairs
 from lowmem_dpo.training.policy import Policy, cache_directory, load_policy, read_source
 from lowmem_dpo.training.recorder import Recorder, leave_later_steps
@@ -178,16 +178,7 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
             "planned_pack_tokens": run.pack_tokens,
         }
 
-        parameters = lora_parameters(policy.model.network)
-        optimizer = make_optimizer(config, parameters.values())
-        state = TrainingState(
-            optimizer,
-            make_lr_scheduler(config, optimizer, run.batches.num_steps),
-            torch.amp.GradScaler(
-                policy.model.device.type, enabled=policy.model.dtype == torch.float16
-            ),
-            policy.model.device,
-        )
+        state = new_state(config, policy.model, run.batches.num_steps)
         if checkpoint is not None:
             load_adapter(policy.model.network, checkpoint)
             load_checkpoint(checkpoint, state)
@@ -214,15 +205,17 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
             with Interrupt() as interrupt, bar:
                 steps = train_steps(run, state, config.max_grad_norm)
                 for result in steps if not recorder.stops_early else ():  # a resumed run's
-                    is_last = recorder.record(result, bar, interrupted=interrupt.requested)
+                    is_last = recorder.record(result, bar)
+                    if stops_here := interrupt.requested:
+                        recorder.save()
                     for callback in callbacks:
                         callback(result)
-                    if interrupt.requested:
+                    if stops_here:
                         say(f"interrupted after step {result.step}; go on with --resume auto")
                         raise KeyboardInterrupt
                     if is_last:
                         break
-                check_adapter_moves(parameters, state.step)
+                check_adapter_moves(recorder.parameters, state.step)
                 adapter = recorder.finish()
         finally:
             trackers.finish()

@@ -9,7 +9,25 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from lowmem_dpo.model.language_model import LanguageModel
+from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.settings.groups import OptimizerSettings
+
+
+def new_state(settings: OptimizerSettings, model: LanguageModel, num_steps: int) -> TrainingState:
+    """The moving parts of a run at its start.
+
+    Args:
+        settings: Of the optimizer.
+        model: Whose adapter is trained.
+        num_steps: Optimizer steps of the run.
+    """
+    optimizer = make_optimizer(settings, lora_parameters(model.network).values())
+    lr_scheduler = make_lr_scheduler(settings, optimizer, num_steps)
+    is_scaled = model.dtype == torch.float16
+    scaler = torch.amp.GradScaler(model.device.type, enabled=is_scaled)
+    return TrainingState(optimizer, lr_scheduler, scaler, model.device)
 
 
 def make_optimizer(

@@ -50,7 +50,7 @@ class Recorder:
         self.run, self.state, self.folder, self.trackers = run, state, folder, trackers
         self.settings, self.facts = settings, facts
         self.parameters = lora_parameters(run.policy.model.network)
-        self.num_steps = run.batches.num_steps
+        self.num_steps, self.saved_step = run.batches.num_steps, state.step
         few = self.num_steps < FEW_STEPS_TO_LOG_ALL
         self.logging_steps = settings.logging_steps or (1 if few else 10)
         self.eval_steps = settings.eval_steps or run.batches.steps_per_epoch
@@ -61,13 +61,12 @@ class Recorder:
         patience = self.settings.early_stopping_patience
         return patience is not None and self.state.num_evaluations_without_improvement >= patience
 
-    def record(self, result: StepResult, bar: ProgressBar, *, interrupted: bool) -> bool:
+    def record(self, result: StepResult, bar: ProgressBar) -> bool:
         """Write what is due after a step.
 
         Args:
             result: Of the step.
             bar: Advanced by one.
-            interrupted: Whether the run ends here to be resumed: what it has is saved.
 
         Returns:
             Whether this was the last step.
@@ -85,12 +84,19 @@ class Recorder:
             is_last = is_last or self.stops_early
         if is_last and self.state.unlogged:
             self._log(bar)
-        if self._is_save_step(step, is_last) or interrupted:
-            check_weights_finite(self.parameters, step)
-            checkpoints = self.folder.checkpoints
-            save_checkpoint(checkpoints, self.state, self.run.policy.save, self.facts)
-            prune_checkpoints(checkpoints, self.settings.keep_checkpoints)
+        if self._is_save_step(step, is_last):
+            self.save()
         return is_last
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this step has one."""
+        if self.saved_step == self.state.step:
+            return
+        check_weights_finite(self.parameters, self.state.step)
+        checkpoints = self.folder.checkpoints
+        save_checkpoint(checkpoints, self.state, self.run.policy.save, self.facts)
+        prune_checkpoints(checkpoints, self.settings.keep_checkpoints)
+        self.saved_step = self.state.step
 
     def finish(self) -> Path:
         """Write the last adapter, best/ where no evaluation did, and the plots.

@@ -23,7 +23,7 @@ def new_state(**changes) -> TrainingState:
     optimizer.step()
     return TrainingState(
         optimizer=optimizer,
-        schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         device=torch.device("cpu"),
         **changes,

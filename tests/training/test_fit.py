@@ -14,7 +14,7 @@ from lowmem_dpo.cli import main
 from lowmem_dpo.records.checkpoints import list_checkpoints, load_checkpoint
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.stopping import RunStopped
-from lowmem_dpo.training import fit, loop, objective
+from lowmem_dpo.training import fit, gradients, loop, recorder
 from lowmem_dpo.training.trainer import Trainer
 from tests.training.conftest import read_metrics, read_record
 
@@ -39,15 +39,15 @@ def config(llama_dir, pairs_file, tmp_path) -> TrainConfig:
 
 def poison(monkeypatch, *rows: int) -> None:
     """Let the policy's log-probs of some pairs be NaN in training."""
-    pair_logps = loop.pair_logps
+    pair_logps = gradients.pair_logps
 
-    def poisoned(run, pack, logps):
-        pairs = pair_logps(run, pack, logps)
+    def poisoned(logps, pack, *arguments):
+        pairs = pair_logps(logps, pack, *arguments)
         factor = torch.tensor([math.nan if tree.row in rows else 1.0 for tree in pack.trees])
         return replace(pairs, policy_chosen=pairs.policy_chosen * factor)
 
-    monkeypatch.setattr(loop, "pair_logps", poisoned)
-    monkeypatch.setattr(objective, "pair_logps", poisoned)
+    for module in (gradients, loop):
+        monkeypatch.setattr(module, "pair_logps", poisoned)
 
 
 def weights(output: Path, step: int) -> bytes:
@@ -59,7 +59,7 @@ def moments(output: Path, step: int) -> list[torch.Tensor]:
     parameter = [torch.nn.Parameter(torch.zeros(1)) for _ in range(28)]
     state = types.SimpleNamespace(
         optimizer=torch.optim.AdamW(parameter),
-        schedule=types.SimpleNamespace(load_state_dict=lambda state: None),
+        lr_scheduler=types.SimpleNamespace(load_state_dict=lambda state: None),
         scaler=types.SimpleNamespace(load_state_dict=lambda state: None),
         device=torch.device("cpu"),
     )
@@ -140,8 +140,8 @@ def test_a_non_finite_gradient_names_the_step_and_leaves_the_adapter(config, mon
 def test_an_adapter_that_is_not_finite_is_never_saved(config, monkeypatch):
     update = loop._update
 
-    def then_poisoned(config, state, parameters, *arguments):
-        result = update(config, state, parameters, *arguments)
+    def then_poisoned(state, parameters, *arguments):
+        result = update(state, parameters, *arguments)
         if state.step == 1:  # of the second step
             next(iter(parameters.values())).data[0, 0] = math.nan
         return result
@@ -195,7 +195,7 @@ def evaluations(monkeypatch, *losses: float) -> None:
     def evaluate(run, trees):
         return {"eval_loss": next(left), **dict.fromkeys(names, 0.5)}
 
-    monkeypatch.setattr(fit, "evaluate", evaluate)
+    monkeypatch.setattr(recorder, "evaluate", evaluate)
 
 
 def early(config: TrainConfig, **settings) -> TrainConfig:
@@ -267,7 +267,7 @@ def words(config: TrainConfig) -> list[str]:
 def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_serves(
     config, monkeypatch, capsys, tmp_path
 ):
-    save_checkpoint = fit.save_checkpoint
+    save_checkpoint = recorder.save_checkpoint
 
     def filling(directory, state, save_adapter, facts):
         def then_full(folder):
@@ -277,14 +277,14 @@ def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_serves(
 
         save_checkpoint(directory, state, then_full, facts)
 
-    monkeypatch.setattr(fit, "save_checkpoint", filling)
+    monkeypatch.setattr(recorder, "save_checkpoint", filling)
     assert main(words(config)) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
     assert "No space left on device; free some space and run again with --resume auto" in line
     output = Path(config.output_dir)
     names = sorted(path.name for path in (output / "checkpoints").iterdir())
     assert names == ["step-000001", "step-000002"]
-    monkeypatch.setattr(fit, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(recorder, "save_checkpoint", save_checkpoint)
     assert main([*words(config), "--resume", "auto"]) == 0
     fresh = replace(config, output_dir=str(tmp_path / "fresh"))
     assert main(words(fresh)) == 0
@@ -311,7 +311,7 @@ def test_plots_that_cannot_be_drawn_do_not_cost_the_run(config, monkeypatch, cap
     def full(*paths):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fit, "draw_plots", full)
+    monkeypatch.setattr(recorder, "draw_plots", full)
     result = Trainer(replace(config, max_steps=1)).fit()
     assert "plots could not be drawn" in capsys.readouterr().out
     assert read_record(result.output_dir)["finished"]

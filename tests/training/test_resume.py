@@ -369,9 +369,6 @@ def test_another_runs_checkpoint_is_not_mixed_into_a_run(config, tmp_path):
 
 
 def test_two_runs_at_once_in_one_folder_are_refused(config):
-    folder = RunFolder(config)
-    folder.open(config)
-    with pytest.raises(ValueError, match="another run is writing"):
+    with RunFolder(config), pytest.raises(ValueError, match="another run is writing"):
         Trainer(config).fit()
-    folder.close()
     Trainer(config).fit()
