@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_dpo.data import packing
+from lowmem_dpo.packs import packing
 from lowmem_dpo.packs.packing import (
     choose_pack_tokens,
     epoch_order,
