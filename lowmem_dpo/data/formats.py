@@ -21,12 +21,12 @@ from lowmem_dpo.data.messages import (
     RowFault,
     common_messages,
     has_system,
-    kind,
-    names,
+    keys_in_words,
     read_messages,
     read_template_kwargs,
     read_text,
     read_tools,
+    type_in_words,
 )
 
 Content = str | list[Message]
@@ -101,7 +101,9 @@ def parse_row(value: Any, row: int) -> tuple[Preference, Format]:
         RowFault: The row cannot be read; says why and how to mend it.
     """
     if not isinstance(value, dict):
-        raise RowFault(f"a row must be a JSON object, got {kind(value)}; {known_formats()}")
+        raise RowFault(
+            f"a row must be a JSON object, got {type_in_words(value)}; {known_formats()}"
+        )
     value = {name: item for name, item in value.items() if item is not None}
     found = find_format(value)
     for column in UNSUPPORTED_COLUMNS:
@@ -141,7 +143,7 @@ def find_format(value: Columns) -> Format:
         )
     missing = ", ".join(key for key in ("prompt", *SIDES) if key not in value)
     raise RowFault(
-        f"missing {missing}; found {names(value)}; {known_formats()}; "
+        f"missing {missing}; found {keys_in_words(value)}; {known_formats()}; "
         "name other columns with columns {chosen: NAME}"
     )
 
@@ -281,7 +283,9 @@ def _read_joined(row: Columns) -> Sides:
 
 def _conversation(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list):
-        raise RowFault(f"{name} must be a list of messages like the other side, got {kind(value)}")
+        raise RowFault(
+            f"{name} must be a list of messages like the other side, got {type_in_words(value)}"
+        )
     messages = read_messages(value, name, "user")
     _check_ends_in_answer(messages, name)
     return messages

@@ -260,8 +260,8 @@ def _check_header(path: Path, header: list[str]) -> None:
         raise ValueError(f"{path}, line 1: not valid UTF-8; save the file as UTF-8")
     if len(header) == 1 and re.search("[;\t]", text):
         raise ValueError(
-            f"{path}, line 1: the header is one cell ({shown(text)}); separate cells by commas, "
-            "not by semicolons or tabs"
+            f"{path}, line 1: the header is one cell ({printable_line(text)}); "
+            "separate cells by commas, not by semicolons or tabs"
         )
 
 
@@ -288,11 +288,11 @@ def _csv_row(number: int, place: str, header: list[str], cells: list[str]) -> Ro
         value[name] = cell
         if PYTHON_MESSAGES.match(cell):
             fault = "holds messages in Python's notation; write them with json.dumps"
-            return Row(number, place, fault=f"the column {shown(name)} {fault}")
+            return Row(number, place, fault=f"the column {printable_line(name)} {fault}")
         if JSON_MESSAGES.match(cell):
             value[name], fault = _parse_line(cell.encode())
             if fault:
-                return Row(number, place, fault=f"the column {shown(name)}: {fault}")
+                return Row(number, place, fault=f"the column {printable_line(name)}: {fault}")
     return Row(number, place, value)
 
 
@@ -309,13 +309,13 @@ def _read_parquet(path: Path, max_row_bytes: int) -> Iterator[Row]:
                     number += 1
                     yield Row(number, f"{path}, row {number}", drop_nulls(value))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = shown(str(error))
+        reason = printable_line(str(error))
         raise ValueError(
             f"{path}, behind row {number}: no Parquet file, or a broken one ({reason})"
         ) from None
 
 
-def shown(text: str, length: int = 80) -> str:
+def printable_line(text: str, length: int = 80) -> str:
     """Text from a file in one short line that can be printed."""
     text = " ".join(text[: 4 * length].split())
     text = text if len(text) <= length else text[: length - 3] + "..."

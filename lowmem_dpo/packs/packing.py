@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem_dpo.packs.trees import Tree, scored
+from lowmem_dpo.packs.trees import Tree, scored_tokens
 
 PAD_ID = 0
 TOKEN_MULTIPLE = 64  # keeps the matrix products on full tiles
@@ -215,7 +215,7 @@ def _build_pack(trees: Sequence[Tree], indices: list[int], num_tokens: int) -> P
         input_ids += [*tree.trunk, *tree.chosen, *tree.rejected]
         position_ids += range(trunk_len + len(tree.chosen))
         position_ids += range(trunk_len, trunk_len + len(tree.rejected))
-        tokens = scored(tree)
+        tokens = scored_tokens(tree)
         rows += [start + row for row in tokens.rows]
         targets += tokens.targets
         counts.append((tokens.num_shared, tokens.num_chosen, tokens.num_rejected))

@@ -69,7 +69,7 @@ def load_pairs(config: TrainConfig, data: str, tokenizer: PreTrainedTokenizerBas
     say(preview_pair(pairs[0], tokenizer, encoding=console.encoding))
     train = [build_tree(pair) for pair in pairs]
     held_out = [build_tree(pair) for pair in evaluation]
-    keys = "".join(tree.digest() for tree in train) + "/" + "".join(t.digest() for t in held_out)
+    keys = "".join(tree.digest for tree in train) + "/" + "".join(t.digest for t in held_out)
     return Pairs(train, held_out, hashlib.sha256(keys.encode()).hexdigest(), facts)
 
 
@@ -126,7 +126,7 @@ def plan_pack_tokens(
                 "tokens); raise it, leave it out, or lower max_length"
             )
         return config.pack_tokens
-    cached = cache.pack_tokens([tree.digest() for tree in trees], policy.fingerprint(0))
+    cached = cache.pack_tokens([tree.digest for tree in trees], policy.fingerprint(0))
     if cached is not None and cached >= longest:
         return cached
     limit = max(PACK_TOKENS_LIMIT, round_up_tokens(longest))

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lowmem_dpo.data import rows as rows_module
-from lowmem_dpo.data.rows import MAX_ROW_BYTES, READERS, drop_nulls, read_rows, shown
+from lowmem_dpo.data.rows import MAX_ROW_BYTES, READERS, drop_nulls, printable_line, read_rows
 
 ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
 GOOD = json.dumps(ROW)
@@ -162,7 +162,9 @@ def test_read_rows_refuses_a_json_list_above_its_limit_but_no_rows_a_line(tmp_pa
     monkeypatch.setattr(rows_module, "MAX_JSON_BYTES", 2**20)
     rows = [ROW | {"chosen": "x" * 2**10}] * 2**10
     as_list = write(tmp_path, "a.json", json.dumps(rows))
-    assert re.search("longer than 1 MiB.* write it as .jsonl, each row on its own", refusal(as_list))
+    assert re.search(
+        "longer than 1 MiB.* write it as .jsonl, each row on its own", refusal(as_list)
+    )
     as_lines = write(tmp_path, "b.json", "\n".join(map(json.dumps, rows)))
     assert [row.value for row in read_rows(as_lines)] == rows
 
@@ -291,9 +293,9 @@ def test_read_rows_reads_what_json_wrote(tmp_path_factory, values, ensure_ascii)
     assert [row.value for row in read_rows(path)] == values
 
 
-def test_shown_is_one_short_line_that_can_be_printed():
-    assert shown("a\n b\ud800") == "a b\\ud800"
-    assert len(shown("x" * 10**6)) == 80
+def test_printable_line_is_one_short_line_that_can_be_printed():
+    assert printable_line("a\n b\ud800") == "a b\\ud800"
+    assert len(printable_line("x" * 10**6)) == 80
 
 
 def test_read_rows_says_when_there_is_no_file(tmp_path):
