@@ -251,10 +251,15 @@ def _hh_turns(text: str, name: str) -> list[Message]:
     return messages
 
 
-def _split(chosen: list[Message], rejected: list[Message]) -> Sides:
-    """Whole conversations as the messages they share and what follows."""
+def _check_sides_part(chosen: Content, rejected: Content) -> None:
+    """Refuse equal sides without a prompt of their own: nothing tells where it ends."""
     if chosen == rejected:
         raise RowFault("chosen and rejected are identical; remove the row")
+
+
+def _split(chosen: list[Message], rejected: list[Message]) -> Sides:
+    """Whole conversations as the messages they share and what follows."""
+    _check_sides_part(chosen, rejected)
     shared = common_messages(chosen, rejected)
     if not any(message["role"] == "user" for message in chosen[:shared]):
         raise RowFault(
@@ -267,8 +272,7 @@ def _split(chosen: list[Message], rejected: list[Message]) -> Sides:
 def _read_joined(row: Columns) -> Sides:
     """Two texts that begin alike; the answers keep the prompt, as joined text does."""
     chosen, rejected = (read_text(row[side], side) for side in SIDES)
-    if chosen == rejected:
-        raise RowFault("chosen and rejected are identical; remove the row")
+    _check_sides_part(chosen, rejected)
     limit = min(len(chosen), len(rejected)) - 1
     shared = next((i for i in range(limit) if chosen[i] != rejected[i]), max(limit, 0))
     if shared and chosen[shared - 1] == " ":

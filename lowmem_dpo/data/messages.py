@@ -82,16 +82,14 @@ def _message(value: Any, name: str) -> Message:
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
     """Read a column of tools: a list of JSON schemas, or JSON text of one; empty for none."""
-    if isinstance(value, str) and value.strip():
-        value = _from_json(value, "tools")
+    value = _from_json_text(value, "tools")
     return _objects(value, "tools") if value else []
 
 
 def read_template_kwargs(value: Any) -> dict[str, Any]:
     """Read a row's variables for the chat template: an object, or JSON text of one."""
     name = "chat_template_kwargs"
-    if isinstance(value, str) and value.strip():
-        value = _from_json(value, name)
+    value = _from_json_text(value, name)
     if not value:
         return {}
     if not isinstance(value, dict):
@@ -143,9 +141,12 @@ def keys_in_words(keys: Iterable[str]) -> str:
     return text + (", ..." if len(keys) > MAX_NAMES else "") or "no keys"
 
 
-def _from_json(text: str, name: str) -> Any:
+def _from_json_text(value: Any, name: str) -> Any:
+    """What JSON text holds; any other value, and blank text, as it is."""
+    if not isinstance(value, str) or not value.strip():
+        return value
     try:
-        return json.loads(text)
+        return json.loads(value)
     except (RecursionError, ValueError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too long"
         raise RowFault(f"{name} is text, but no JSON ({reason})") from None

@@ -26,6 +26,7 @@ JSON_MESSAGES = re.compile(r'\[\{\s*"(role|content|from|value)"')
 PYTHON_MESSAGES = re.compile(r"\[\{\s*'(role|content|from|value)'")
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
 HALF_CHARACTERS = re.compile("[\ud800-\udfff]")
+NOT_UTF8 = "not valid UTF-8; save the file as UTF-8"
 UTF_16 = "holds NUL bytes, as UTF-16 does; save the file as UTF-8"
 
 
@@ -220,7 +221,7 @@ def _broken_json(path: Path, row: int, error: json.JSONDecodeError) -> str:
     try:
         error.doc[error.pos :].encode("latin-1").decode("utf-8")
     except UnicodeDecodeError:
-        return f"{path}, row {row}: not valid UTF-8; save the file as UTF-8"
+        return f"{path}, row {row}: {NOT_UTF8}"
     return (
         f"{path}, line {error.lineno}: broken JSON ({error.msg}, in row {row}); "
         "a .json file holds one list of rows"
@@ -257,7 +258,7 @@ def _check_header(path: Path, header: list[str]) -> None:
     """Refuse a header that was read wrongly: another encoding, cells that no comma parts."""
     text = "".join(header)
     if HALF_CHARACTERS.search(text):
-        raise ValueError(f"{path}, line 1: not valid UTF-8; save the file as UTF-8")
+        raise ValueError(f"{path}, line 1: {NOT_UTF8}")
     if len(header) == 1 and re.search("[;\t]", text):
         raise ValueError(
             f"{path}, line 1: the header is one cell ({printable_line(text)}); "
@@ -284,7 +285,7 @@ def _csv_row(number: int, place: str, header: list[str], cells: list[str]) -> Ro
     value: dict[str, Any] = {}
     for name, cell in zip(header, cells, strict=True):
         if HALF_CHARACTERS.search(cell):
-            return Row(number, place, fault="not valid UTF-8; save the file as UTF-8")
+            return Row(number, place, fault=NOT_UTF8)
         value[name] = cell
         if PYTHON_MESSAGES.match(cell):
             fault = "holds messages in Python's notation; write them with json.dumps"
