@@ -2,7 +2,7 @@ import pytest
 
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.data.rendering import (
-    COMMON_MARKERS,
+    COMMON_TURN_OPENINGS,
     build_renderer,
     prompts_are_repeated,
     repeats_prompt,
@@ -25,21 +25,21 @@ def test_build_renderer_learns_how_turns_begin_and_answers_end(
     build_tokenizer, name, opening, ends
 ):
     renderer = build_renderer(build_tokenizer(name), EncodingSettings())
-    assert renderer.markers == (*COMMON_MARKERS, *opening)
-    assert renderer.ends == ends
+    assert renderer.turn_openings == (*COMMON_TURN_OPENINGS, *opening)
+    assert renderer.terminators == ends
 
 
 def test_build_renderer_does_not_take_plain_text_for_an_end(build_tokenizer, tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text("{% for m in messages %}{{ m['content'] }}<|done|>{% endfor %}")
     settings = EncodingSettings(chat_template=str(path))
-    assert build_renderer(build_tokenizer(), settings).ends == ("</s>",)
+    assert build_renderer(build_tokenizer(), settings).terminators == ("</s>",)
 
 
 def test_build_renderer_takes_the_default_of_named_templates(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = {"tool_use": "", "default": tokenizer.chat_template}
-    assert "<|im_end|>" in build_renderer(tokenizer, EncodingSettings()).ends
+    assert "<|im_end|>" in build_renderer(tokenizer, EncodingSettings()).terminators
 
 
 @pytest.mark.parametrize(
