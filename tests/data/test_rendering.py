@@ -7,7 +7,6 @@ from lowmem_dpo.data.rendering import (
     prompts_are_repeated,
     repeats_prompt,
 )
-from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.settings.groups import EncodingSettings
 
 
@@ -62,8 +61,8 @@ def test_prompts_are_repeated_goes_by_the_majority():
     assert not prompts_are_repeated([])
 
 
-def test_build_renderer_refuses_variables_that_the_template_never_reads():
-    tokenizer = byte_tokenizer()
+def test_build_renderer_refuses_variables_that_the_template_never_reads(build_tokenizer):
+    tokenizer = build_tokenizer("llama3")
     settings = EncodingSettings(chat_template_kwargs={"enable_thinking": False})
     with pytest.raises(ValueError, match="enable_thinking has no effect"):
         build_renderer(tokenizer, settings)
