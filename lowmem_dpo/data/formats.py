@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowmem_dpo.data.messages import (
+    SYSTEM_ROLES,
     Message,
     RowFault,
     common_messages,
@@ -38,6 +39,7 @@ SIDES = ("chosen", "rejected")
 COMMON_COLUMNS = ("system", "tools", "chat_template_kwargs")
 # Columns that change what the model reads; to drop them in silence would train on another text.
 UNSUPPORTED_COLUMNS = ("image", "images", "videos", "audios")
+PROMPT_ROLES = ("user", *SYSTEM_ROLES)  # of messages that no answer begins with
 PROMPT_PARTS = ("instruction", "input", "history")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -165,14 +167,9 @@ def _read_strings(row: Columns) -> Sides:
     return prompt, chosen, rejected
 
 
-def _read_message_lists(row: Columns) -> Sides:
+def _read_message_lists(row: Columns, prompt_column: str = "prompt") -> Sides:
     """A prompt and two answers, each a string, a message or a list of them."""
-    prompt = read_messages(row["prompt"], "prompt", "user")
-    return prompt, _answer(row["chosen"], "chosen"), _answer(row["rejected"], "rejected")
-
-
-def _read_sharegpt(row: Columns) -> Sides:
-    prompt = read_messages(row["conversations"], "conversations", "user")
+    prompt = read_messages(row[prompt_column], prompt_column, "user")
     return prompt, _answer(row["chosen"], "chosen"), _answer(row["rejected"], "rejected")
 
 
@@ -298,7 +295,7 @@ def _conversation(value: Any, name: str) -> list[Message]:
 def _answer(value: Any, name: str) -> list[Message]:
     """One side of a pair as messages: the answer alone, ending in an assistant turn."""
     messages = read_messages(value, name, "assistant")
-    if messages[0]["role"] in ("system", "developer", "user"):
+    if messages[0]["role"] in PROMPT_ROLES:
         raise RowFault(
             f"{name} begins with a {messages[0]['role']} message; keep only the answer in it, or "
             "whole conversations on both sides"
@@ -308,7 +305,7 @@ def _answer(value: Any, name: str) -> list[Message]:
 
 
 def _check_ends_in_answer(messages: list[Message], name: str) -> None:
-    if not messages or messages[-1]["role"] != "assistant":
+    if messages[-1]["role"] != "assistant":
         raise RowFault(f"{name} must end with an assistant message")
 
 
@@ -320,9 +317,7 @@ def _begins_with_prompt(row: Columns) -> bool:
     """Whether both sides are lists that begin with something other than an answer."""
     firsts = [row[side][0] for side in SIDES if isinstance(row[side], list) and row[side]]
     roles = [first.get("role", first.get("from")) for first in firsts if isinstance(first, dict)]
-    return len(roles) == 2 and all(
-        role in ("user", "human", "system", "developer") for role in roles
-    )
+    return len(roles) == 2 and all(role in (*PROMPT_ROLES, "human") for role in roles)
 
 
 def _is_hh(row: Columns) -> bool:
@@ -336,7 +331,7 @@ FORMATS = (
         ("conversations", *SIDES),
         '{"conversations": [{"from": "human", "value": ...}, ...], "chosen": {"from": "gpt", ...}, '
         '"rejected": ...}',
-        _read_sharegpt,
+        lambda row: _read_message_lists(row, "conversations"),
     ),
     Format(
         "Anthropic HH text",

@@ -134,7 +134,7 @@ def choose_pack_tokens(
     smallest.
 
     Args:
-        trees: All trees of the run.
+        trees: All trees of the run, at least one.
         batch_size: Pairs per optimizer step.
         limit: The most tokens that fit in memory.
         seed: The run's seed.
@@ -143,10 +143,8 @@ def choose_pack_tokens(
         A multiple of 64, at least the longest tree and at most `limit`.
 
     Raises:
-        ValueError: There are no trees, or the longest does not fit in `limit`.
+        ValueError: The longest tree does not fit in `limit`.
     """
-    if not trees:
-        raise ValueError("no pairs to choose the micro-batch for, got an empty list")
     sizes = [tree.num_tokens for tree in trees]
     smallest = round_up_tokens(max(sizes))
     if limit is not None and smallest > limit:
