@@ -235,7 +235,7 @@ def test_train_on_a_full_disk_ends_in_one_line(train, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
-    monkeypatch.setattr("lowmem_dpo.training.trainer.prepare_run", full)
+    monkeypatch.setattr("lowmem_dpo.training.fit.prepare", full)
     assert train() == 2
     line = one_line_error(capsys)
     assert "cannot write metrics.jsonl" in line and "--resume auto" in line

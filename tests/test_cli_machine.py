@@ -14,7 +14,7 @@ VERBS = ["train", "precompute", "generate", "demo"]
 @pytest.fixture
 def idle_card(monkeypatch):
     """A card beside a CPU build of torch, as pip installs it on Windows."""
-    for module in ("model.device", "pipeline.demo"):
+    for module in ("machine.device", "demo.demo"):
         monkeypatch.setattr(f"lowmem_dpo.{module}.this_machine", lambda: IDLE)
 
 

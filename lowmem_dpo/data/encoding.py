@@ -27,14 +27,6 @@ from lowmem_dpo.settings.groups import EncodingSettings, TemplateSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "EncodeReport",
-    "TokenPair",
-    "common_prefix_length",
-    "encode_pairs",
-    "render_prompt",
-]
-
 CHUNK_PAIRS = 1000  # pairs per call of the tokenizer: bounds memory
 CHECKED_ROWS = 10  # on which tools and template variables must show an effect
 MANY_DROPPED = 0.1  # share of the pairs lost to cutting above which a report says what to do
@@ -74,7 +66,7 @@ class EncodeReport:
         num_prompts_cut: Kept pairs whose prompt lost its beginning.
         num_mismatches: Pairs whose last prompt tokens change where a completion follows.
         num_rendered: Pairs that were already rendered.
-        num_joined: Pairs whose answers repeat a plain prompt, as implicit prompts do.
+        num_joined: Pairs of joined text: the answers repeat a plain prompt, as implicit ones do.
         ignored_columns: Columns for the template that change nothing in what it writes.
         first_fault: Why the template refused the first of the rows it refused.
         max_length: The limit, in tokens.
@@ -151,13 +143,12 @@ def encode_pairs(
     Source: message lists as `DPOTrainer` of TRL 1.16, https://github.com/huggingface/trl.
     """
     renderer = build_renderer(tokenizer, settings)
-    lead = _lead_ids(tokenizer)
     report = EncodeReport(num_pairs=len(preferences), max_length=settings.max_length)
     texts = _pair_texts(preferences, renderer, settings.on_bad_row, report)
     report.ignored_columns = _ignored_columns(preferences, renderer)
     pairs: list[TokenPair] = []
     for start in range(0, len(texts), CHUNK_PAIRS):
-        for uncut in _tokenize(texts[start : start + CHUNK_PAIRS], renderer, lead, report):
+        for uncut in _tokenize(texts[start : start + CHUNK_PAIRS], renderer, report):
             pair = _cut(uncut, settings, tokenizer.bos_token_id)
             reason = _why_dropped(uncut, pair)
             if reason:
@@ -196,7 +187,7 @@ def render_prompt(
     """
     renderer = build_renderer(tokenizer, settings)
     ids = tokenizer(renderer.prompt_text(prompt), add_special_tokens=False)["input_ids"]
-    return ids if renderer.wraps(prompt) else _with_lead(ids, _lead_ids(tokenizer))
+    return ids if renderer.uses_template(prompt) else _with_bos(ids, _bos_ids(tokenizer))
 
 
 def common_prefix_length(ids: Sequence[int], other_ids: Sequence[int]) -> int:
@@ -211,12 +202,12 @@ def _pair_texts(
     preferences: Sequence[Preference], renderer: Renderer, on_bad_row: str, report: EncodeReport
 ) -> list[tuple[int, PairText]]:
     """Row and text of every pair; those with an empty answer are counted and left out."""
-    joined = prompts_are_repeated(preferences)
+    most_repeat = prompts_are_repeated(preferences)
     texts = []
     for preference in preferences:
         prompt = preference.prompt
         rendered = isinstance(prompt, str) and renderer.is_rendered(prompt)
-        repeats = (joined or rendered) and repeats_prompt(preference)
+        repeats = (most_repeat or rendered) and repeats_prompt(preference)
         try:
             text = renderer.pair_text(preference, repeats)
         except ValueError as error:
@@ -228,8 +219,8 @@ def _pair_texts(
         if text is None:
             report.num_dropped["empty"] += 1
         else:
-            report.num_rendered += text.was_rendered and rendered
-            report.num_joined += text.was_rendered and not rendered
+            report.num_rendered += text.as_is and rendered
+            report.num_joined += text.as_is and not rendered
             texts.append((preference.row, text))
     return texts
 
@@ -246,7 +237,7 @@ def _ignored_columns(preferences: Sequence[Preference], renderer: Renderer) -> l
 
 
 def _tokenize(
-    texts: Sequence[tuple[int, PairText]], renderer: Renderer, lead: list[int], report: EncodeReport
+    texts: Sequence[tuple[int, PairText]], renderer: Renderer, report: EncodeReport
 ) -> Iterator[TokenPair]:
     """Yield the pairs in token ids, uncut.
 
@@ -254,15 +245,16 @@ def _tokenize(
     where tokens merge across it.
     """
     tokenizer = renderer.tokenizer
+    bos_ids = _bos_ids(tokenizer)
     flat = [side for _, text in texts for side in (text.prompt, text.chosen, text.rejected)]
     ids = iter(tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
     for (row, text), *sides in zip(texts, ids, ids, ids, strict=True):
-        if not text.is_chat:
-            sides = [_with_lead(side, lead) for side in sides]
+        if not text.by_template:
+            sides = [_with_bos(side, bos_ids) for side in sides]
         prompt, chosen, rejected = sides
         starts = [common_prefix_length(prompt, side) for side in (chosen, rejected)]
         report.num_mismatches += min(starts) < len(prompt)
-        if text.is_chat:  # one start for both sides, as in TRL
+        if text.by_template:  # one start for both sides, as in TRL
             starts = [min(starts)] * 2
         yield TokenPair(
             row=row,
@@ -279,16 +271,16 @@ def _prompt_key(prompt: str, bos_token: str | None) -> str:
     return hashlib.sha256(prompt.removeprefix(bos_token or "").encode()).hexdigest()[:32]
 
 
-def _lead_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _bos_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """What the tokenizer puts before text of its own accord: BOS, nothing, seldom more."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     return next(full[:i] for i in range(len(full) + 1) if full[i : i + len(plain)] == plain)
 
 
-def _with_lead(ids: list[int], lead: list[int]) -> list[int]:
+def _with_bos(ids: list[int], bos_ids: list[int]) -> list[int]:
     """The ids of plain text with BOS in front, unless the text held it."""
-    return ids if ids[: len(lead)] == lead else lead + ids
+    return ids if ids[: len(bos_ids)] == bos_ids else bos_ids + ids
 
 
 def _with_eos(ids: list[int], text: str, renderer: Renderer) -> tuple[int, ...]:
@@ -306,16 +298,16 @@ def _cut(pair: TokenPair, settings: EncodingSettings, bos_id: int | None) -> Tok
     Half of max_length is left to the prompt: an answer that is long alone must not erase it.
     """
     limit = settings.max_length
-    keep = int(pair.chosen_ids[0] == bos_id)
+    num_bos = int(pair.chosen_ids[0] == bos_id)
     cut = 0
     if settings.truncate_prompt:
         excess = max(len(pair.chosen_ids), len(pair.rejected_ids)) - limit
-        spare = min(pair.chosen_start, pair.rejected_start) - max(limit // 2, keep + 1)
+        spare = min(pair.chosen_start, pair.rejected_start) - max(limit // 2, num_bos + 1)
         cut = max(min(excess, spare), 0)
     return replace(
         pair,
-        chosen_ids=(pair.chosen_ids[:keep] + pair.chosen_ids[keep + cut :])[:limit],
-        rejected_ids=(pair.rejected_ids[:keep] + pair.rejected_ids[keep + cut :])[:limit],
+        chosen_ids=(pair.chosen_ids[:num_bos] + pair.chosen_ids[num_bos + cut :])[:limit],
+        rejected_ids=(pair.rejected_ids[:num_bos] + pair.rejected_ids[num_bos + cut :])[:limit],
         chosen_start=pair.chosen_start - cut,
         rejected_start=pair.rejected_start - cut,
     )
@@ -334,7 +326,7 @@ def _template_choice(
     preferences: Sequence[Preference], renderer: Renderer, report: EncodeReport
 ) -> str:
     """One sentence: the template, and what was done with plain and with rendered text."""
-    parts = [f"text goes through {renderer.choice}" if renderer.template else renderer.choice]
+    parts = [f"text goes through {renderer.origin}" if renderer.template else renderer.origin]
     num_as_is = report.num_rendered + report.num_joined
     num_plain = sum(isinstance(p.prompt, str) for p in preferences) - num_as_is
     if renderer.template and num_plain > 0:

@@ -17,16 +17,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowmem_dpo.data.messages import (
+    SYSTEM_ROLES,
     Message,
     RowFault,
     common_messages,
     has_system,
-    kind,
-    names,
+    keys_in_words,
     read_messages,
     read_template_kwargs,
     read_text,
     read_tools,
+    type_in_words,
 )
 
 Content = str | list[Message]
@@ -38,6 +39,7 @@ SIDES = ("chosen", "rejected")
 COMMON_COLUMNS = ("system", "tools", "chat_template_kwargs")
 # Columns that change what the model reads; to drop them in silence would train on another text.
 UNSUPPORTED_COLUMNS = ("image", "images", "videos", "audios")
+PROMPT_ROLES = ("user", *SYSTEM_ROLES)  # of messages that no answer begins with
 PROMPT_PARTS = ("instruction", "input", "history")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -101,7 +103,9 @@ def parse_row(value: Any, row: int) -> tuple[Preference, Format]:
         RowFault: The row cannot be read; says why and how to mend it.
     """
     if not isinstance(value, dict):
-        raise RowFault(f"a row must be a JSON object, got {kind(value)}; {known_formats()}")
+        raise RowFault(
+            f"a row must be a JSON object, got {type_in_words(value)}; {known_formats()}"
+        )
     value = {name: item for name, item in value.items() if item is not None}
     found = find_format(value)
     for column in UNSUPPORTED_COLUMNS:
@@ -141,7 +145,7 @@ def find_format(value: Columns) -> Format:
         )
     missing = ", ".join(key for key in ("prompt", *SIDES) if key not in value)
     raise RowFault(
-        f"missing {missing}; found {names(value)}; {known_formats()}; "
+        f"missing {missing}; found {keys_in_words(value)}; {known_formats()}; "
         "name other columns with columns {chosen: NAME}"
     )
 
@@ -163,14 +167,9 @@ def _read_strings(row: Columns) -> Sides:
     return prompt, chosen, rejected
 
 
-def _read_message_lists(row: Columns) -> Sides:
+def _read_message_lists(row: Columns, prompt_column: str = "prompt") -> Sides:
     """A prompt and two answers, each a string, a message or a list of them."""
-    prompt = read_messages(row["prompt"], "prompt", "user")
-    return prompt, _answer(row["chosen"], "chosen"), _answer(row["rejected"], "rejected")
-
-
-def _read_sharegpt(row: Columns) -> Sides:
-    prompt = read_messages(row["conversations"], "conversations", "user")
+    prompt = read_messages(row[prompt_column], prompt_column, "user")
     return prompt, _answer(row["chosen"], "chosen"), _answer(row["rejected"], "rejected")
 
 
@@ -249,10 +248,15 @@ def _hh_turns(text: str, name: str) -> list[Message]:
     return messages
 
 
-def _split(chosen: list[Message], rejected: list[Message]) -> Sides:
-    """Whole conversations as the messages they share and what follows."""
+def _check_sides_part(chosen: Content, rejected: Content) -> None:
+    """Refuse equal sides without a prompt of their own: nothing tells where it ends."""
     if chosen == rejected:
         raise RowFault("chosen and rejected are identical; remove the row")
+
+
+def _split(chosen: list[Message], rejected: list[Message]) -> Sides:
+    """Whole conversations as the messages they share and what follows."""
+    _check_sides_part(chosen, rejected)
     shared = common_messages(chosen, rejected)
     if not any(message["role"] == "user" for message in chosen[:shared]):
         raise RowFault(
@@ -265,8 +269,7 @@ def _split(chosen: list[Message], rejected: list[Message]) -> Sides:
 def _read_joined(row: Columns) -> Sides:
     """Two texts that begin alike; the answers keep the prompt, as joined text does."""
     chosen, rejected = (read_text(row[side], side) for side in SIDES)
-    if chosen == rejected:
-        raise RowFault("chosen and rejected are identical; remove the row")
+    _check_sides_part(chosen, rejected)
     limit = min(len(chosen), len(rejected)) - 1
     shared = next((i for i in range(limit) if chosen[i] != rejected[i]), max(limit, 0))
     if shared and chosen[shared - 1] == " ":
@@ -281,7 +284,9 @@ def _read_joined(row: Columns) -> Sides:
 
 def _conversation(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list):
-        raise RowFault(f"{name} must be a list of messages like the other side, got {kind(value)}")
+        raise RowFault(
+            f"{name} must be a list of messages like the other side, got {type_in_words(value)}"
+        )
     messages = read_messages(value, name, "user")
     _check_ends_in_answer(messages, name)
     return messages
@@ -290,7 +295,7 @@ def _conversation(value: Any, name: str) -> list[Message]:
 def _answer(value: Any, name: str) -> list[Message]:
     """One side of a pair as messages: the answer alone, ending in an assistant turn."""
     messages = read_messages(value, name, "assistant")
-    if messages[0]["role"] in ("system", "developer", "user"):
+    if messages[0]["role"] in PROMPT_ROLES:
         raise RowFault(
             f"{name} begins with a {messages[0]['role']} message; keep only the answer in it, or "
             "whole conversations on both sides"
@@ -300,7 +305,7 @@ def _answer(value: Any, name: str) -> list[Message]:
 
 
 def _check_ends_in_answer(messages: list[Message], name: str) -> None:
-    if not messages or messages[-1]["role"] != "assistant":
+    if messages[-1]["role"] != "assistant":
         raise RowFault(f"{name} must end with an assistant message")
 
 
@@ -312,9 +317,7 @@ def _begins_with_prompt(row: Columns) -> bool:
     """Whether both sides are lists that begin with something other than an answer."""
     firsts = [row[side][0] for side in SIDES if isinstance(row[side], list) and row[side]]
     roles = [first.get("role", first.get("from")) for first in firsts if isinstance(first, dict)]
-    return len(roles) == 2 and all(
-        role in ("user", "human", "system", "developer") for role in roles
-    )
+    return len(roles) == 2 and all(role in (*PROMPT_ROLES, "human") for role in roles)
 
 
 def _is_hh(row: Columns) -> bool:
@@ -328,7 +331,7 @@ FORMATS = (
         ("conversations", *SIDES),
         '{"conversations": [{"from": "human", "value": ...}, ...], "chosen": {"from": "gpt", ...}, '
         '"rejected": ...}',
-        _read_sharegpt,
+        lambda row: _read_message_lists(row, "conversations"),
     ),
     Format(
         "Anthropic HH text",

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from lowmem_dpo.data.rows import shown
+from lowmem_dpo.data.rows import printable_line
 
 Message = dict[str, Any]
 
@@ -45,7 +45,7 @@ def read_messages(value: Any, name: str, role: str) -> list[Message]:
         return [{"role": role, "content": read_text(value, name)}]
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, list):
-        raise RowFault(f"{name} must be a string or a list of messages, got {kind(value)}")
+        raise RowFault(f"{name} must be a string or a list of messages, got {type_in_words(value)}")
     if not items:
         raise RowFault(f"{name} is an empty list; it needs at least one message")
     return [_message(item, f"{name}[{i}]") for i, item in enumerate(items)]
@@ -54,19 +54,21 @@ def read_messages(value: Any, name: str, role: str) -> list[Message]:
 def _message(value: Any, name: str) -> Message:
     """A message with its keys normalised; further keys go to the template as they are."""
     if not isinstance(value, dict):
-        raise RowFault(f"{name} must be a message, got {kind(value)}")
+        raise RowFault(f"{name} must be a message, got {type_in_words(value)}")
     role_key, content_key = ("from", "value") if "from" in value else ("role", "content")
     calls = value.get("tool_calls")
     content = value.get(content_key)
     for key in (role_key, content_key):
         if key not in value and not (calls and key == content_key):
             raise RowFault(
-                f"{name} has no {key} (found {names(value)}); "
+                f"{name} has no {key} (found {keys_in_words(value)}); "
                 "a message is role and content, or from and value"
             )
     role = read_text(value[role_key], f"{name}.{role_key}")
     if role not in ROLES:
-        raise RowFault(f"{name} has the role {shown(role)!r}; known are {', '.join(ROLES)}")
+        raise RowFault(
+            f"{name} has the role {printable_line(role)!r}; known are {', '.join(ROLES)}"
+        )
     if content is not None or not calls:
         content = read_text(content, f"{name}.{content_key}")
     message: Message = {"role": ROLES[role], "content": content}
@@ -74,26 +76,24 @@ def _message(value: Any, name: str) -> Message:
         message["tool_calls"] = _objects(calls, f"{name}.tool_calls")
     for key, item in value.items():
         if key not in (role_key, content_key, "tool_calls") and item is not None:
-            message[key] = read_text(item, f"{name}.{shown(key)}")
+            message[key] = read_text(item, f"{name}.{printable_line(key)}")
     return message
 
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
     """Read a column of tools: a list of JSON schemas, or JSON text of one; empty for none."""
-    if isinstance(value, str) and value.strip():
-        value = _from_json(value, "tools")
+    value = _from_json_text(value, "tools")
     return _objects(value, "tools") if value else []
 
 
 def read_template_kwargs(value: Any) -> dict[str, Any]:
     """Read a row's variables for the chat template: an object, or JSON text of one."""
     name = "chat_template_kwargs"
-    if isinstance(value, str) and value.strip():
-        value = _from_json(value, name)
+    value = _from_json_text(value, name)
     if not value:
         return {}
     if not isinstance(value, dict):
-        raise RowFault(f"{name} must be an object of names and values, got {kind(value)}")
+        raise RowFault(f"{name} must be an object of names and values, got {type_in_words(value)}")
     _check_encodable(value, name)
     return value
 
@@ -117,7 +117,7 @@ def common_messages(chosen: list[Message], rejected: list[Message]) -> int:
 def read_text(value: Any, name: str) -> str:
     """A string that can be written as UTF-8."""
     if not isinstance(value, str):
-        raise RowFault(f"{name} must be a string, got {kind(value)}")
+        raise RowFault(f"{name} must be a string, got {type_in_words(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -127,23 +127,26 @@ def read_text(value: Any, name: str) -> str:
     return value
 
 
-def kind(value: Any) -> str:
+def type_in_words(value: Any) -> str:
     """The type of a value in words."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     kinds |= {int: "a number", float: "a number", type(None): "null"}
     return kinds.get(type(value), f"a value of type {type(value).__name__}")
 
 
-def names(keys: Iterable[str]) -> str:
+def keys_in_words(keys: Iterable[str]) -> str:
     """Keys in one line that can be printed."""
     keys = list(keys)
-    text = ", ".join(shown(key, 40) for key in keys[:MAX_NAMES])
+    text = ", ".join(printable_line(key, 40) for key in keys[:MAX_NAMES])
     return text + (", ..." if len(keys) > MAX_NAMES else "") or "no keys"
 
 
-def _from_json(text: str, name: str) -> Any:
+def _from_json_text(value: Any, name: str) -> Any:
+    """What JSON text holds; any other value, and blank text, as it is."""
+    if not isinstance(value, str) or not value.strip():
+        return value
     try:
-        return json.loads(text)
+        return json.loads(value)
     except (RecursionError, ValueError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too long"
         raise RowFault(f"{name} is text, but no JSON ({reason})") from None
@@ -152,7 +155,7 @@ def _from_json(text: str, name: str) -> Any:
 def _objects(value: Any, name: str) -> list[dict[str, Any]]:
     """A list of objects that a template can write."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        got = "a list of other things" if isinstance(value, list) else kind(value)
+        got = "a list of other things" if isinstance(value, list) else type_in_words(value)
         raise RowFault(f"{name} must be a list of objects, got {got}")
     _check_encodable(value, name)
     return value

@@ -10,8 +10,8 @@ from lowmem_dpo.data.encoding import TokenPair
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# ASCII, so that the marks show where there is neither colour nor Unicode.
 MAX_SHOWN_TOKENS = 96  # longer prompts and completions lose their middle
+# ASCII, so that the marks show where there is neither colour nor Unicode.
 SCORED_OPEN, SCORED_CLOSE, ELLIPSIS = "[[", "]]", " [...] "
 STYLES = {"chosen": "green", "rejected": "red"}
 # Control characters of the data, which could steer the terminal; tab and newline stay.

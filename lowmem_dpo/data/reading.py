@@ -20,7 +20,7 @@ from lowmem_dpo.data.formats import (
     known_formats,
     parse_row,
 )
-from lowmem_dpo.data.messages import RowFault, names
+from lowmem_dpo.data.messages import RowFault, keys_in_words
 from lowmem_dpo.data.repositories import read_dataset
 from lowmem_dpo.data.rows import READERS, Row, read_rows
 
@@ -49,7 +49,7 @@ class ReadReport:
 
     def lines(self) -> list[str]:
         """The report in words, a line each."""
-        unused = f" (columns not used: {names(self.unused)})" if self.unused else ""
+        unused = f" (columns not used: {keys_in_words(self.unused)})" if self.unused else ""
         lines = [f"{self.num_rows - self.num_skipped} pairs, {self.format}{unused}"]
         if self.num_skipped:
             lines.append(f"{self.num_skipped} of {self.num_rows} rows are bad and left out, as set")
@@ -114,7 +114,7 @@ def _check_columns(columns: Mapping[str, str]) -> None:
     """Refuse names that are none of ours, before anything is read."""
     if unknown := [name for name in columns if name not in COLUMNS]:
         raise ValueError(
-            f"columns names {names(unknown)}, which no format reads; known are "
+            f"columns names {keys_in_words(unknown)}, which no format reads; known are "
             f"{', '.join(COLUMNS)}; write {{our name: the file's name}}"
         )
 
@@ -192,7 +192,7 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Any:
     for name, theirs in columns.items():
         if theirs not in value:
             raise RowFault(
-                f"no column {theirs}, which columns gives for {name}; found {names(value)}"
+                f"no column {theirs}, which columns gives for {name}; found {keys_in_words(value)}"
             )
     chosen = PROMPT_COLUMNS if PROMPT_COLUMNS & columns.keys() else set()
     kept = {

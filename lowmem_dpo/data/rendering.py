@@ -1,8 +1,9 @@
 """From preferences to text: which chat template is used, and what is already rendered.
 
 Message lists go through the template. Plain strings are wrapped as one user and one assistant turn
-where there is a template, and joined as they are where there is none. Text that is already rendered
-stays as it is.
+where there is a template, and put together as they are where there is none. Two kinds of text stay
+as they are: what is already rendered, with some template's marks in the prompt, and joined text,
+where both answers begin with the whole prompt (as implicit prompts have it).
 
 How a template opens a user turn and ends an answer is learnt by rendering a probe conversation, so
 that rendered prompts and terminators are recognised for any template.
@@ -22,8 +23,8 @@ from lowmem_dpo.settings.groups import TemplateSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What opens a user turn in common templates: text that holds it is rendered, whoever it is for.
-COMMON_MARKERS = (
+# What opens a user turn in common templates: text that holds it is rendered, for whichever model.
+COMMON_TURN_OPENINGS = (
     "<|im_start|>user",  # ChatML, Qwen
     "<|start_header_id|>user",  # Llama 3
     "<start_of_turn>user",  # Gemma
@@ -36,6 +37,7 @@ COMMON_MARKERS = (
     "### Instruction:",  # Alpaca
 )
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+# What the two sides say in the conversation that a template is tried on.
 USER_PROBE, ASSISTANT_PROBE = "UserProbe", "AssistantProbe"
 # Arguments of apply_chat_template that are set here, or that would change what it returns.
 RESERVED_KWARGS = {
@@ -53,15 +55,15 @@ class PairText:
         prompt: The prompt, up to where the answer begins.
         chosen: Prompt and chosen answer.
         rejected: Prompt and rejected answer.
-        is_chat: Written by the template, which then writes BOS too.
-        was_rendered: The row held rendered text.
+        by_template: Written by the template, which then writes BOS too.
+        as_is: The row's text as it stands: rendered already, or answers that repeat the prompt.
     """
 
     prompt: str
     chosen: str
     rejected: str
-    is_chat: bool
-    was_rendered: bool = False
+    by_template: bool
+    as_is: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,44 +74,44 @@ class Renderer:
         tokenizer: The model's tokenizer.
         settings: The user's settings.
         template: Jinja source; None to join plain text.
-        choice: Where the template comes from, in words.
-        ends: Texts that end an answer: the EOS token, the template's end of a turn.
-        markers: Texts that only rendered prompts hold.
+        origin: Where the template comes from, in words.
+        terminators: Texts that end an answer: the EOS token, the template's end of a turn.
+        turn_openings: What opens a user's turn; a prompt that holds one is already rendered.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     settings: TemplateSettings
     template: str | None
-    choice: str
-    ends: tuple[str, ...]
-    markers: tuple[str, ...]
+    origin: str
+    terminators: tuple[str, ...]
+    turn_openings: tuple[str, ...]
 
-    def wraps(self, prompt: str | list[Message]) -> bool:
+    def uses_template(self, prompt: str | list[Message]) -> bool:
         """Whether a prompt goes through the template: messages, and text not yet rendered."""
         if isinstance(prompt, str):
             return self.template is not None and not self.is_rendered(prompt)
         return True
 
     def is_rendered(self, prompt: str) -> bool:
-        """Whether a prompt string holds role markers."""
-        return any(marker in prompt for marker in self.markers)
+        """Whether a prompt string holds what opens a user's turn."""
+        return any(opening in prompt for opening in self.turn_openings)
 
     def is_terminated(self, text: str) -> bool:
         """Whether a text ends with a terminator of its own, white space aside."""
-        return text.rstrip().endswith(self.ends)
+        return text.rstrip().endswith(self.terminators)
 
-    def prompt_text(self, prompt: str | list[Message], where: str = "") -> str:
-        """A prompt up to where the answer begins; `where` names its row in errors."""
-        if isinstance(prompt, str) and not self.wraps(prompt):
+    def prompt_text(self, prompt: str | list[Message]) -> str:
+        """A prompt up to where the answer begins."""
+        if isinstance(prompt, str) and not self.uses_template(prompt):
             return prompt
-        return self._render(self._with_system(prompt), generate=True, where=where)
+        return self._render(self._with_system(prompt), opens_answer=True)
 
-    def pair_text(self, preference: Preference, repeats_prompt: bool) -> PairText | None:
+    def pair_text(self, preference: Preference, answers_repeat_prompt: bool) -> PairText | None:
         """The text of a pair.
 
         Args:
             preference: A row.
-            repeats_prompt: The answers are joined text: they begin with the whole prompt.
+            answers_repeat_prompt: The answers are joined text: they begin with the whole prompt.
 
         Returns:
             The text, or None if an answer is empty.
@@ -117,17 +119,17 @@ class Renderer:
         prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
         where = f"row {preference.row}: "
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-            was_rendered = repeats_prompt or self.is_rendered(prompt)
-            if was_rendered:
+            as_is = answers_repeat_prompt or self.is_rendered(prompt)
+            if as_is:
                 _check_text_stands_alone(preference, where)
-            if repeats_prompt:
+            if answers_repeat_prompt:
                 chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-            answers = self._without_end(chosen), self._without_end(rejected)
+            answers = self._without_terminator(chosen), self._without_terminator(rejected)
             if not all(answer.strip() for answer in answers):
                 return None
             needs_template = any(getattr(preference, n) for n in ("system", *TEMPLATE_COLUMNS))
-            if was_rendered or (self.template is None and not needs_template):
-                return PairText(prompt, prompt + chosen, prompt + rejected, False, was_rendered)
+            if as_is or (self.template is None and not needs_template):
+                return PairText(prompt, prompt + chosen, prompt + rejected, False, as_is)
             chosen, rejected = answers  # the template writes the terminator
         chosen, rejected = _as_messages(chosen, "assistant"), _as_messages(rejected, "assistant")
         if says_nothing(chosen) or says_nothing(rejected):
@@ -135,10 +137,10 @@ class Renderer:
         messages = self._with_system(prompt, preference.system)
         variables = _row_variables(preference)
         return PairText(
-            self._render(messages, variables, generate=True, where=where),
+            self._render(messages, variables, opens_answer=True, where=where),
             self._render(messages + chosen, variables, where=where),
             self._render(messages + rejected, variables, where=where),
-            is_chat=True,
+            by_template=True,
         )
 
     def reads_column(self, preference: Preference, name: str) -> bool:
@@ -149,10 +151,10 @@ class Renderer:
         except ValueError:  # it cannot do without
             return True
 
-    def _without_end(self, text: str) -> str:
+    def _without_terminator(self, text: str) -> str:
         """A plain answer without a terminator written behind it."""
         stripped = text.rstrip()
-        end = next((end for end in self.ends if stripped.endswith(end)), None)
+        end = next((end for end in self.terminators if stripped.endswith(end)), None)
         return stripped.removesuffix(end) if end else text
 
     def _with_system(self, prompt: str | list[Message], own: str = "") -> list[Message]:
@@ -169,17 +171,24 @@ class Renderer:
         self,
         messages: list[Message],
         variables: dict[str, Any] | None = None,
-        generate: bool = False,
+        opens_answer: bool = False,
         where: str = "",
     ) -> str:
-        """Messages as text, with the row's template variables; `generate` opens the answer."""
+        """Messages as text; `opens_answer` puts behind them what opens an answer.
+
+        Args:
+            messages: The conversation.
+            variables: The row's own template variables.
+            opens_answer: Whether an answer is to follow.
+            where: The row, for errors.
+        """
         if self.template is None:
             raise ValueError(
-                f"{where}messages need a chat template, and none is in use ({self.choice}); "
+                f"{where}messages need a chat template, and none is in use ({self.origin}); "
                 "name a Jinja file with --chat_template FILE"
             )
         variables = self.settings.chat_template_kwargs | (variables or {})
-        return _apply(self.tokenizer, self.template, variables, messages, generate, where)
+        return _apply(self.tokenizer, self.template, variables, messages, opens_answer, where)
 
 
 def build_renderer(tokenizer: "PreTrainedTokenizerBase", settings: TemplateSettings) -> Renderer:
@@ -188,22 +197,22 @@ def build_renderer(tokenizer: "PreTrainedTokenizerBase", settings: TemplateSetti
     Raises:
         ValueError: The template file cannot be used, or a setting has no effect without a template.
     """
-    template, choice = _choose_template(tokenizer, settings)
-    ends = [tokenizer.eos_token] if tokenizer.eos_token else []
-    markers = list(COMMON_MARKERS)
+    template, origin = _choose_template(tokenizer, settings)
+    terminators = [tokenizer.eos_token] if tokenizer.eos_token else []
+    openings = list(COMMON_TURN_OPENINGS)
     if template is not None:
         _check_kwargs_are_read(template, settings)
         opening, ending = _probe(tokenizer, template, settings)
-        markers += [opening] if opening else []
-        ends += [ending] if ending else []
+        openings += [opening] if opening else []
+        terminators += [ending] if ending else []
     else:
         for name in ("system_prompt", "chat_template_kwargs"):
             if getattr(settings, name):
                 raise ValueError(
-                    f"{name} needs a chat template, and none is in use ({choice}); "
+                    f"{name} needs a chat template, and none is in use ({origin}); "
                     "name a Jinja file with --chat_template FILE, or leave it out"
                 )
-    return Renderer(tokenizer, settings, template, choice, tuple(ends), tuple(markers))
+    return Renderer(tokenizer, settings, template, origin, tuple(terminators), tuple(openings))
 
 
 def _check_kwargs_are_read(template: str, settings: TemplateSettings) -> None:
@@ -295,7 +304,7 @@ def _probe(
         {"role": "assistant", "content": ASSISTANT_PROBE},
     ]
     variables = settings.chat_template_kwargs
-    text = _apply(tokenizer, template, variables, probe, generate=False, where="")
+    text = _apply(tokenizer, template, variables, probe, opens_answer=False, where="")
     before, user, rest = text.partition(USER_PROBE)
     _, assistant, ending = rest.rpartition(ASSISTANT_PROBE)
     if not (user and assistant):
@@ -317,7 +326,7 @@ def _apply(
     template: str,
     variables: dict[str, Any],
     messages: list[Message],
-    generate: bool,
+    opens_answer: bool,
     where: str,
 ) -> str:
     """Messages as text, with the template's complaints as a ValueError of one line."""
@@ -325,7 +334,7 @@ def _apply(
         text = tokenizer.apply_chat_template(
             messages,
             chat_template=template,
-            add_generation_prompt=generate,
+            add_generation_prompt=opens_answer,
             tokenize=False,
             **variables,
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_dpo.data.rows import READERS, Row, drop_nulls, read_rows, shown
+from lowmem_dpo.data.rows import READERS, Row, drop_nulls, printable_line, read_rows
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SAVED_TO_DISK = ("state.json", "dataset_dict.json")
@@ -118,13 +118,15 @@ def _dataset_rows(title: str, name: str, dataset: Any) -> Iterator[Row]:
             number += 1
             yield Row(number, f"{title}, row {number}", drop_nulls(value))
     except Exception as error:
-        raise ValueError(f"{title}, behind row {number}: {shown(str(error), 200)}") from None
+        raise ValueError(
+            f"{title}, behind row {number}: {printable_line(str(error), 200)}"
+        ) from None
 
 
 def _in_words(name: str, error: Exception) -> str:
     """What went wrong with a data set, and what helps."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    reason = shown(str(error.__cause__ or error), 200)
+    reason = printable_line(str(error.__cause__ or error), 200)
     if kinds & {"GatedRepoError"} or "gated" in reason:
         help_ = "accept its terms on the hub, then `hf auth login`"
     elif kinds & {"DatasetNotFoundError", "RepositoryNotFoundError"}:

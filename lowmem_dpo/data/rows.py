@@ -2,8 +2,9 @@
 
 Every reader yields `Row`s: a value, or what is wrong with that row. What is wrong with one row only
 is told in the row, so that the caller may leave it out and go on; what ends the reading of a file
-is raised. No reader holds more than one row (.parquet: one batch), and a row has an upper limit,
-so a file of a gigabyte without a line break costs one message, not the memory of the machine.
+is raised. No reader holds more than one row (.parquet: one batch; a list in .json: its text), and
+rows and lists have an upper limit, so that a file of any size without a line break costs one
+message, not the memory of the machine.
 """
 
 import codecs
@@ -13,15 +14,19 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 MAX_ROW_BYTES = 64 * 2**20  # an answer of a million words has 6 MiB
+# A list in a .json file is held as text beside its rows: 1 GiB costs up to 4 GiB of host memory.
+MAX_JSON_BYTES = 2**30
 CHUNK_BYTES = 2**20
 BATCH_ROWS = 256
 # A message list in a cell as json.dumps writes it, and as Python prints it.
 JSON_MESSAGES = re.compile(r'\[\{\s*"(role|content|from|value)"')
 PYTHON_MESSAGES = re.compile(r"\[\{\s*'(role|content|from|value)'")
+JSON_SPACE = re.compile(r"[ \t\r\n]*")
 HALF_CHARACTERS = re.compile("[\ud800-\udfff]")
+NOT_UTF8 = "not valid UTF-8; save the file as UTF-8"
 UTF_16 = "holds NUL bytes, as UTF-16 does; save the file as UTF-8"
 
 
@@ -47,7 +52,7 @@ def read_rows(path: Path, max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Row]:
 
     Args:
         path: A file whose suffix is in `READERS`.
-        max_row_bytes: Longest row; in .json and .csv counted in characters.
+        max_row_bytes: Longest row; in .csv counted in characters, in a .json list not looked at.
 
     Returns:
         The rows in the file's order; blank lines are none, but count.
@@ -139,7 +144,7 @@ def _parse_line(line: bytes) -> tuple[Any, str]:
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not valid UTF-8 (byte {error.start} of the line); save the file as UTF-8"
+    return f"not valid UTF-8 (byte {error.start} of the row); save the file as UTF-8"
 
 
 def _unreadable(error: Exception) -> str:
@@ -151,125 +156,76 @@ def _unreadable(error: Exception) -> str:
 
 def _read_json(path: Path, max_row_bytes: int) -> Iterator[Row]:
     """The items of one list, one object, or rows a line that go by the name of .json."""
-    with path.open("rb") as file:
-        first = _first_character(file)
-    if first != b"[":
-        lines = (line for _, line in _lines(path, max_row_bytes) if line and not _is_blank(line))
-        if not _parse_line(next(lines, b""))[1]:
-            yield from _read_jsonl(path, max_row_bytes)
-            return
-    with path.open("rb") as file:
-        yield from _JsonValues(path, file, max_row_bytes, is_list=first == b"[").rows()
+    lines = (line for _, line in _lines(path, max_row_bytes) if line and not _is_blank(line))
+    first = next(lines, b"").removeprefix(codecs.BOM_UTF8).lstrip()
+    if not first.startswith(b"[") and not _parse_line(first)[1]:
+        yield from _read_jsonl(path, max_row_bytes)
+        return
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{path}: one list or object longer than {MAX_JSON_BYTES // 2**20} MiB, which would "
+            "be held in memory whole; write it as .jsonl, each row on its own line"
+        )
+    # One byte a character; as UTF-8 a single emoji would make every character take four.
+    with path.open(encoding="latin-1", newline="") as file:
+        text = file.read()
+    yield from _json_rows(path, text.removeprefix(codecs.BOM_UTF8.decode("latin-1")))
 
 
-def _first_character(file: IO[bytes]) -> bytes:
-    """The first byte of a file that is neither byte order mark nor white space."""
-    chunk = file.read(CHUNK_BYTES).removeprefix(codecs.BOM_UTF8)
-    while chunk and not chunk.lstrip():
-        chunk = file.read(CHUNK_BYTES)
-    return chunk.lstrip()[:1]
-
-
-class _JsonValues:
-    """The items of a JSON list that is read piece by piece.
+def _json_rows(path: Path, text: str) -> Iterator[Row]:
+    """The items of a list, or the one value there is.
 
     Args:
         path: For messages.
-        file: Open at its start.
-        max_row_bytes: Longest item.
-        is_list: Whether the items stand in a list; else there is one.
+        text: The file's bytes as Latin-1. JSON's own signs are ASCII, so values end where they do.
     """
+    row, decode = 1, json.JSONDecoder().raw_decode
+    place = _behind_space(text, 0)
+    is_list = text.startswith("[", place)
+    try:
+        place = _behind_space(text, place + is_list)
+        follows = text[place : place + 1] != ("]" if is_list else "")
+        while follows:
+            value, end = decode(text, place)
+            item, fault = text[place:end], ""
+            if not item.isascii():
+                value, fault = _parse_line(item.encode("latin-1"))
+            yield Row(row, f"{path}, row {row}", value, fault)
+            place = _behind_space(text, end)
+            follows = is_list and text.startswith(",", place)
+            if follows:
+                row, place = row + 1, _behind_space(text, place + 1)
+        if is_list and not text.startswith("]", place):
+            what = "Expecting ',' delimiter" if place < len(text) else "The list has no ]"
+            raise json.JSONDecodeError(what, text, place)
+        place = _behind_space(text, place + is_list)
+        if place < len(text):
+            raise json.JSONDecodeError("Extra data", text, place)
+    except json.JSONDecodeError as error:
+        raise ValueError(_broken_json(path, row, error)) from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path}, row {row}: {_unreadable(error)}") from None
 
-    def __init__(self, path: Path, file: IO[bytes], max_row_bytes: int, *, is_list: bool) -> None:
-        self.path, self.file, self.max_row, self.is_list = path, file, max_row_bytes, is_list
-        self.decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-        self.text = ""  # what is read and not yet used up to `place`
-        self.place = 0
-        self.lines_before = 0  # line breaks in what was dropped from `text`
-        self.at_end = False
-        self.row = 1
 
-    def rows(self) -> Iterator[Row]:
-        """Every item as a row."""
-        if not self._peek():
-            return
-        if self.is_list:
-            self.place += 1
-            if self._peek() == "]":
-                self.place += 1
-                self._expect_end()
-                return
-        while True:
-            yield Row(self.row, f"{self.path}, row {self.row}", self._value())
-            if not self.is_list:
-                break
-            separator = self._peek()
-            if separator not in (",", "]"):
-                raise self._broken("Expecting ',' delimiter" if separator else "The list has no ]")
-            self.place += 1
-            if separator == "]":
-                break
-            self.row += 1
-        self._expect_end()
+def _behind_space(text: str, place: int) -> int:
+    """The first place at or behind `place` that holds no white space."""
+    space = JSON_SPACE.match(text, place)
+    assert space is not None  # it matches an empty text too
+    return space.end()
 
-    def _value(self) -> Any:
-        """The item at `place`; more is read while what there is of it does not parse."""
-        self._peek()
-        num_bytes = CHUNK_BYTES
-        while True:
-            try:
-                value, end = json.JSONDecoder().raw_decode(self.text, self.place)
-                if end < len(self.text) or self.at_end:  # else a number may go on
-                    self.place = end
-                    return value
-            except json.JSONDecodeError as error:
-                if self.at_end:
-                    raise self._broken(error.msg, error.pos) from None
-            except (RecursionError, ValueError) as error:
-                raise ValueError(f"{self._where()}: {_unreadable(error)}") from None
-            if len(self.text) - self.place > self.max_row:
-                raise ValueError(
-                    f"{self._where()}: longer than {self.max_row // 2**20} MiB without an end, or "
-                    "broken JSON; a .json file holds one list of rows"
-                )
-            self._read(num_bytes)
-            num_bytes = min(2 * num_bytes, self.max_row)  # a long row is parsed a few times only
 
-    def _peek(self) -> str:
-        """Pass over white space; the character behind it, empty at the end."""
-        while True:
-            found = re.compile(r"\S").search(self.text, self.place)
-            self.place = found.start() if found else len(self.text)
-            if found or self.at_end:
-                return found[0] if found else ""
-            self._read(CHUNK_BYTES)
-
-    def _read(self, num_bytes: int) -> None:
-        """Drop what is used up and read on."""
-        self.lines_before += self.text.count("\n", 0, self.place)
-        data = self.file.read(num_bytes)
-        self.at_end = not data
-        try:
-            more = self.decode(data, self.at_end)
-        except UnicodeDecodeError:
-            raise ValueError(f"{self._where()}: not valid UTF-8; save the file as UTF-8") from None
-        self.text, self.place = self.text[self.place :] + more, 0
-
-    def _expect_end(self) -> None:
-        if self._peek():
-            raise self._broken("Extra data")
-
-    def _where(self) -> str:
-        return f"{self.path}, row {self.row}"
-
-    def _broken(self, what: str, position: int | None = None) -> ValueError:
-        if "\0" in self.text:
-            return ValueError(f"{self._where()}: {UTF_16}")
-        line = self.lines_before + self.text.count("\n", 0, position or self.place) + 1
-        return ValueError(
-            f"{self.path}, line {line}: broken JSON ({what}, in row {self.row}); "
-            "a .json file holds one list of rows"
-        )
+def _broken_json(path: Path, row: int, error: json.JSONDecodeError) -> str:
+    """What is wrong with a .json file behind its first good rows, and where."""
+    if "\0" in error.doc:
+        return f"{path}, row {row}: {UTF_16}"
+    try:
+        error.doc[error.pos :].encode("latin-1").decode("utf-8")
+    except UnicodeDecodeError:
+        return f"{path}, row {row}: {NOT_UTF8}"
+    return (
+        f"{path}, line {error.lineno}: broken JSON ({error.msg}, in row {row}); "
+        "a .json file holds one list of rows"
+    )
 
 
 def _read_csv(path: Path, max_row_bytes: int) -> Iterator[Row]:
@@ -302,11 +258,11 @@ def _check_header(path: Path, header: list[str]) -> None:
     """Refuse a header that was read wrongly: another encoding, cells that no comma parts."""
     text = "".join(header)
     if HALF_CHARACTERS.search(text):
-        raise ValueError(f"{path}, line 1: not valid UTF-8; save the file as UTF-8")
+        raise ValueError(f"{path}, line 1: {NOT_UTF8}")
     if len(header) == 1 and re.search("[;\t]", text):
         raise ValueError(
-            f"{path}, line 1: the header is one cell ({shown(text)}); separate cells by commas, "
-            "not by semicolons or tabs"
+            f"{path}, line 1: the header is one cell ({printable_line(text)}); "
+            "separate cells by commas, not by semicolons or tabs"
         )
 
 
@@ -329,15 +285,15 @@ def _csv_row(number: int, place: str, header: list[str], cells: list[str]) -> Ro
     value: dict[str, Any] = {}
     for name, cell in zip(header, cells, strict=True):
         if HALF_CHARACTERS.search(cell):
-            return Row(number, place, fault="not valid UTF-8; save the file as UTF-8")
+            return Row(number, place, fault=NOT_UTF8)
         value[name] = cell
         if PYTHON_MESSAGES.match(cell):
             fault = "holds messages in Python's notation; write them with json.dumps"
-            return Row(number, place, fault=f"the column {shown(name)} {fault}")
+            return Row(number, place, fault=f"the column {printable_line(name)} {fault}")
         if JSON_MESSAGES.match(cell):
             value[name], fault = _parse_line(cell.encode())
             if fault:
-                return Row(number, place, fault=f"the column {shown(name)}: {fault}")
+                return Row(number, place, fault=f"the column {printable_line(name)}: {fault}")
     return Row(number, place, value)
 
 
@@ -354,13 +310,13 @@ def _read_parquet(path: Path, max_row_bytes: int) -> Iterator[Row]:
                     number += 1
                     yield Row(number, f"{path}, row {number}", drop_nulls(value))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = shown(str(error))
+        reason = printable_line(str(error))
         raise ValueError(
             f"{path}, behind row {number}: no Parquet file, or a broken one ({reason})"
         ) from None
 
 
-def shown(text: str, length: int = 80) -> str:
+def printable_line(text: str, length: int = 80) -> str:
     """Text from a file in one short line that can be printed."""
     text = " ".join(text[: 4 * length].split())
     text = text if len(text) <= length else text[: length - 3] + "..."

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem_dpo.packs.trees import Tree, scored
+from lowmem_dpo.packs.trees import Tree, scored_tokens
 
 PAD_ID = 0
 TOKEN_MULTIPLE = 64  # keeps the matrix products on full tiles
@@ -26,16 +26,22 @@ SPLITS = range(1, 17)  # packs per step that are tried
 
 @dataclass(frozen=True)
 class Pack:
-    """Trees in one micro-batch.
+    """Trees in one micro-batch, with all that is needed to score them; tensors are on the CPU.
+
+    A model that runs on `input_ids` at `position_ids`, every tree attending within `layout` alone,
+    gives hidden rows [N, D]; the log-probs of `targets` under `rows` of them are the pairs'.
 
     Attributes:
         input_ids: [N] int64. Trees one after the other, each trunk, chosen, rejected; then padding.
         position_ids: [N] int64. Both branches continue at the trunk's length; padding is at 0.
-        layout: Per tree (start, trunk_len, chosen_len, rejected_len), in tokens.
-        rows: [T] int64. Indices in 0..N-1 of the tokens that predict a scored token.
-        targets: [T] int64. The scored tokens.
+        layout: Per tree (start, trunk_len, chosen_len, rejected_len), in tokens: the trunk attends
+            to itself, a branch to the trunk and itself, causally. What is in no tree is padding.
+        rows: [T] int64. Indices in 0..N-1 of the tokens that predict a scored token; the trunk's
+            last stands there twice where it predicts the first token of both branches.
+        targets: [T] int64. The scored tokens, one for each of `rows`.
         trees: The trees, in pack order.
-        counts: Per tree the lengths of its runs in `rows`: scored in both, in chosen, in rejected.
+        counts: Per tree the lengths of its runs in `rows`: scored in both, in chosen only, in
+            rejected only; they follow each other, tree after tree, and add up to T.
     """
 
     input_ids: Tensor
@@ -109,7 +115,10 @@ def _weighted_sums(runs: Sequence[Tensor], pack: Pack, ld_alpha: float) -> tuple
 
 
 def epoch_order(num_pairs: int, seed: int, epoch: int) -> list[int]:
-    """The shuffled order of the pairs in an epoch: a function of its arguments alone."""
+    """The shuffled order of the pairs in an epoch: a function of its arguments alone.
+
+    It is here because N is chosen for the very steps that will be trained on.
+    """
     order = list(range(num_pairs))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
@@ -125,7 +134,7 @@ def choose_pack_tokens(
     smallest.
 
     Args:
-        trees: All trees of the run.
+        trees: All trees of the run, at least one.
         batch_size: Pairs per optimizer step.
         limit: The most tokens that fit in memory.
         seed: The run's seed.
@@ -134,10 +143,8 @@ def choose_pack_tokens(
         A multiple of 64, at least the longest tree and at most `limit`.
 
     Raises:
-        ValueError: There are no trees, or the longest does not fit in `limit`.
+        ValueError: The longest tree does not fit in `limit`.
     """
-    if not trees:
-        raise ValueError("no pairs to choose the micro-batch for, got an empty list")
     sizes = [tree.num_tokens for tree in trees]
     smallest = round_up_tokens(max(sizes))
     if limit is not None and smallest > limit:
@@ -215,7 +222,7 @@ def _build_pack(trees: Sequence[Tree], indices: list[int], num_tokens: int) -> P
         input_ids += [*tree.trunk, *tree.chosen, *tree.rejected]
         position_ids += range(trunk_len + len(tree.chosen))
         position_ids += range(trunk_len, trunk_len + len(tree.rejected))
-        tokens = scored(tree)
+        tokens = scored_tokens(tree)
         rows += [start + row for row in tokens.rows]
         targets += tokens.targets
         counts.append((tokens.num_shared, tokens.num_chosen, tokens.num_rejected))

@@ -54,13 +54,9 @@ class Tree:
         """Scored tokens of the rejected sequence."""
         return len(self.trunk) + len(self.rejected) - self.rejected_start
 
+    @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of the token ids and the scored positions; the row does not matter."""
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
-        """The digest, computed once: every step asks for it."""
         content = [self.trunk, self.chosen, self.rejected, self.chosen_start, self.rejected_start]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -98,7 +94,7 @@ def build_tree(pair: TokenPair) -> Tree:
     )
 
 
-def scored(tree: Tree) -> ScoredTokens:
+def scored_tokens(tree: Tree) -> ScoredTokens:
     """List the scored tokens of a tree and the rows that predict them."""
     starts = (tree.chosen_start, tree.rejected_start)
     trunk_len = len(tree.trunk)

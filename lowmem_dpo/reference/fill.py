@@ -45,7 +45,7 @@ class Reference:
 
     def of(self, pack: Pack) -> Tensor:
         """[T] the reference log-probs of a pack, in the order of its rows."""
-        return torch.cat([self.logps[tree.digest()] for tree in pack.trees])
+        return torch.cat([self.logps[tree.digest] for tree in pack.trees])
 
 
 def prepare_reference(
@@ -74,7 +74,7 @@ def prepare_reference(
     Raises:
         RunStopped: If cached numbers are not reproduced.
     """
-    by_key = {tree.digest(): tree for tree in trees}
+    by_key = {tree.digest: tree for tree in trees}
     found = cache.read(list(by_key), fingerprint)
     known = dict(found.same)
     if found.other and accept_other:
@@ -181,7 +181,7 @@ def _check_finite(pack: Pack, logps: dict[str, Tensor]) -> None:
     Raises:
         RunStopped: Naming the data rows.
     """
-    bad = [tree.row for tree in pack.trees if not logps[tree.digest()].isfinite().all()]
+    bad = [tree.row for tree in pack.trees if not logps[tree.digest].isfinite().all()]
     if bad:
         raise RunStopped(
             f"the reference log-probs of {name_rows(bad)} are not finite: look at these pairs, "
@@ -191,7 +191,7 @@ def _check_finite(pack: Pack, logps: dict[str, Tensor]) -> None:
 
 def _by_tree(pack: Pack, logps: Tensor) -> dict[str, Tensor]:
     runs = logps.split([sum(counts) for counts in pack.counts])
-    return {tree.digest(): run.clone() for tree, run in zip(pack.trees, runs, strict=True)}
+    return {tree.digest: run.clone() for tree, run in zip(pack.trees, runs, strict=True)}
 
 
 def _recheck(

@@ -75,7 +75,7 @@ def load_pairs(
     say(preview_pair(pairs[0], tokenizer, encoding=console.encoding))
     train = [build_tree(pair) for pair in pairs]
     held_out = [build_tree(pair) for pair in evaluation]
-    keys = "".join(tree.digest() for tree in train) + "/" + "".join(t.digest() for t in held_out)
+    keys = "".join(tree.digest for tree in train) + "/" + "".join(t.digest for t in held_out)
     return Pairs(train, held_out, hashlib.sha256(keys.encode()).hexdigest(), facts)
 
 

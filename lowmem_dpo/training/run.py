@@ -95,7 +95,7 @@ def plan_pack_tokens(
                 "raise it, leave it out, or lower max_length"
             )
         return wanted
-    cached = cache.pack_tokens([tree.digest() for tree in trees], policy.fingerprint(0))
+    cached = cache.pack_tokens([tree.digest for tree in trees], policy.fingerprint(0))
     if cached is not None and cached >= longest:
         return cached
     limit = max(PACK_TOKENS_LIMIT, round_up_tokens(longest))

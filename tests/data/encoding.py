@@ -37,7 +37,8 @@ def sides(pair, tokenizer):
 
 def trl_pairs(rows, tokenizer):
     """What TRL's own DPO trainer makes of rows: prompt, chosen and rejected ids."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
     trainer = object.__new__(dpo_trainer.DPOTrainer)
     trainer._tokenizer = tokenizer

@@ -2,7 +2,7 @@ import json
 import re
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lowmem_dpo.data.messages import ROLES
@@ -236,7 +236,6 @@ def check_invariants(preference):
         json.dumps(side, ensure_ascii=False).encode("utf-8")
 
 
-@settings(max_examples=250)
 @given(
     st.lists(MUTATED, min_size=1, max_size=2) | st.lists(JUNK | SIDES, min_size=1, max_size=3),
     st.sampled_from(["a.jsonl", "a.json"]),

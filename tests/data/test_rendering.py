@@ -2,12 +2,11 @@ import pytest
 
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.data.rendering import (
-    COMMON_MARKERS,
+    COMMON_TURN_OPENINGS,
     build_renderer,
     prompts_are_repeated,
     repeats_prompt,
 )
-from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.settings.groups import EncodingSettings
 
 
@@ -25,21 +24,21 @@ def test_build_renderer_learns_how_turns_begin_and_answers_end(
     build_tokenizer, name, opening, ends
 ):
     renderer = build_renderer(build_tokenizer(name), EncodingSettings())
-    assert renderer.markers == (*COMMON_MARKERS, *opening)
-    assert renderer.ends == ends
+    assert renderer.turn_openings == (*COMMON_TURN_OPENINGS, *opening)
+    assert renderer.terminators == ends
 
 
 def test_build_renderer_does_not_take_plain_text_for_an_end(build_tokenizer, tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text("{% for m in messages %}{{ m['content'] }}<|done|>{% endfor %}")
     settings = EncodingSettings(chat_template=str(path))
-    assert build_renderer(build_tokenizer(), settings).ends == ("</s>",)
+    assert build_renderer(build_tokenizer(), settings).terminators == ("</s>",)
 
 
 def test_build_renderer_takes_the_default_of_named_templates(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = {"tool_use": "", "default": tokenizer.chat_template}
-    assert "<|im_end|>" in build_renderer(tokenizer, EncodingSettings()).ends
+    assert "<|im_end|>" in build_renderer(tokenizer, EncodingSettings()).terminators
 
 
 @pytest.mark.parametrize(
@@ -62,8 +61,8 @@ def test_prompts_are_repeated_goes_by_the_majority():
     assert not prompts_are_repeated([])
 
 
-def test_build_renderer_refuses_variables_that_the_template_never_reads():
-    tokenizer = byte_tokenizer()
+def test_build_renderer_refuses_variables_that_the_template_never_reads(build_tokenizer):
+    tokenizer = build_tokenizer("llama3")
     settings = EncodingSettings(chat_template_kwargs={"enable_thinking": False})
     with pytest.raises(ValueError, match="enable_thinking has no effect"):
         build_renderer(tokenizer, settings)

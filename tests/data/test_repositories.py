@@ -1,12 +1,11 @@
 import json
 import re
 
+import datasets
 import pytest
 
 from lowmem_dpo.data.reading import read_preferences
 from lowmem_dpo.data.repositories import read_dataset
-
-datasets = pytest.importorskip("datasets")
 
 ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
 

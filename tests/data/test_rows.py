@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lowmem_dpo.data import rows as rows_module
-from lowmem_dpo.data.rows import MAX_ROW_BYTES, READERS, drop_nulls, read_rows, shown
+from lowmem_dpo.data.rows import MAX_ROW_BYTES, READERS, drop_nulls, printable_line, read_rows
 
 ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
 GOOD = json.dumps(ROW)
@@ -66,9 +66,7 @@ def test_read_rows_goes_on_behind_a_bad_line(tmp_path):
 # .json
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 2**20])
-def test_read_rows_reads_a_list_in_pieces_of_any_size(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(rows_module, "CHUNK_BYTES", chunk)
+def test_read_rows_reads_the_items_of_a_list(tmp_path):
     values = [ROW, 12345, -1.5e10, "é語😀\u2028", [], {"a": [None, True]}, None]
     path = write(tmp_path, "a.json", json.dumps(values, indent=1, ensure_ascii=False))
     rows = list(read_rows(path))
@@ -100,9 +98,7 @@ def test_read_rows_takes_one_object_and_json_lines_in_a_json_file(tmp_path):
         ("{oops}", "row 1"),
     ],
 )
-@pytest.mark.parametrize("chunk", [3, 2**20])
-def test_read_rows_names_the_line_of_broken_json(tmp_path, monkeypatch, chunk, text, message):
-    monkeypatch.setattr(rows_module, "CHUNK_BYTES", chunk)
+def test_read_rows_names_the_line_of_broken_json(tmp_path, text, message):
     assert message in refusal(write(tmp_path, "a.json", text))
 
 
@@ -150,6 +146,7 @@ def test_read_rows_says_what_to_do_about_utf16(tmp_path, name, text, encoding):
 )
 def test_read_rows_does_not_hold_a_row_without_an_end(tmp_path, monkeypatch, name, opening):
     monkeypatch.setattr(rows_module, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(rows_module, "MAX_JSON_BYTES", 2**20)
     path = write(tmp_path, name, opening + b'"')
     with path.open("ab") as file:
         file.write(b"x" * 2**24)
@@ -159,6 +156,17 @@ def test_read_rows_does_not_hold_a_row_without_an_end(tmp_path, monkeypatch, nam
     tracemalloc.stop()
     assert "longer than 1 MiB" in message
     assert peak < 6 * 2**20
+
+
+def test_read_rows_refuses_a_json_list_above_its_limit_but_no_rows_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "MAX_JSON_BYTES", 2**20)
+    rows = [ROW | {"chosen": "x" * 2**10}] * 2**10
+    as_list = write(tmp_path, "a.json", json.dumps(rows))
+    assert re.search(
+        "longer than 1 MiB.* write it as .jsonl, each row on its own", refusal(as_list)
+    )
+    as_lines = write(tmp_path, "b.json", "\n".join(map(json.dumps, rows)))
+    assert [row.value for row in read_rows(as_lines)] == rows
 
 
 def test_rows_of_a_megabyte_are_no_trouble(tmp_path):
@@ -224,7 +232,7 @@ def test_read_rows_refuses_bad_csv(tmp_path, text, message):
 
 
 def write_parquet(path, rows):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
@@ -274,19 +282,20 @@ def test_read_rows_survives_any_bytes(tmp_path_factory, suffix, data):
         assert str(error).startswith(f"{path}, ") and "\n" not in str(error)
 
 
-@given(st.lists(st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=5)))
-@example([1, 23])
-def test_read_rows_reads_what_json_wrote(tmp_path_factory, values):
+@given(
+    st.lists(st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=5)),
+    st.booleans(),
+)
+@example(["\ud800", 23], True)
+def test_read_rows_reads_what_json_wrote(tmp_path_factory, values, ensure_ascii):
     path = tmp_path_factory.getbasetemp() / "values.json"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_module, "CHUNK_BYTES", 2)
-        assert [row.value for row in read_rows(path)] == values
+    path.write_text(json.dumps(values, ensure_ascii=ensure_ascii), encoding="utf-8")
+    assert [row.value for row in read_rows(path)] == values
 
 
-def test_shown_is_one_short_line_that_can_be_printed():
-    assert shown("a\n b\ud800") == "a b\\ud800"
-    assert len(shown("x" * 10**6)) == 80
+def test_printable_line_is_one_short_line_that_can_be_printed():
+    assert printable_line("a\n b\ud800") == "a b\\ud800"
+    assert len(printable_line("x" * 10**6)) == 80
 
 
 def test_read_rows_says_when_there_is_no_file(tmp_path):

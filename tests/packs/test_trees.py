@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem_dpo.data.encoding import TokenPair
-from lowmem_dpo.packs.trees import Tree, build_tree, scored
+from lowmem_dpo.packs.trees import Tree, build_tree, scored_tokens
 
 
 @st.composite
@@ -50,9 +50,9 @@ def test_build_tree_holds_both_sequences_and_the_longest_trunk(pair):
 
 
 @given(token_pairs())
-def test_scored_lists_every_completion_token_with_the_row_before_it(pair):
+def test_scored_tokens_lists_every_completion_token_with_the_row_before_it(pair):
     tree = build_tree(pair)
-    tokens = scored(tree)
+    tokens = scored_tokens(tree)
     runs = list(zip(tokens.rows, tokens.targets, strict=True))
     shared = runs[: tokens.num_shared]
     chosen = runs[tokens.num_shared : tokens.num_shared + tokens.num_chosen]
@@ -68,30 +68,30 @@ def test_scored_lists_every_completion_token_with_the_row_before_it(pair):
     assert {(r, t) for r, t in both if r + 1 < len(tree.trunk)} == set(shared)
 
 
-def test_scored_uses_the_last_trunk_row_for_both_branches():
-    tokens = scored(Tree(1, (5, 6, 7), (8, 9), (4,), 2, 2))
+def test_scored_tokens_uses_the_last_trunk_row_for_both_branches():
+    tokens = scored_tokens(Tree(1, (5, 6, 7), (8, 9), (4,), 2, 2))
     assert tokens.rows == [1, 2, 3, 2]
     assert tokens.targets == [7, 8, 9, 4]
     assert (tokens.num_shared, tokens.num_chosen, tokens.num_rejected) == (1, 2, 1)
 
 
-def test_scored_knows_trunk_tokens_of_one_side_only():
-    tokens = scored(Tree(1, (5, 6, 7), (8,), (), 1, 2))
+def test_scored_tokens_knows_trunk_tokens_of_one_side_only():
+    tokens = scored_tokens(Tree(1, (5, 6, 7), (8,), (), 1, 2))
     assert tokens.rows == [1, 0, 2]
     assert tokens.targets == [7, 6, 8]
     assert (tokens.num_shared, tokens.num_chosen, tokens.num_rejected) == (1, 2, 0)
 
 
-def test_scored_leaves_first_tokens_out_where_there_is_no_trunk():
-    tokens = scored(Tree(1, (), (1, 2), (3, 4), 1, 1))
+def test_scored_tokens_leaves_first_tokens_out_where_there_is_no_trunk():
+    tokens = scored_tokens(Tree(1, (), (1, 2), (3, 4), 1, 1))
     assert (tokens.rows, tokens.targets) == ([0, 2], [2, 4])
 
 
 def test_digest_covers_tokens_and_scored_positions_but_not_the_row():
     tree = Tree(1, (5, 6), (7,), (8,), 1, 1)
-    assert tree.digest() == Tree(2, (5, 6), (7,), (8,), 1, 1).digest()
+    assert tree.digest == Tree(2, (5, 6), (7,), (8,), 1, 1).digest
     # Caches on disk are keyed by it, so it must not change.
-    assert tree.digest() == hashlib.sha256(b"[[5, 6], [7], [8], 1, 1]").hexdigest()
+    assert tree.digest == hashlib.sha256(b"[[5, 6], [7], [8], 1, 1]").hexdigest()
     others = [
         Tree(1, (5, 6), (7,), (9,), 1, 1),
         Tree(1, (5, 6), (8,), (7,), 1, 1),
@@ -99,16 +99,16 @@ def test_digest_covers_tokens_and_scored_positions_but_not_the_row():
         Tree(1, (5, 6), (7,), (8,), 2, 1),
         Tree(1, (5, 6), (7,), (8,), 1, 2),
     ]
-    assert len({tree.digest(), *(other.digest() for other in others)}) == 6
+    assert len({tree.digest, *(other.digest for other in others)}) == 6
 
 
 def test_digest_is_computed_once_and_leaves_equality_alone(monkeypatch):
     tree, same = (Tree(1, (5, 6), (7,), (8,), 1, 1) for _ in range(2))
-    digest = tree.digest()
+    digest = tree.digest
     assert tree == same
     assert hash(tree) == hash(same)
     monkeypatch.setattr(hashlib, "sha256", None)
-    assert tree.digest() == digest
+    assert tree.digest == digest
 
 
 def test_build_tree_refuses_a_scored_first_token():

@@ -153,7 +153,7 @@ def test_reference_of_a_run_from_an_adapter_is_the_base_with_it(config, tmp_path
     run = prepare_run(second, second.data)
     assert run.reference.num_scored == 13  # the base's numbers are not these
     bare = prepare_run(config, config.data)
-    key = run.pairs.train[0].digest()
+    key = run.pairs.train[0].digest
     assert not torch.allclose(run.reference.logps[key], bare.reference.logps[key], atol=1e-3)
     result = Trainer(second).fit()
     record = json.loads((result.output_dir / "run.json").read_text())

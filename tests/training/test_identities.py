@@ -22,7 +22,7 @@ from lowmem_dpo.losses.pairs import LossParameters, PairLogps
 from lowmem_dpo.model.lora import LoraLinear, lora_layers, lora_parameters
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import pack_trees, sequence_logps
-from lowmem_dpo.packs.trees import Tree, build_tree, scored
+from lowmem_dpo.packs.trees import Tree, build_tree, scored_tokens
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training import fit
@@ -256,14 +256,14 @@ def test_step_does_not_feel_a_constant_on_both_reference_sums(prepare, loss_type
         for side in ("chosen", "rejected"):
             moved = shifted[f"rewards/{side}"] - plain[f"rewards/{side}"]
             assert moved == pytest.approx(-beta * constant, abs=1e-4)
-    assert {min(scored(tree).num_shared, 1) for tree in trees} == {0, 1}
+    assert {min(scored_tokens(tree).num_shared, 1) for tree in trees} == {0, 1}
 
 
 def shift_reference(run: Run, constant: float, per_token: bool) -> None:
     """Add a constant to the reference sums of both answers of a pair, or to every token."""
     assert run.reference is not None
     for tree in run.pairs.train:
-        logps, counts = run.reference.logps[tree.digest()], scored(tree)
+        logps, counts = run.reference.logps[tree.digest], scored_tokens(tree)
         if per_token:
             logps += constant
         elif counts.num_shared:  # counts in both sums
@@ -280,14 +280,14 @@ def test_logps_are_the_same_bits_beside_padding_and_beside_other_trees(prepare):
     for tree in run.pairs.train:
         with torch.no_grad():
             alone = score(run.policy.model, pack_trees([tree], 512)[0])
-        assert torch.equal(alone, together.logps[tree.digest()])
+        assert torch.equal(alone, together.logps[tree.digest])
 
 
 def test_step_does_not_feel_more_padding(prepare):
     rows = random_pairs(8)
     tight, loose = prepare(rows, pack_tokens=512), prepare(rows, pack_tokens=1536)
     for tree in tight.pairs.train:
-        key = tree.digest()
+        key = tree.digest
         assert torch.allclose(tight.reference.logps[key], loose.reference.logps[key], atol=2e-6)
     assert_close(step_gradients(tight), step_gradients(loose))
 
