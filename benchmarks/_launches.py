@@ -10,14 +10,15 @@ from typing import NamedTuple
 import torch
 
 from lowmem_dpo_kernels import (
-    NormRule,
+    NormKind,
     TreePlan,
     nf4,
     rms_norm_triton,
     token_logps_triton,
     tree_attention_triton,
 )
-from lowmem_dpo_kernels import token_logps_fused as token_logps_fused_kernels
+from lowmem_dpo_kernels import token_logps_fused as fused
+from lowmem_dpo_kernels.token_logps_state import HeadSlice, ScoredRows
 
 
 class Case(NamedTuple):
@@ -35,76 +36,71 @@ class Case(NamedTuple):
 
 
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = HALF_DTYPES | {"fp32": torch.float32}
 
 
 def token_logps(capability: tuple[int, int]) -> Iterator[Case]:
     """The row kernel, on a slice of full width; it is the same on all cards."""
-    row, logits = torch.zeros(1), torch.zeros(1, 8192)
-    for name, dtype in (HALF_DTYPES | {"fp32": torch.float32}).items():
+    logits = torch.zeros(1, 8192)
+    for name, dtype in DTYPES.items():
         weights = logits if dtype == torch.float32 else logits.to(dtype)
-        for bias, softcap in ((None, None), (torch.zeros(8192), 30.0)):
-            arguments = (logits, torch.tensor([1]), row, row.clone(), row.clone(), weights)
-            settings = {
-                "with_weights": True,
-                "bias": bias,
-                "width": 8192,
-                "logit_scale": 1.0,
-                "logit_softcap": softcap,
-                "headroom": 0.0,
-            }
+        rows = scored_rows(1, 64, dtype)
+        for text, head_slice in head_slices(8192, 8192, dtype):
+            arguments = (logits, weights, rows, head_slice)
             yield Case(
-                f"{name}{', bias, cap' if softcap else ''}",
+                f"{name}{text}",
                 ("fold_slice",),
-                lambda a=arguments, s=settings: token_logps_triton.fold_slice(*a, **s),
+                lambda a=arguments: token_logps_triton.fold_slice(*a),
             )
 
 
 def token_logps_fused(capability: tuple[int, int]) -> Iterator[Case]:
     """The three kernels of the fused head, on a slice that is not whole tiles."""
-    for name, dtype in (HALF_DTYPES | {"fp32": torch.float32}).items():
-        tiles = token_logps_fused_kernels.tiles_for(capability, dtype)
+    for name, dtype in DTYPES.items():
+        sizes = fused.sizes_for(capability, dtype)
         kernels = (
-            f"score_tile {tiles.rows}x{tiles.columns}x{tiles.score_step}, "
-            f"{tiles.num_stages} stages",
+            f"score_tile {sizes.rows}x{sizes.columns}x{sizes.score_step}, "
+            f"{sizes.num_stages} stages",
             "fold_tiles",
-            f"add_values {tiles.rows}x{tiles.dims}x{tiles.value_step}, {tiles.num_stages} stages",
+            f"add_values {sizes.rows}x{sizes.dims}x{sizes.value_step}, {sizes.num_stages} stages",
         )
-        for bias, softcap in ((None, None), (torch.zeros(1000), 30.0)):
-            label = f"{name}{', bias, cap' if softcap else ''}"
-            yield Case(label, kernels, lambda a=(dtype, tiles, bias, softcap): _fold_fused(*a))
+        rows = scored_rows(256, 128, dtype)
+        workspace = rows.queries.new_zeros(fused.weights_numel(sizes, 256, 1000))
+        for text, head_slice in head_slices(1000, 1024, dtype):
+            arguments = (rows, head_slice, workspace, sizes)
+            yield Case(f"{name}{text}", kernels, lambda a=arguments: fused.fold_slice(*a))
 
 
-def _fold_fused(
-    dtype: torch.dtype,
-    tiles: token_logps_fused_kernels.Tiles,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-) -> None:
-    """One slice of the head to one block of rows, with gradient."""
-    row, queries = torch.zeros(256), torch.zeros(256, 128, dtype=dtype)
-    workspace = queries.new_zeros(token_logps_fused_kernels.weights_numel(tiles, 256, 1000))
-    token_logps_fused_kernels.fold_slice(
-        queries,
-        torch.zeros(1024, 128, dtype=dtype),
-        torch.zeros(256, dtype=torch.int64),
-        row,
-        row.clone(),
-        row.clone(),
-        torch.zeros(256, 128),
-        workspace,
-        tiles=tiles,
-        bias=bias,
-        width=1000,
-        logit_scale=1.0,
-        logit_softcap=softcap,
+def scored_rows(
+    num_rows: int, dim: int, dtype: torch.dtype, *, with_gradient: bool = True
+) -> ScoredRows:
+    """A block of rows; what it sums are fp32 tensors of their own."""
+    queries = torch.zeros(num_rows, dim, dtype=dtype)
+    return ScoredRows(
+        queries=queries,
+        targets=torch.zeros(num_rows, dtype=torch.int64),
+        top=torch.zeros(num_rows),
+        rest=torch.zeros(num_rows),
+        target_logit=torch.zeros(num_rows),
+        values=torch.zeros(num_rows, dim) if with_gradient else None,
+        target_weights=None,
     )
+
+
+def head_slices(width: int, padded: int, dtype: torch.dtype) -> list[tuple[str, HeadSlice]]:
+    """A slice of a plain head and one of a head with all that it may have, each with its name."""
+    keys = torch.zeros(padded, 128, dtype=dtype)
+    return [
+        ("", HeadSlice(keys, 0, width, None, 1.0, None)),
+        (", bias, cap", HeadSlice(keys, 0, width, torch.zeros(width), 1.0, 30.0)),
+    ]
 
 
 def nf4_dequantize(capability: tuple[int, int]) -> Iterator[Case]:
     """One kernel; it is the same on all cards."""
     packed, code, levels = torch.zeros(4096, dtype=torch.uint8), torch.zeros(256), torch.zeros(16)
     double = (torch.zeros(128, dtype=torch.uint8), torch.zeros(1), torch.zeros(()))
-    for name, dtype in (HALF_DTYPES | {"fp32": torch.float32}).items():
+    for name, dtype in DTYPES.items():
         out = torch.empty(8192, dtype=dtype)
         for text, scales in (("", double), (", one level", (torch.zeros(128), None, None))):
             arguments = (packed, *scales, code, levels, out)
@@ -121,15 +117,15 @@ def tree_attention(capability: tuple[int, int]) -> Iterator[Case]:
         *((size, "fp16", both[:1]) for size in (64, 128, 256)),
         (80, "bf16", both[:1]),
     ):
-        tiles = tree_attention_triton.tiles_for(capability, head_size)
+        sizes = tree_attention_triton.tile_sizes_for(capability, head_size)
         kernels = tuple(
-            f"{kernel} {tile.queries}x{tile.keys}, {tile.num_stages} stages"
-            for kernel, tile in tiles._asdict().items()
+            f"{kernel} {size.queries}x{size.keys}, {size.num_stages} stages"
+            for kernel, size in sizes._asdict().items()
         )
         for window, softcap in settings:
             label = f"E={head_size}, {dtype}"
             label += f"{', window' if window else ''}{', cap' if softcap else ''}"
-            arguments = (HALF_DTYPES[dtype], head_size, tiles, window, softcap)
+            arguments = (HALF_DTYPES[dtype], head_size, sizes, window, softcap)
             yield Case(label, kernels, lambda a=arguments: _attend(*a))
 
 
@@ -137,24 +133,24 @@ def rms_norm(capability: tuple[int, int]) -> Iterator[Case]:
     """Rows of a hidden state and of a head; the same on all cards."""
     for width in (128, 4096, 8192):
         for name, dtype in HALF_DTYPES.items():
-            for family, rule in (("llama", NormRule(1e-6)), ("gemma", NormRule(1e-6, 1.0, False))):
+            for family, kind in (("llama", NormKind(1e-6)), ("gemma", NormKind(1e-6, 1.0, False))):
                 rows, rstd = torch.zeros(3, width, dtype=dtype), torch.zeros(3)
                 yield Case(
                     f"D={width}, {name}, {family}",
                     ("forward", "backward"),
-                    lambda x=rows, rstd=rstd, rule=rule: _normalise(x, rstd, rule),
+                    lambda x=rows, rstd=rstd, kind=kind: _normalise(x, rstd, kind),
                 )
 
 
-def _normalise(x: torch.Tensor, rstd: torch.Tensor, rule: NormRule) -> None:
-    rms_norm_triton.forward(x, x[0], rule, x.clone(), rstd)
-    rms_norm_triton.backward(x, x, x[0], rule, rstd, x.clone())
+def _normalise(x: torch.Tensor, rstd: torch.Tensor, kind: NormKind) -> None:
+    rms_norm_triton.forward(x, x[0], kind, x.clone(), rstd)
+    rms_norm_triton.backward(x, x, x[0], kind, rstd, x.clone())
 
 
 def _attend(
     dtype: torch.dtype,
     head_size: int,
-    tiles: tree_attention_triton.Tiles,
+    sizes: tree_attention_triton.TileSizes,
     window: int | None,
     softcap: float | None,
 ) -> None:
@@ -164,8 +160,8 @@ def _attend(
         torch.zeros(512, heads, head_size, dtype=dtype).transpose(0, 1) for heads in (4, 2, 2)
     )
     settings = (0.1, window, softcap)
-    out, lse = tree_attention_triton.forward(query, key, value, plan, tiles.forward, *settings)
-    tree_attention_triton.backward(out, query, key, value, out, lse, plan, tiles, *settings)
+    out, lse = tree_attention_triton.forward(query, key, value, plan, sizes.forward, *settings)
+    tree_attention_triton.backward(out, query, key, value, out, lse, plan, sizes, *settings)
 
 
 LAUNCHES = {

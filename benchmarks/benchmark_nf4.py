@@ -34,7 +34,7 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from lowmem_dpo.model.nf4 import Nf4Weight, quantize_nf4
-from lowmem_dpo_kernels import reference
+from lowmem_dpo_kernels import twins
 
 SHAPES = {"quick": ["64x128"], "cpu": ["2048x2048"], "cuda": ["4096x4096", "14336x4096"]}
 INNER = 20  # launches a measurement, so that the clock's own pauses do not count
@@ -65,7 +65,7 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def ours(weight: Nf4Weight, out: Tensor) -> Tensor:
     """This repository's kernel; on a CPU its twin."""
-    dequantize = reference.nf4_dequantize
+    dequantize = twins.nf4_dequantize
     if out.is_cuda:
         from lowmem_dpo_kernels import nf4
 

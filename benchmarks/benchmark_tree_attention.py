@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowmem_dpo.model.attention import Rule, segment_attention
-from lowmem_dpo_kernels import TreeLayout, TreePlan, reference, tree_attention, tree_attention_path
+from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention, tree_attention_path, twins
 
 SHAPES = {
     "quick": ["2x8+4+6x2/1x16"],
@@ -130,9 +130,7 @@ def ours_sdpa(case: Case) -> Tensor:
 
 def twin(case: Case) -> Tensor:
     """A dense mask over the pack, and autograd."""
-    return reference.tree_attention(
-        case.query, case.key, case.value, case.plan.layout, **case.settings
-    )
+    return twins.tree_attention(case.query, case.key, case.value, case.plan.layout, **case.settings)
 
 
 def flash(case: Case) -> Tensor:

@@ -1,9 +1,9 @@
-"""Kernels for training beside frozen weights: a file per operation, plain twins in `reference`.
+"""Kernels for training beside frozen weights: a file per operation, plain twins in `twins`.
 
 Needs torch; triton is optional and only used on CUDA cards.
 """
 
-from lowmem_dpo_kernels.rms_norm import NormRule, rms_norm
+from lowmem_dpo_kernels.rms_norm import NormKind, rms_norm
 from lowmem_dpo_kernels.token_logps import token_logps, token_logps_path
 from lowmem_dpo_kernels.tree_attention import tree_attention, tree_attention_path
 from lowmem_dpo_kernels.tree_attention_plan import TreeLayout, TreePlan
@@ -14,7 +14,7 @@ NUMERICS_VERSION = 2
 
 __all__ = [
     "NUMERICS_VERSION",
-    "NormRule",
+    "NormKind",
     "TreeLayout",
     "TreePlan",
     "rms_norm",

@@ -7,7 +7,7 @@ Shapes: D hidden, V vocabulary, S slice width.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,6 +42,22 @@ class SlicedWeight(Protocol):
 
 
 Weight = Tensor | SlicedWeight
+
+
+class FrozenHead(NamedTuple):
+    """An output head: logits are softcap(logit_scale * (hidden @ weight.T + bias)).
+
+    Attributes:
+        weight: [V, D].
+        bias: [V], or None.
+        logit_scale: Factor of the logits, after the bias.
+        logit_softcap: Cap c of c * tanh(logits / c), after the scale; None for none.
+    """
+
+    weight: Weight
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
 
 def weight_slices(weight: Weight, width: int) -> Iterator[Tensor]:

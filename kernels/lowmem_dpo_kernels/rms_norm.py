@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 _BLOCK_NUMBERS = 2**20  # of a block of rows on a CPU: 4 MiB in fp32, about four times alive
 
 
-class NormRule(NamedTuple):
+class NormKind(NamedTuple):
     """How a family normalises.
 
     Attributes:
@@ -39,13 +39,13 @@ class NormRule(NamedTuple):
     rounds_first: bool = True
 
 
-def rms_norm(x: Tensor, weight: Tensor, rule: NormRule, *, implementation: str = "torch") -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, kind: NormKind, *, implementation: str = "torch") -> Tensor:
     """Normalise rows.
 
     Args:
         x: [..., D], floating point.
         weight: [D], frozen, in x's dtype.
-        rule: How.
+        kind: How.
         implementation: torch, or on CUDA triton; they differ in the last bits.
 
     Returns:
@@ -63,28 +63,28 @@ def rms_norm(x: Tensor, weight: Tensor, rule: NormRule, *, implementation: str =
             f"weight must be [{x.shape[-1]}] in {x.dtype}, as x's rows are, "
             f"got {list(weight.shape)} in {weight.dtype}"
         )
-    return _RmsNorm.apply(x, weight, rule, implementation == "triton")
+    return _RmsNorm.apply(x, weight, kind, implementation == "triton")
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rule: NormRule, by_kernel: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kind: NormKind, by_kernel: bool) -> Tensor:
         out = torch.empty_like(x)
         rows, out_rows = _rows(x, out), _rows(out, out)
         rstd = torch.empty(len(rows), dtype=torch.float32, device=x.device)
         if by_kernel:
             from lowmem_dpo_kernels import rms_norm_triton
 
-            rms_norm_triton.forward(rows, weight, rule, out_rows, rstd)
+            rms_norm_triton.forward(rows, weight, kind, out_rows, rstd)
         else:
             for block in _blocks(rows):
                 wide = rows[block].float()
                 mean = wide.pow(2).mean(-1, keepdim=True)
-                scale = torch.rsqrt(mean + rule.eps)
+                scale = torch.rsqrt(mean + kind.eps)
                 rstd[block] = scale[:, 0]
-                out_rows[block] = _weighted(wide * scale, weight, rule)
+                out_rows[block] = _weighted(wide * scale, weight, kind)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.rule, ctx.by_kernel = rule, by_kernel
+        ctx.kind, ctx.by_kernel = kind, by_kernel
         return out
 
     @staticmethod
@@ -96,9 +96,9 @@ class _RmsNorm(torch.autograd.Function):
         if ctx.by_kernel:
             from lowmem_dpo_kernels import rms_norm_triton
 
-            rms_norm_triton.backward(upstream, rows, weight, ctx.rule, rstd, grad_rows)
+            rms_norm_triton.backward(upstream, rows, weight, ctx.kind, rstd, grad_rows)
             return grad_x, None, None, None
-        factor = weight.float() + ctx.rule.offset
+        factor = weight.float() + ctx.kind.offset
         for block in _blocks(rows):
             scale = rstd[block, None]
             normed, grad = rows[block].float() * scale, upstream[block] * factor
@@ -107,11 +107,11 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x, None, None, None
 
 
-def _weighted(normed: Tensor, weight: Tensor, rule: NormRule) -> Tensor:
+def _weighted(normed: Tensor, weight: Tensor, kind: NormKind) -> Tensor:
     """The product with the weight of fp32 rows, rounded where the family rounds."""
-    if rule.rounds_first:
-        return normed.to(weight.dtype) * (weight + rule.offset)
-    return normed * (weight.float() + rule.offset)
+    if kind.rounds_first:
+        return normed.to(weight.dtype) * (weight + kind.offset)
+    return normed * (weight.float() + kind.offset)
 
 
 def _rows(x: Tensor, like: Tensor) -> Tensor:

@@ -10,9 +10,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowmem_dpo_kernels.rms_norm import NormRule
+from lowmem_dpo_kernels.rms_norm import NormKind
 
 _TILE_NUMBERS = 1024  # of a program, where rows are shorter
+
+
+@triton.jit
+def _tile(num_rows, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """A program's rows and columns, where their numbers lie, and which of them are there."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    at = row[:, None] * D + column[None, :]
+    valid = (row < num_rows)[:, None] & (column < D)[None, :]
+    return row, column, at, valid
+
+
+@triton.jit
+def _load_weight(weight_ptr, column, offset, D: tl.constexpr):
+    return tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -29,13 +44,10 @@ def _rms_norm_fwd_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    at = row[:, None] * D + column[None, :]
-    valid = (row < num_rows)[:, None] & (column < D)[None, :]
+    row, column, at, valid = _tile(num_rows, D, ROWS, WIDTH)
     x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
-    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset
+    weight = _load_weight(weight_ptr, column, offset, D)
     normed = x * rstd[:, None]
     if ROUNDS_FIRST:
         normed = normed.to(out_ptr.dtype.element_ty).to(tl.float32)
@@ -57,30 +69,27 @@ def _rms_norm_bwd_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    at = row[:, None] * D + column[None, :]
-    valid = (row < num_rows)[:, None] & (column < D)[None, :]
+    row, column, at, valid = _tile(num_rows, D, ROWS, WIDTH)
     rstd = tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)[:, None]
     normed = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32) * rstd
-    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset
+    weight = _load_weight(weight_ptr, column, offset, D)
     grad = tl.load(grad_out_ptr + at, mask=valid, other=0.0).to(tl.float32) * weight[None, :]
     mean = tl.sum(grad * normed, axis=1) / D
     grad_x = (grad - normed * mean[:, None]) * rstd
     tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=valid)
 
 
-def forward(x: Tensor, weight: Tensor, rule: NormRule, out: Tensor, rstd: Tensor) -> None:
+def forward(x: Tensor, weight: Tensor, kind: NormKind, out: Tensor, rstd: Tensor) -> None:
     """Normalise rows.
 
     Args:
         x: [M, D], contiguous.
         weight: [D].
-        rule: How.
+        kind: How.
         out: [M, D], contiguous; written.
         rstd: [M] fp32; written.
     """
-    grid, sizes = _sizes(x)
+    grid, options = _options(x)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _rms_norm_fwd_kernel[grid](
             x,
@@ -88,15 +97,15 @@ def forward(x: Tensor, weight: Tensor, rule: NormRule, out: Tensor, rstd: Tensor
             out,
             rstd,
             len(x),
-            rule.eps,
-            rule.offset,
-            ROUNDS_FIRST=rule.rounds_first,
-            **sizes,
+            kind.eps,
+            kind.offset,
+            ROUNDS_FIRST=kind.rounds_first,
+            **options,
         )
 
 
 def backward(
-    grad_out: Tensor, x: Tensor, weight: Tensor, rule: NormRule, rstd: Tensor, grad_x: Tensor
+    grad_out: Tensor, x: Tensor, weight: Tensor, kind: NormKind, rstd: Tensor, grad_x: Tensor
 ) -> None:
     """Gradient of the rows.
 
@@ -104,19 +113,27 @@ def backward(
         grad_out: [M, D], contiguous.
         x: [M, D], contiguous.
         weight: [D].
-        rule: How.
+        kind: How.
         rstd: [M] fp32, from `forward`.
         grad_x: [M, D], contiguous; written.
     """
-    grid, sizes = _sizes(x)
+    grid, options = _options(x)
     with torch.cuda.device_of(x):
-        _rms_norm_bwd_kernel[grid](grad_out, x, weight, rstd, grad_x, len(x), rule.offset, **sizes)
+        _rms_norm_bwd_kernel[grid](
+            grad_out, x, weight, rstd, grad_x, len(x), kind.offset, **options
+        )
 
 
-def _sizes(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """The grid, and a program's tile: by the row's length alone."""
+def _options(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """The grid, and how the kernels are launched: by the row's length alone."""
     width = triton.next_power_of_2(x.shape[1])
     rows = max(1, _TILE_NUMBERS // width)
     num_warps = min(16, max(1, rows * width // 512))
-    sizes = {"D": x.shape[1], "ROWS": rows, "WIDTH": width, "num_warps": num_warps}
-    return (triton.cdiv(len(x), rows),), sizes
+    options = {
+        "D": x.shape[1],
+        "ROWS": rows,
+        "WIDTH": width,
+        "num_warps": num_warps,
+        "enable_fp_fusion": True,  # Triton's default varies with its version and environment
+    }
+    return (triton.cdiv(len(x), rows),), options

@@ -33,23 +33,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowmem_dpo_kernels.checks import check_head_inputs
-from lowmem_dpo_kernels.heads import Weight
-from lowmem_dpo_kernels.token_logps_pass import score, tile
-from lowmem_dpo_kernels.triton_support import triton_problem
+from lowmem_dpo_kernels.heads import FrozenHead, Weight
+from lowmem_dpo_kernels.token_logps_pass import block_and_slice, run_pass
+from lowmem_dpo_kernels.triton_support import OLDEST_CAPABILITY, runs_triton, triton_problem
 
 IMPLEMENTATIONS = ("torch", "triton", "fused")
-
-# What is fastest on the cards of a compute capability; a newer card takes the entry before it. The
-# fused path saves a write and a read of the logits and may win where D is small: unmeasured, so
-# every entry is the path whose products are cuBLAS's. Cards before 8.0 have no Triton products.
-DEFAULT_PATHS = {
-    (8, 0): "triton",
-    (8, 6): "triton",
-    (8, 9): "triton",
-    (9, 0): "triton",
-    (10, 0): "triton",
-    (12, 0): "triton",
-}
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +47,7 @@ class _TokenLogpsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, rows, *arguments):
-        logps, grads = score(True, hidden, rows, *arguments)
+        logps, grads = run_pass(hidden, rows, *arguments, grads=True)
         ctx.save_for_backward(rows, grads)
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
         return logps
@@ -76,15 +64,13 @@ class _TokenLogpsFunction(torch.autograd.Function):
             hidden_grad.index_put_((rows,), scaled, accumulate=True)
         else:
             hidden_grad.index_add_(0, rows, scaled)
-        return hidden_grad.to(ctx.dtype), *[None] * 7
+        return hidden_grad.to(ctx.dtype), *[None] * 4
 
 
 def _choose_path(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    if device.type != "cuda" or dtype == torch.float64 or triton_problem() is not None:
-        return "torch"
-    capability = torch.cuda.get_device_capability(device)
-    known = [card for card in DEFAULT_PATHS if card <= capability]
-    return DEFAULT_PATHS[max(known)] if known else "torch"
+    # The fused path saves a write and a read of the logits and may win where D is small; no card
+    # has measured it yet, so the path whose products are cuBLAS's is taken.
+    return "triton" if dtype != torch.float64 and runs_triton(device) else "torch"
 
 
 @functools.cache
@@ -100,7 +86,7 @@ def token_logps_path(device: torch.device | str, implementation: str = "auto") -
         implementation: As for `token_logps`.
     """
     device = torch.device(device)
-    height, width = tile(device)
+    height, width = block_and_slice(device)
     path = _choose_path(device) if implementation == "auto" else implementation
     return f"{path}, blocks of {height} rows, slices of {width} tokens"
 
@@ -127,7 +113,7 @@ def check_implementation(implementation: str, device: torch.device) -> None:
     # Triton's interpreter runs kernels on the CPU, for tests.
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"implementation {implementation} needs CUDA, got {device}; use auto")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         raise ValueError(
             f"implementation {implementation} needs compute capability 8.0, got "
             f"{torch.cuda.get_device_capability(device)}; use auto"
@@ -158,8 +144,8 @@ def token_logps(
         bias: [V] in hidden's dtype, frozen, added to `hidden @ weight.T`.
         logit_scale: Factor of the logits, after the bias.
         logit_softcap: Cap c of c * tanh(logits / c), after the scale; None for none.
-        implementation: "torch", "triton" (row statistics), "fused" (products too) or "auto": on
-            CUDA what `DEFAULT_PATHS` says where Triton is installed, save for float64.
+        implementation: "torch", "triton" (row statistics), "fused" (products too) or "auto":
+            triton on CUDA from compute capability 8.0 where it can compile, save for float64.
 
     Returns:
         [T] fp32 (float64 for float64 inputs), in nats.
@@ -176,7 +162,7 @@ def token_logps(
         raise ValueError(f"implementation {implementation} has no float64; use auto")
     path = _choose_path(hidden.device, hidden.dtype) if implementation == "auto" else implementation
     _log_path(hidden.device.type, path)
-    arguments = (rows, weight, targets, bias, logit_scale, logit_softcap, path)
+    arguments = (rows, targets, FrozenHead(weight, bias, logit_scale, logit_softcap), path)
     if hidden.requires_grad and torch.is_grad_enabled():
         return _TokenLogpsFunction.apply(hidden, *arguments)
-    return score(False, hidden, *arguments)[0]
+    return run_pass(hidden, *arguments, grads=False)[0]

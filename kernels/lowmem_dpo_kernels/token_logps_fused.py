@@ -31,6 +31,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowmem_dpo_kernels.token_logps_state import HeadSlice, ScoredRows
+from lowmem_dpo_kernels.token_logps_triton import soft_capped
+
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run on the CPU, for tests
 LN2 = tl.constexpr(0.6931471824645996)  # ln 2, rounded to fp32
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -38,8 +41,8 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Launch parameters of the two products on one kind of card.
+class LaunchSizes:
+    """How the two products are launched on one kind of card.
 
     Attributes:
         rows: Rows of a tile, of both products.
@@ -62,19 +65,19 @@ class Tiles:
 
 # By compute capability, for half operands. They fit shared memory and spill nothing, which tiles
 # of 128 x 256 do (up to 650 bytes a thread); none is measured on a card yet.
-TABLE = {
-    (8, 0): Tiles(128, 128, 64, 128, 64, 8, 4),
-    (8, 6): Tiles(128, 128, 64, 128, 64, 8, 3),
-    (8, 9): Tiles(128, 128, 64, 128, 64, 8, 3),
-    (9, 0): Tiles(128, 128, 64, 128, 64, 8, 4),
-    (10, 0): Tiles(128, 128, 64, 128, 64, 8, 4),
-    (12, 0): Tiles(128, 128, 64, 128, 64, 8, 3),
+SIZES = {
+    (8, 0): LaunchSizes(128, 128, 64, 128, 64, 8, 4),
+    (8, 6): LaunchSizes(128, 128, 64, 128, 64, 8, 3),
+    (8, 9): LaunchSizes(128, 128, 64, 128, 64, 8, 3),
+    (9, 0): LaunchSizes(128, 128, 64, 128, 64, 8, 4),
+    (10, 0): LaunchSizes(128, 128, 64, 128, 64, 8, 4),
+    (12, 0): LaunchSizes(128, 128, 64, 128, 64, 8, 3),
 }
-FP32_TILES = Tiles(64, 64, 32, 64, 32, 4, 2)  # exact fp32 products use no tensor cores
+FP32_SIZES = LaunchSizes(64, 64, 32, 64, 32, 4, 2)  # exact fp32 products use no tensor cores
 FOLD_ROWS = 128
 
 
-def tiles_for(capability: tuple[int, int], dtype: torch.dtype) -> Tiles:
+def sizes_for(capability: tuple[int, int], dtype: torch.dtype) -> LaunchSizes:
     """The table's entry: of the newest card it knows that is no newer than this one.
 
     Args:
@@ -82,15 +85,15 @@ def tiles_for(capability: tuple[int, int], dtype: torch.dtype) -> Tiles:
         dtype: Of the operands.
     """
     if dtype == torch.float32:
-        return FP32_TILES
-    return TABLE[max(known for known in TABLE if known <= capability)]
+        return FP32_SIZES
+    return SIZES[max(known for known in SIZES if known <= capability)]
 
 
-def tiles_of(queries: Tensor) -> Tiles:
+def sizes_of(queries: Tensor) -> LaunchSizes:
     """The entry for the card that holds `queries`; the interpreter has no card."""
     if not queries.is_cuda:
-        return FP32_TILES
-    return tiles_for(torch.cuda.get_device_capability(queries.device), queries.dtype)
+        return FP32_SIZES
+    return sizes_for(torch.cuda.get_device_capability(queries.device), queries.dtype)
 
 
 @triton.jit
@@ -152,9 +155,7 @@ def _score_tile_kernel(
     z *= logit_scale
     slope = 1.0
     if HAS_SOFTCAP:
-        tanh = 1.0 - 2.0 / (tl.exp(2.0 * z / logit_softcap) + 1.0)
-        slope = 1.0 - tanh * tanh
-        z = logit_softcap * tanh
+        z, slope = soft_capped(z, logit_softcap)
     column = tl.load(columns_ptr + first_row + row, mask=valid_row, other=-1) - first
     has_target = (column >= 0) & (column < tl.minimum(width_here, COLUMNS))
     column = tl.where(has_target, column, -1).to(tl.int32)
@@ -253,67 +254,48 @@ def _add_values_kernel(
 
 
 def fold_slice(
-    queries: Tensor,
-    keys: Tensor,
-    columns: Tensor,
-    top: Tensor,
-    rest: Tensor,
-    target_logit: Tensor,
-    values: Tensor | None,
-    workspace: Tensor | None,
-    *,
-    tiles: Tiles,
-    bias: Tensor | None,
-    width: int,
-    logit_scale: float,
-    logit_softcap: float | None,
+    rows: ScoredRows, head_slice: HeadSlice, workspace: Tensor | None, sizes: LaunchSizes
 ) -> None:
-    """Bring one slice of the head to one block of rows; updates `top` to `values` in place.
+    """Bring one slice of the head to one block of rows.
 
     Args:
-        queries: [B, D], D a multiple of 64.
-        keys: [S, D] in queries' type, S at least `width`.
-        columns: [B] int64, the target's column; outside [0, width) where another slice holds it.
-        top: [B] fp32, a whole number: z_v over v != y is at most top * ln 2, so far.
-        rest: [B] fp32, running sum of e^z_v / 2^top over v != y.
-        target_logit: [B] fp32, z_y once its slice has come by.
-        values: [B, D] fp32, running sum of e^z_v / 2^top W_v times the cap's slope; None without
-            gradient.
+        rows: The block; D a multiple of 64. What it sums is updated in place.
+        head_slice: The slice, in queries' type.
         workspace: At least `weights_numel` numbers of queries' type; None without gradient.
-        tiles: From `tiles_of`.
-        bias: [width] fp32, added to the logits.
-        width: Columns that are vocabulary.
-        logit_scale: Factor of the logits, after the bias.
-        logit_softcap: Cap of the logits, after the scale.
+        sizes: From `sizes_of`.
     """
+    queries, keys, values = rows.queries, head_slice.keys, rows.values
     num_rows, dim = queries.shape
-    num_tiles = triton.cdiv(width, tiles.columns)
+    width, logit_softcap = head_slice.width, head_slice.logit_softcap
+    num_tiles = triton.cdiv(width, sizes.columns)
     # Two tensors, not halves of one: a pointer's alignment is part of what is compiled.
-    tile_top, tile_rest = (top.new_empty(num_tiles, num_rows) for _ in range(2))
-    shrink = torch.empty_like(top)
-    row_tiles = triton.cdiv(num_rows, tiles.rows)
+    tile_top, tile_rest = (rows.top.new_empty(num_tiles, num_rows) for _ in range(2))
+    shrink = torch.empty_like(rows.top)
+    row_tiles = triton.cdiv(num_rows, sizes.rows)
     if workspace is None:  # never read or written; its type is part of what is compiled
         weights = queries
     else:
-        shape = num_rows, num_tiles * tiles.columns
+        shape = num_rows, num_tiles * sizes.columns
         weights = workspace[: shape[0] * shape[1]].view(shape)
-    # Triton's interpreter computes wrong numbers in bfloat16.
-    upcast = INTERPRETED and queries.dtype == torch.bfloat16
-    options = {
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
+    shared = {
+        # Triton's interpreter computes wrong numbers in bfloat16.
+        "UPCAST": INTERPRETED and queries.dtype == torch.bfloat16,
+        "ROWS": sizes.rows,
+        "COLUMNS": sizes.columns,
+        "num_warps": sizes.num_warps,
+        "num_stages": sizes.num_stages,
         "enable_fp_fusion": True,  # Triton's default varies with its version and environment
     }
     with torch.cuda.device_of(queries):  # Triton launches on the current device
         _score_tile_kernel[(row_tiles, num_tiles)](
             queries,
             keys,
-            top if bias is None else bias,
-            columns,
+            rows.top if head_slice.bias is None else head_slice.bias,
+            head_slice.columns(rows.targets),
             weights,
             tile_top,
             tile_rest,
-            target_logit,
+            rows.target_logit,
             queries.stride(0),
             keys.stride(0),
             weights.stride(0),
@@ -321,28 +303,33 @@ def fold_slice(
             width,
             dim,
             int(values is not None),
-            logit_scale,
+            head_slice.logit_scale,
             1.0 if logit_softcap is None else logit_softcap,
             # float16 needs its upper range too, or it loses the softmax's tail.
             15.0 if queries.dtype == torch.float16 else 0.0,
-            HAS_BIAS=bias is not None,
+            HAS_BIAS=head_slice.bias is not None,
             HAS_SOFTCAP=logit_softcap is not None,
-            UPCAST=upcast,
-            ROWS=tiles.rows,
-            COLUMNS=tiles.columns,
-            STEP=tiles.score_step,
-            **options,
+            STEP=sizes.score_step,
+            **shared,
         )
         _fold_tiles_kernel[(triton.cdiv(num_rows, FOLD_ROWS),)](
-            tile_top, tile_rest, top, rest, shrink, num_rows, num_tiles, ROWS=FOLD_ROWS
+            tile_top,
+            tile_rest,
+            rows.top,
+            rows.rest,
+            shrink,
+            num_rows,
+            num_tiles,
+            ROWS=FOLD_ROWS,
+            enable_fp_fusion=True,
         )
         if values is None:
             return
-        _add_values_kernel[(row_tiles, triton.cdiv(dim, tiles.dims))](
+        _add_values_kernel[(row_tiles, triton.cdiv(dim, sizes.dims))](
             weights,
             keys,
             tile_top,
-            top,
+            rows.top,
             shrink,
             values,
             weights.stride(0),
@@ -351,15 +338,12 @@ def fold_slice(
             num_rows,
             width,
             dim,
-            UPCAST=upcast,
-            ROWS=tiles.rows,
-            COLUMNS=tiles.columns,
-            DIMS=tiles.dims,
-            STEP=tiles.value_step,
-            **options,
+            DIMS=sizes.dims,
+            STEP=sizes.value_step,
+            **shared,
         )
 
 
-def weights_numel(tiles: Tiles, num_rows: int, width: int) -> int:
-    """Numbers that the weights of a block take; see `fold_slice`."""
-    return num_rows * triton.cdiv(width, tiles.columns) * tiles.columns
+def weights_numel(sizes: LaunchSizes, num_rows: int, width: int) -> int:
+    """Numbers that the softmax weights of a block take; see `fold_slice`."""
+    return num_rows * triton.cdiv(width, sizes.columns) * sizes.columns

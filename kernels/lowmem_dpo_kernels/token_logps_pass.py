@@ -1,8 +1,8 @@
 """One pass over the vocabulary: every slice of the head to every block of scored rows.
 
 What happens between a slice and a block is the path's business (`token_logps_torch`, `_triton`,
-`_fused`); what is kept of a row between slices, and what becomes of it at the end, is here. The
-equations are in `token_logps`.
+`_fused`), what is kept of a row between slices is in `token_logps_state`; how they meet, and what
+becomes of the rows at the end, is here. The equations are in `token_logps`.
 
 A row's bits depend on its own numbers only: rows run in blocks of a fixed height, zero-padded, and
 the sides of every product are multiples of 64, since BLAS libraries sum the edges of other shapes
@@ -14,75 +14,25 @@ Shapes: N packed tokens, T scored tokens, D hidden, V vocabulary, B rows of a bl
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_dpo_kernels import token_logps_torch
 from lowmem_dpo_kernels.checks import IGNORED
-from lowmem_dpo_kernels.heads import Weight, weight_slices
+from lowmem_dpo_kernels.heads import FrozenHead, weight_slices
+from lowmem_dpo_kernels.token_logps_state import HeadSlice, ScoredRows
 
 ALIGNMENT = 64
-LN2 = 0.6931471824645996  # rounded to fp32, as in the fused kernels
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _State:
-    """Running statistics of T rows; of all of them, or of a block.
-
-    The sums leave the target out and are relative to e^top, on the fused path to 2^top.
-    """
-
-    queries: Tensor  # [T, D] operand type
-    labels: Tensor  # [T] int64
-    top: Tensor  # [T] fp32, maximum so far
-    rest: Tensor  # [T] fp32, sum of e^z
-    target_logit: Tensor  # [T] fp32, z_y; NaN, and so the log-prob, if no slice holds the target
-    values: Tensor | None  # [T, D] fp32, sum of e^z W; None without gradient
-    target_rows: Tensor | None  # [T, D] operand type, W_y, where it must be caught in passing
-
-    def block(self, rows: slice) -> "_State":
-        """The same of some rows, in place."""
-        return _State(
-            queries=self.queries[rows],
-            labels=self.labels[rows],
-            top=self.top[rows],
-            rest=self.rest[rows],
-            target_logit=self.target_logit[rows],
-            values=None if self.values is None else self.values[rows],
-            target_rows=None if self.target_rows is None else self.target_rows[rows],
-        )
-
-    def log_odds(self, path: str) -> Tensor:
-        """[T] fp32, d = log(p_y / (1 - p_y))."""
-        if path != "fused":
-            return (self.target_logit - self.top) - self.rest.log()
-        # 2^top is a power of two near the maximum: unlike the maximum it is not of z's own grid.
-        top = self.top.double() * LN2
-        return (self.target_logit.double() - top).float() - self.rest.log()
+_Fold = Callable[[ScoredRows, HeadSlice], None]
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """Some rows of the head, and what becomes of their logits."""
-
-    keys: Tensor  # [S, D] operand type, S padded
-    start: int  # where they begin in the vocabulary
-    width: int  # how many they are
-    bias: Tensor | None  # [width] fp32
-    logit_scale: float
-    logit_softcap: float | None
-
-
-_Fold = Callable[[_State, _Slice], None]
-
-
-def tile(device: torch.device) -> tuple[int, int]:
+def block_and_slice(device: torch.device) -> tuple[int, int]:
     """Rows B of a block and width S of a slice: part of the numerics, so never a matter of T."""
     return (1024, 8192) if device.type == "cuda" else (256, 2048)
 
@@ -105,13 +55,13 @@ def _pad(length: int, multiple: int = ALIGNMENT) -> int:
     return -(-length // multiple) * multiple
 
 
-def _start(
+def _gather_rows(
     hidden: Tensor, rows: Tensor, targets: Tensor, path: str, *, grads: bool, catch_targets: bool
-) -> _State:
-    """Gather the scored rows; no slice has been seen."""
+) -> ScoredRows:
+    """The scored rows, of which no slice has been seen."""
     num_tokens, dim = len(rows), hidden.shape[1]
     # The fused kernels tile the rows themselves; products of torch need one shape.
-    height = 1 if path == "fused" else tile(hidden.device)[0]
+    height = 1 if path == "fused" else block_and_slice(hidden.device)[0]
     padded_tokens, padded_dim = _pad(num_tokens, height), _pad(dim)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     queries = hidden.new_zeros(padded_tokens, padded_dim, dtype=_operand_dtype(hidden))
@@ -119,14 +69,14 @@ def _start(
     if hidden.dtype == torch.float16 and path == "torch":
         _check_overflow(queries)
     top = hidden.new_full((padded_tokens,), torch.finfo(dtype).min, dtype=dtype)
-    return _State(
+    return ScoredRows(
         queries=queries,
-        labels=F.pad(targets, (0, padded_tokens - num_tokens), value=IGNORED),
+        targets=F.pad(targets, (0, padded_tokens - num_tokens), value=IGNORED),
         top=top,
         rest=torch.zeros_like(top),
         target_logit=torch.full_like(top, torch.nan),
         values=torch.zeros_like(queries, dtype=dtype) if grads else None,
-        target_rows=torch.zeros_like(queries) if grads and catch_targets else None,
+        target_weights=torch.zeros_like(queries) if grads and catch_targets else None,
     )
 
 
@@ -167,171 +117,119 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) ->
         torch.mm(left, right, out=out, **kwargs)
 
 
-def _fold_vocabulary(
-    state: _State,
-    weight: Weight,
-    bias: Tensor | None,
-    logit_scale: float,
-    logit_softcap: float | None,
-    path: str,
-) -> None:
+def _fold_vocabulary(rows: ScoredRows, head: FrozenHead, path: str) -> None:
     """Bring every slice of the head to every block of rows."""
-    (height, width), (vocabulary, dim) = tile(weight.device), weight.shape
-    operand_dtype = state.queries.dtype
-    dense = isinstance(weight, Tensor) and weight.dtype == operand_dtype and _pad(dim) == dim
+    weight, (vocabulary, dim) = head.weight, head.weight.shape
+    height, width = block_and_slice(weight.device)
+    bias = None if head.bias is None else head.bias.to(rows.top.dtype)
+    has_operands = isinstance(weight, Tensor) and weight.dtype == rows.queries.dtype
+    dense = has_operands and _pad(dim) == dim
     # Without weights to keep, the fused path has no need of slices.
-    whole = path == "fused" and state.values is None and dense
+    whole = path == "fused" and rows.values is None and dense
     width = _pad(vocabulary) if whole else min(width, _pad(vocabulary))
     fits = dense and (path == "fused" or _pad(vocabulary) == vocabulary)
-    workspace = None if fits else state.queries.new_zeros(width, _pad(dim))
-    fold = _fused_fold(state, height, width) if path == "fused" else _row_fold(state, path, width)
+    workspace = None if fits else rows.queries.new_zeros(width, _pad(dim))
+    fold = _fused_fold(rows, height, width) if path == "fused" else _row_fold(rows, path, width)
     start = 0
     for part in weight_slices(weight, width):
         end = start + len(part)
-        piece = _Slice(
+        head_slice = HeadSlice(
             keys=_operand(part, workspace),
             start=start,
             width=len(part),
             bias=None if bias is None else bias[start:end],
-            logit_scale=logit_scale,
-            logit_softcap=logit_softcap,
+            logit_scale=head.logit_scale,
+            logit_softcap=head.logit_softcap,
         )
-        for row in range(0, len(state.queries), height):
-            block = state.block(slice(row, row + height))
-            fold(block, piece)
-            if block.target_rows is not None:
-                _catch_targets(block, piece)
+        for row in range(0, len(rows.queries), height):
+            block = rows.block(slice(row, row + height))
+            fold(block, head_slice)
+            if block.target_weights is not None:
+                _catch_targets(block, head_slice)
         start = end
 
 
-def _row_fold(state: _State, path: str, width: int) -> _Fold:
+def _row_fold(rows: ScoredRows, path: str, width: int) -> _Fold:
     """Two products of torch with the row statistics between them."""
-    logits = state.top.new_empty(tile(state.top.device)[0], width)
-    weights = logits
-    if state.queries.dtype != logits.dtype:
-        weights = torch.empty_like(logits, dtype=state.queries.dtype)
-    # float16 needs its upper range too, or it loses the softmax's tail; its maximum is e^11.
-    headroom = 10.0 if weights.dtype == torch.float16 else 0.0
-    fold_slice = _fold_function(path)
+    if path == "torch":
+        from lowmem_dpo_kernels.token_logps_torch import fold_slice
+    else:  # imports triton
+        from lowmem_dpo_kernels.token_logps_triton import fold_slice
 
-    def fold(block: _State, piece: _Slice) -> None:
-        tile, tile_weights = logits[:, : len(piece.keys)], weights[:, : len(piece.keys)]
-        _multiply(block.queries, piece.keys.T, out=tile)
-        rescale = fold_slice(
-            tile,
-            block.labels - piece.start,
-            block.top,
-            block.rest,
-            block.target_logit,
-            tile_weights,
-            with_weights=block.values is not None,
-            bias=piece.bias,
-            width=piece.width,
-            logit_scale=piece.logit_scale,
-            logit_softcap=piece.logit_softcap,
-            headroom=headroom,
-        )
+    all_logits = rows.top.new_empty(block_and_slice(rows.top.device)[0], width)
+    all_weights = all_logits
+    if rows.queries.dtype != all_logits.dtype:
+        all_weights = torch.empty_like(all_logits, dtype=rows.queries.dtype)
+
+    def fold(block: ScoredRows, head_slice: HeadSlice) -> None:
+        keys = head_slice.keys
+        logits, weights = all_logits[:, : len(keys)], all_weights[:, : len(keys)]
+        _multiply(block.queries, keys.T, out=logits)
+        rescale = fold_slice(logits, weights, block, head_slice)
         if block.values is not None:
             values = block.values.mul_(rescale[:, None])
-            _multiply(tile_weights, piece.keys, out=values, add=True)
+            _multiply(weights, keys, out=values, add=True)
 
     return fold
 
 
-def _fused_fold(state: _State, height: int, width: int) -> _Fold:
+def _fused_fold(rows: ScoredRows, height: int, width: int) -> _Fold:
     """Products and statistics in Triton."""
     from lowmem_dpo_kernels import token_logps_fused as fused
 
-    tiles, workspace = fused.tiles_of(state.queries), None
-    if state.values is not None:
-        num_rows = min(height, len(state.queries))
-        workspace = state.queries.new_empty(fused.weights_numel(tiles, num_rows, width))
-
-    def fold(block: _State, piece: _Slice) -> None:
-        fused.fold_slice(
-            block.queries,
-            piece.keys,
-            block.labels - piece.start,
-            block.top,
-            block.rest,
-            block.target_logit,
-            block.values,
-            workspace,
-            tiles=tiles,
-            bias=piece.bias,
-            width=piece.width,
-            logit_scale=piece.logit_scale,
-            logit_softcap=piece.logit_softcap,
-        )
-
-    return fold
+    sizes, workspace = fused.sizes_of(rows.queries), None
+    if rows.values is not None:
+        num_rows = min(height, len(rows.queries))
+        workspace = rows.queries.new_empty(fused.weights_numel(sizes, num_rows, width))
+    return functools.partial(fused.fold_slice, workspace=workspace, sizes=sizes)
 
 
-def _fold_function(path: str) -> Callable[..., Tensor]:
-    if path == "torch":
-        return token_logps_torch.fold_slice
-    from lowmem_dpo_kernels import token_logps_triton
-
-    return token_logps_triton.fold_slice
-
-
-def _catch_targets(block: _State, piece: _Slice) -> None:
+def _catch_targets(block: ScoredRows, head_slice: HeadSlice) -> None:
     """Keep the rows of the head that are a target of this block."""
-    assert block.target_rows is not None
-    columns = block.labels - piece.start
-    inside = (columns >= 0) & (columns < piece.width)
-    caught = piece.keys[torch.where(inside, columns, 0)]
-    torch.where(inside[:, None], caught, block.target_rows, out=block.target_rows)
+    assert block.target_weights is not None
+    columns = head_slice.columns(block.targets)
+    inside = (columns >= 0) & (columns < head_slice.width)
+    caught = head_slice.keys[torch.where(inside, columns, 0)]
+    torch.where(inside[:, None], caught, block.target_weights, out=block.target_weights)
 
 
-def score(
-    with_grads: bool,
-    hidden: Tensor,
-    rows: Tensor,
-    weight: Weight,
-    targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    logit_softcap: float | None,
-    path: str,
+def run_pass(
+    hidden: Tensor, rows: Tensor, targets: Tensor, head: FrozenHead, path: str, *, grads: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Score rows in one pass.
+    """Log-probabilities of the targets, and their gradients, in one pass over the head.
 
     Args:
-        with_grads: Whether the gradients are wanted; log-probs have the same bits either way.
         hidden: [N, D].
         rows: [T] int64.
-        weight: [V, D] in hidden's dtype.
         targets: [T] int64, or -100.
-        bias: [V] in hidden's dtype, or None.
-        logit_scale: Factor of the logits, after the bias.
-        logit_softcap: Cap of the logits, after the scale; None for none.
+        head: In hidden's dtype.
         path: torch, triton or fused.
+        grads: Whether the gradients are wanted; log-probs have the same bits either way.
 
     Returns:
         Log-probs [T] and, if wanted, their gradients g [T, D]; fp32, or float64 for float64.
     """
+    weight, num_tokens = head.weight, len(rows)
     catch_targets = not isinstance(weight, Tensor)
-    state = _start(hidden, rows, targets, path, grads=with_grads, catch_targets=catch_targets)
-    bias = None if bias is None else bias.to(state.top.dtype)
-    if len(rows):
-        _fold_vocabulary(state, weight, bias, logit_scale, logit_softcap, path)
-    log_odds = state.log_odds(path)
-    ignored = state.labels == IGNORED
-    logps = F.logsigmoid(log_odds).masked_fill_(ignored, 0.0)[: len(rows)]
-    if state.values is None:
+    scored = _gather_rows(hidden, rows, targets, path, grads=grads, catch_targets=catch_targets)
+    if num_tokens:
+        _fold_vocabulary(scored, head, path)
+    log_odds = scored.log_odds(path)
+    ignored = targets == IGNORED
+    logps = F.logsigmoid(log_odds)[:num_tokens].masked_fill_(ignored, 0.0)
+    if scored.values is None:
         return logps, None
     dim = weight.shape[1]
-    factor = logit_scale * torch.sigmoid(-log_odds)
-    grads = state.values.div_(state.rest[:, None])[: len(rows), :dim]
+    grad = scored.values.div_(scored.rest[:, None])[:num_tokens, :dim]
     if isinstance(weight, Tensor):
-        target_rows = weight[targets.clamp(0, len(weight) - 1)].to(grads.dtype)
+        target_weights = weight[targets.clamp(0, len(weight) - 1)].to(grad.dtype)
     else:
-        assert state.target_rows is not None
-        target_rows = state.target_rows[: len(rows), :dim].to(grads.dtype, copy=True)
-    if logit_softcap is not None:
-        slope = 1.0 - (state.target_logit[: len(rows), None] / logit_softcap).square()
-        target_rows.mul_(slope)
-    torch.sub(target_rows, grads, out=grads)
-    grads.mul_(factor[: len(rows), None]).masked_fill_(ignored[: len(rows), None], 0.0)
-    return logps, grads
+        assert scored.target_weights is not None
+        target_weights = scored.target_weights[:num_tokens, :dim].to(grad.dtype, copy=True)
+    if head.logit_softcap is not None:
+        ratio = scored.target_logit[:num_tokens, None] / head.logit_softcap
+        target_weights.mul_(1.0 - ratio.square())
+    torch.sub(target_weights, grad, out=grad)
+    factor = head.logit_scale * torch.sigmoid(-log_odds)
+    grad.mul_(factor[:num_tokens, None]).masked_fill_(ignored[:, None], 0.0)
+    return logps, grad

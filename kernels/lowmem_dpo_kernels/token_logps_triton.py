@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowmem_dpo_kernels.token_logps_state import HeadSlice, ScoredRows, exponent_headroom
+
 NUM_WARPS = 8
+
+
+@triton.jit
+def soft_capped(z, cap):
+    """Cap * tanh(z / cap), and its slope."""
+    # tanh(x) = 1 - 2 / (e^(2x) + 1), which saturates cleanly where e^(2x) overflows.
+    tanh = 1.0 - 2.0 / (tl.exp(2.0 * z / cap) + 1.0)
+    return cap * tanh, 1.0 - tanh * tanh
 
 
 @triton.jit(do_not_specialize=["width", "with_weights"])
@@ -50,10 +60,7 @@ def _fold_slice_kernel(
     z *= logit_scale
     slope = 1.0
     if HAS_SOFTCAP:
-        # tanh(x) = 1 - 2 / (e^(2x) + 1), which saturates cleanly where e^(2x) overflows.
-        tanh = 1.0 - 2.0 / (tl.exp(2.0 * z / logit_softcap) + 1.0)
-        slope = 1.0 - tanh * tanh
-        z = logit_softcap * tanh
+        z, slope = soft_capped(z, logit_softcap)
     z = tl.where(valid, z, -float("inf"))
 
     column = tl.load(columns_ptr + row)
@@ -76,46 +83,33 @@ def _fold_slice_kernel(
     tl.store(weights_ptr + row * weights_stride + offsets, weights, mask=offsets < written_width)
 
 
-def fold_slice(
-    logits: Tensor,
-    columns: Tensor,
-    top: Tensor,
-    rest: Tensor,
-    target_logit: Tensor,
-    weights: Tensor,
-    *,
-    with_weights: bool,
-    bias: Tensor | None,
-    width: int,
-    logit_scale: float,
-    logit_softcap: float | None,
-    headroom: float,
-) -> Tensor:
+def fold_slice(logits: Tensor, weights: Tensor, rows: ScoredRows, head_slice: HeadSlice) -> Tensor:
     """Fold one slice of logits into the running statistics of its rows, all in place.
 
     Arguments and result are those of `token_logps_torch.fold_slice`, in fp32; `logits` stays as it
     is unless it is also `weights` and they are wanted.
     """
     num_rows, padded_width = logits.shape
-    rescale = top.new_empty(num_rows)
+    bias, logit_softcap = head_slice.bias, head_slice.logit_softcap
+    rescale = rows.top.new_empty(num_rows)
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         _fold_slice_kernel[(num_rows,)](
             logits,
             weights,
             logits if bias is None else bias,
-            columns,
-            top,
-            rest,
-            target_logit,
+            head_slice.columns(rows.targets),
+            rows.top,
+            rows.rest,
+            rows.target_logit,
             rescale,
             logits.stride(0),
             weights.stride(0),
-            width,
+            head_slice.width,
             padded_width,
-            int(with_weights),
-            logit_scale,
+            int(rows.values is not None),
+            head_slice.logit_scale,
             1.0 if logit_softcap is None else logit_softcap,
-            headroom,
+            exponent_headroom(weights.dtype),
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=logit_softcap is not None,
             BLOCK=triton.next_power_of_2(padded_width),

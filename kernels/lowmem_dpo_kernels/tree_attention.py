@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from lowmem_dpo_kernels.checks import check_attention_inputs
 from lowmem_dpo_kernels.tree_attention_plan import TreePlan
-from lowmem_dpo_kernels.triton_support import triton_problem
+from lowmem_dpo_kernels.triton_support import runs_triton
 
 MAX_HEAD_SIZE = 256
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -46,10 +46,10 @@ class _TreeAttentionFunction(torch.autograd.Function):
     ) -> Tensor:
         from lowmem_dpo_kernels import tree_attention_triton as kernels
 
-        tiles = kernels.tiles_for(_capability(query.device), query.shape[2])
-        out, lse = kernels.forward(query, key, value, plan, tiles.forward, *settings)
+        sizes = kernels.tile_sizes_for(_capability(query.device), query.shape[2])
+        out, lse = kernels.forward(query, key, value, plan, sizes.forward, *settings)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.plan, ctx.tiles, ctx.settings = plan, tiles, settings
+        ctx.plan, ctx.sizes, ctx.settings = plan, sizes, settings
         return out
 
     @staticmethod
@@ -59,7 +59,7 @@ class _TreeAttentionFunction(torch.autograd.Function):
 
         if grad_out.stride(2) != 1:
             grad_out = grad_out.contiguous()
-        arguments = (*ctx.saved_tensors, ctx.plan, ctx.tiles, *ctx.settings)
+        arguments = (*ctx.saved_tensors, ctx.plan, ctx.sizes, *ctx.settings)
         return (*kernels.backward(grad_out, *arguments), None, None, None, None)
 
 
@@ -81,20 +81,13 @@ def tree_attention_path(device: torch.device | str, dtype: torch.dtype, head_siz
         than on CUDA from compute capability 8.0, in fp32, where Triton cannot compile, at E > 256.
     """
     device = torch.device(device)
-    runs = (
-        device.type == "cuda"
-        and dtype in HALF_DTYPES
-        and head_size <= MAX_HEAD_SIZE
-        and triton_problem() is None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
-    if not runs:
+    fits = dtype in HALF_DTYPES and head_size <= MAX_HEAD_SIZE
+    if not fits or not runs_triton(device):
         return ""
-    from lowmem_dpo_kernels.tree_attention_triton import tiles_for
+    from lowmem_dpo_kernels.tree_attention_triton import tile_sizes_for
 
-    tiles = tiles_for(_capability(device), head_size)
-    sizes = ", ".join(f"{tile.queries}x{tile.keys}" for tile in tiles)
-    return f"triton, tiles {sizes}"
+    sizes = tile_sizes_for(_capability(device), head_size)
+    return f"triton, tiles {', '.join(f'{size.queries}x{size.keys}' for size in sizes)}"
 
 
 def tree_attention(

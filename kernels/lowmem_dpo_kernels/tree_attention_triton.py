@@ -21,8 +21,8 @@ LOG2_E = math.log2(math.e)
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run on the CPU, for tests
 
 
-class Tile(NamedTuple):
-    """How a kernel is cut: rows a tile, warps a program, stages of a loop's loads."""
+class TileSize(NamedTuple):
+    """How a kernel is cut: rows of a tile, warps of a program, stages of a loop's loads."""
 
     queries: int
     keys: int
@@ -30,34 +30,34 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-class Tiles(NamedTuple):
-    """The three kernels' tiles: part of the numerics, so a matter of card and head size alone."""
+class TileSizes(NamedTuple):
+    """Those of the three kernels: part of the numerics, so a matter of card and head size alone."""
 
-    forward: Tile
-    query_gradient: Tile
-    key_gradient: Tile
+    forward: TileSize
+    query_gradient: TileSize
+    key_gradient: TileSize
 
 
 AMPERE = {  # compute capability 8.0: 163 KiB of shared memory
-    64: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-    128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),
-    256: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    64: TileSizes(TileSize(128, 64, 4, 2), TileSize(64, 64, 4, 3), TileSize(64, 64, 4, 3)),
+    128: TileSizes(TileSize(128, 64, 8, 3), TileSize(64, 64, 8, 3), TileSize(64, 64, 8, 3)),
+    256: TileSizes(TileSize(64, 64, 8, 2), TileSize(64, 32, 8, 2), TileSize(32, 32, 8, 2)),
 }
 HOPPER = {  # 9.0 and 10.0: 227 KiB, products of four warps at a time
-    64: Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
-    256: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    64: TileSizes(TileSize(128, 128, 8, 3), TileSize(128, 64, 8, 3), TileSize(64, 128, 8, 3)),
+    128: TileSizes(TileSize(128, 64, 8, 3), TileSize(128, 64, 8, 2), TileSize(32, 128, 8, 3)),
+    256: TileSizes(TileSize(128, 32, 8, 2), TileSize(64, 32, 8, 2), TileSize(32, 32, 8, 2)),
 }
 CONSUMER = {  # 8.6, 8.9, 12.0 and others: 99 KiB
-    64: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-    128: Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    256: Tiles(Tile(64, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 32, 8, 2)),
+    64: TileSizes(TileSize(128, 64, 4, 2), TileSize(64, 64, 4, 3), TileSize(64, 64, 4, 3)),
+    128: TileSizes(TileSize(128, 32, 8, 2), TileSize(64, 64, 8, 2), TileSize(64, 64, 8, 2)),
+    256: TileSizes(TileSize(64, 32, 8, 2), TileSize(64, 16, 8, 2), TileSize(32, 32, 8, 2)),
 }
 TABLES = {(8, 0): AMPERE, (9, 0): HOPPER, (10, 0): HOPPER}
 
 
-def tiles_for(capability: tuple[int, int], head_size: int) -> Tiles:
-    """The tiles of a card's compute capability and a head size up to 256."""
+def tile_sizes_for(capability: tuple[int, int], head_size: int) -> TileSizes:
+    """What the table says of a card's compute capability and a head size up to 256."""
     return TABLES.get(capability, CONSUMER)[_padded(head_size)]
 
 
@@ -69,7 +69,7 @@ def _padded(head_size: int) -> int:
 def _settings(
     query: Tensor,
     key: Tensor,
-    tile: Tile,
+    size: TileSize,
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
@@ -85,14 +85,14 @@ def _settings(
         "window": 0 if sliding_window is None else sliding_window,
         "GROUP": query.shape[0] // key.shape[0],
         "HEAD_SIZE": query.shape[2],
-        "BLOCK_M": tile.queries,
-        "BLOCK_N": tile.keys,
+        "BLOCK_M": size.queries,
+        "BLOCK_N": size.keys,
         "BLOCK_E": _padded(query.shape[2]),
         "HAS_WINDOW": sliding_window is not None,
         "HAS_SOFTCAP": softcap is not None,
         "UPCAST": INTERPRETED and query.dtype == torch.bfloat16,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
+        "num_warps": size.num_warps,
+        "num_stages": size.num_stages,
         "enable_fp_fusion": True,  # Triton's default varies with its version and environment
     }
 
@@ -107,7 +107,7 @@ def forward(
     key: Tensor,
     value: Tensor,
     plan: TreePlan,
-    tile: Tile,
+    size: TileSize,
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
@@ -119,7 +119,7 @@ def forward(
         key: [K, N, E], as all that follow.
         value: [K, N, E].
         plan: The trees.
-        tile: How the kernel is cut.
+        size: Of a tile.
         scale: Factor on the scores.
         sliding_window: Positions a query looks back, itself included; None for all.
         softcap: Cap of the scores; None for none.
@@ -130,7 +130,7 @@ def forward(
     num_heads, num_tokens, head_size = query.shape
     out = query.new_empty(num_tokens, num_heads, head_size)
     lse = query.new_empty(num_heads, num_tokens, dtype=torch.float32)
-    tiles = plan.query_tiles(tile.queries, query.device)
+    tiles = plan.query_tiles(size.queries, query.device)
     with torch.cuda.device_of(query):  # Triton launches on the current device
         tree_attention_kernels.forward_kernel[(len(tiles) * num_heads,)](
             query,
@@ -141,7 +141,7 @@ def forward(
             tiles,
             *_strides(query, key, value),
             NUM_HEADS=num_heads,
-            **_settings(query, key, tile, scale, sliding_window, softcap),
+            **_settings(query, key, size, scale, sliding_window, softcap),
         )
     return out, lse
 
@@ -154,7 +154,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     plan: TreePlan,
-    tiles: Tiles,
+    sizes: TileSizes,
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
@@ -167,8 +167,8 @@ def backward(
     grad_query = query.new_empty(num_tokens, num_heads, head_size)
     grad_key, grad_value = query.new_empty(2, num_tokens, num_key_heads, head_size)
     delta = torch.empty_like(lse)
-    query_tiles = plan.query_tiles(tiles.query_gradient.queries, query.device)
-    key_tiles = plan.key_tiles(tiles.key_gradient.keys, query.device)
+    query_tiles = plan.query_tiles(sizes.query_gradient.queries, query.device)
+    key_tiles = plan.key_tiles(sizes.key_gradient.keys, query.device)
     strides = _strides(query, key, value, grad_out.transpose(0, 1))
     settings = (scale, sliding_window, softcap)
     with torch.cuda.device_of(query):
@@ -185,7 +185,7 @@ def backward(
             *strides,
             scale=scale,
             NUM_HEADS=num_heads,
-            **_settings(query, key, tiles.query_gradient, *settings),
+            **_settings(query, key, sizes.query_gradient, *settings),
         )
         tree_attention_kernels.key_gradient_kernel[(len(key_tiles) * num_key_heads,)](
             query,
@@ -200,7 +200,7 @@ def backward(
             *strides,
             scale=scale,
             NUM_KEY_HEADS=num_key_heads,
-            **_settings(query, key, tiles.key_gradient, *settings),
+            **_settings(query, key, sizes.key_gradient, *settings),
         )
     grads = (grad_query, grad_key, grad_value)
     return tuple(grad.transpose(0, 1) for grad in grads)  # type: ignore[return-value]

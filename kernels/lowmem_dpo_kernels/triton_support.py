@@ -13,6 +13,12 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
+OLDEST_CAPABILITY = (8, 0)
+"""Compute capability of the first cards that multiply every type of the kernels; Triton supports
+none before them."""
+
 
 @functools.cache
 def triton_problem() -> str | None:
@@ -25,6 +31,15 @@ def triton_problem() -> str | None:
     scheme = sysconfig.get_default_scheme()
     paths = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)
     return missing_for_compiling(sys.platform, os.environ, Path(paths["include"]))
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether the kernels run on `device`: a CUDA card that is new enough, where Triton compiles."""
+    return (
+        device.type == "cuda"
+        and triton_problem() is None
+        and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
+    )
 
 
 def missing_for_compiling(

@@ -15,7 +15,7 @@ from lowmem_dpo.machine.trial import check_error, passes_trial
 from lowmem_dpo.model.gated_mlp import GatedMlp, gate_activation
 from lowmem_dpo.model.lora import LoraLinear
 from lowmem_dpo.model.tiles import TILE_ROWS, TokenTiles
-from lowmem_dpo_kernels import NormRule, reference, rms_norm, triton_problem
+from lowmem_dpo_kernels import NormKind, rms_norm, triton_problem, twins
 
 # Class name to (offset of the weight, whether rows are rounded before the product with it).
 _NORMS = {
@@ -55,7 +55,7 @@ class FusedRmsNorm(nn.Module):
         rule: How the family normalises.
     """
 
-    def __init__(self, weight: nn.Parameter, rule: NormRule) -> None:
+    def __init__(self, weight: nn.Parameter, rule: NormKind) -> None:
         super().__init__()
         self.implementation = norm_implementation(weight.device, weight.dtype)
         self.weight = weight
@@ -89,18 +89,18 @@ def _try_norm_kernels(device: torch.device, dtype: torch.dtype) -> None:
         x, grad = torch.randn(2, 70, width, generator=generator).to(device, dtype)
         weight = torch.randn(width, generator=generator).to(device, dtype)
         for offset, rounds_first in sorted(set(_NORMS.values())):
-            rule = NormRule(1e-6, offset, rounds_first)
+            rule = NormKind(1e-6, offset, rounds_first)
             found = _value_and_gradient(
                 functools.partial(rms_norm, implementation="triton"), x, weight, grad, rule
             )
             exact = (x.double(), weight.double(), grad.double(), rule)
-            expected = _value_and_gradient(reference.rms_norm, *exact)
+            expected = _value_and_gradient(twins.rms_norm, *exact)
             for got, want, what in zip(found, expected, ("value", "gradient"), strict=True):
                 check_error(got, want, limit, f"{what} at {width}")
 
 
 def _value_and_gradient(
-    norm: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor, rule: NormRule
+    norm: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor, rule: NormKind
 ) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -129,7 +129,7 @@ def fuse_norms(model: nn.Module) -> int:
         offset, rounds_first = _NORMS[type(norm).__name__]
         eps: Any = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
         weight: Any = norm.weight
-        setattr(parent, name, FusedRmsNorm(weight, NormRule(eps, offset, rounds_first)))
+        setattr(parent, name, FusedRmsNorm(weight, NormKind(eps, offset, rounds_first)))
     return len(found)
 
 

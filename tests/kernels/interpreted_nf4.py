@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowmem_dpo.model import nf4 as model_nf4
-from lowmem_dpo_kernels import nf4, reference
+from lowmem_dpo_kernels import nf4, twins
 from tests.kernels.test_nf4 import make_state
 
 SIZES = [8, 64, 1000, 64 * 256, 64 * 300 + 24]
@@ -18,7 +18,7 @@ SIZES = [8, 64, 1000, 64 * 256, 64 * 300 + 24]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_nf4_dequantize_has_the_bits_of_its_twin(dtype, numel, double):
     state = make_state(numel, double=double)
-    expected = reference.nf4_dequantize(*state, torch.empty(numel, dtype=dtype))
+    expected = twins.nf4_dequantize(*state, torch.empty(numel, dtype=dtype))
     out = torch.full((numel,), torch.nan, dtype=dtype)
     assert nf4.nf4_dequantize(*state, out) is out
     assert torch.equal(out, expected)
@@ -27,7 +27,7 @@ def test_nf4_dequantize_has_the_bits_of_its_twin(dtype, numel, double):
 def test_nf4_dequantize_writes_bfloat16_too():
     """The interpreter cuts off where cards round: up to one step of bfloat16."""
     state = make_state(1000, double=True)
-    expected = reference.nf4_dequantize(*state, torch.empty(1000))
+    expected = twins.nf4_dequantize(*state, torch.empty(1000))
     out = nf4.nf4_dequantize(*state, torch.full((1000,), torch.nan, dtype=torch.bfloat16))
     assert ((out - expected).abs() <= expected.abs() * 2**-7).all()
 

@@ -6,17 +6,19 @@
 import pytest
 import torch
 
-from lowmem_dpo_kernels import reference, token_logps, token_logps_fused, token_logps_pass
-from lowmem_dpo_kernels.token_logps_fused import Tiles
-
-VARIANTS = [
-    {},
-    {"bias": True},
-    {"logit_scale": 0.0625},
-    {"logit_softcap": 4.0},
-    {"bias": True, "logit_scale": 1.7, "logit_softcap": 6.0},
-]
-
+from lowmem_dpo_kernels import token_logps, token_logps_fused, token_logps_pass, token_logps_triton
+from lowmem_dpo_kernels.heads import FrozenHead
+from lowmem_dpo_kernels.token_logps_fused import LaunchSizes
+from lowmem_dpo_kernels.token_logps_state import HeadSlice, ScoredRows
+from tests.kernels.helpers import HEAD_VARIANTS as VARIANTS
+from tests.kernels.helpers import (
+    SlicedHead,
+    all_equal,
+    exact_logps_and_grad,
+    logps_and_grad,
+    make_head_case,
+    relative_error,
+)
 
 IMPLEMENTATIONS = ["triton", "fused"]
 
@@ -24,8 +26,8 @@ IMPLEMENTATIONS = ["triton", "fused"]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """The interpreter takes milliseconds a row: blocks of 16 rows, slices of 128 tokens."""
-    monkeypatch.setattr(token_logps_pass, "tile", lambda device: (16, 128))
-    monkeypatch.setattr(token_logps_fused, "FP32_TILES", Tiles(16, 64, 32, 32, 32, 4, 2))
+    monkeypatch.setattr(token_logps_pass, "block_and_slice", lambda device: (16, 128))
+    monkeypatch.setattr(token_logps_fused, "FP32_SIZES", LaunchSizes(16, 64, 32, 32, 32, 4, 2))
 
 
 @pytest.fixture
@@ -34,46 +36,26 @@ def half_operands(monkeypatch):
     monkeypatch.setattr(token_logps_pass, "_operand_dtype", lambda hidden: hidden.dtype)
 
 
-def make_case(dtype, *, vocabulary=300, bias=False, **settings):
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(9, 19, generator=generator).to(dtype)
-    weight = (0.5 * torch.randn(vocabulary, 19, generator=generator)).to(dtype)
-    rows = torch.randint(9, (13,), generator=generator)
-    targets = torch.randint(vocabulary, (13,), generator=generator)
-    targets[3], targets[4] = -100, vocabulary - 1
-    if bias:
-        settings["bias"] = torch.randn(vocabulary, generator=generator).to(dtype)
-    return (hidden, rows, weight, targets), settings
+def make_case(dtype, *, vocabulary=300, **settings):
+    return make_head_case(
+        dtype, num_rows=9, dim=19, vocabulary=vocabulary, num_tokens=13, **settings
+    )
 
 
-def values_and_grad(function, inputs, settings):
-    hidden = inputs[0].detach().requires_grad_()
-    logps = function(hidden, *inputs[1:], **settings)
-    upstream = torch.linspace(-1, 1, len(logps), dtype=logps.dtype)
-    (grad,) = torch.autograd.grad(logps, hidden, upstream)
-    return logps.detach(), grad
-
-
-def exact(inputs, settings):
-    """The twin in float64 on the same, already rounded numbers."""
-    inputs = [t.double() if t.is_floating_point() else t for t in inputs]
-    settings = {k: v.double() if torch.is_tensor(v) else v for k, v in settings.items()}
-    return values_and_grad(reference.token_logps, inputs, settings)
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected).norm() / expected.norm()).item()
+def pass_grads(inputs, path):
+    """g [T, D] in fp32, or float64 for float64."""
+    hidden, rows, weight, targets = inputs
+    return token_logps_pass.run_pass(hidden, rows, targets, FrozenHead(weight), path, grads=True)[1]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_triton_paths_match_float64(dtype, variant, implementation):
-    inputs, settings = make_case(dtype, **variant)
-    logps, grad = values_and_grad(
-        token_logps, inputs, settings | {"implementation": implementation}
-    )
-    expected_logps, expected_grad = exact(inputs, settings)
+    inputs, settings, upstream = make_case(dtype, **VARIANTS[variant])
+    expected_logps, expected_grad = exact_logps_and_grad(inputs, settings, upstream)
+    settings["implementation"] = implementation
+    logps, grad = logps_and_grad(token_logps, inputs, settings, upstream)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps.double(), expected_logps, atol=1e-5, rtol=0)
     error = relative_error(grad, expected_grad)
@@ -81,26 +63,26 @@ def test_triton_paths_match_float64(dtype, variant, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_triton_paths_have_the_same_bits_without_gradient(dtype, variant, implementation):
     """The fused path then takes the whole vocabulary at once, and slices of it otherwise."""
-    inputs, settings = make_case(dtype, **variant)
+    inputs, settings, upstream = make_case(dtype, **VARIANTS[variant])
     settings["implementation"] = implementation
-    logps, _ = values_and_grad(token_logps, inputs, settings)
+    logps, _ = logps_and_grad(token_logps, inputs, settings, upstream)
     assert torch.equal(token_logps(*inputs, **settings), logps)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_triton_paths_keep_nan_in_its_row(implementation):
-    (hidden, _, weight, targets), _ = make_case(torch.float32, vocabulary=70)
+    (hidden, _, weight, targets), _, _ = make_case(torch.float32, vocabulary=70)
     inputs, settings = (
         (hidden, torch.arange(9), weight, targets[4:]),
         {"implementation": implementation},
     )
-    clean, clean_grad = values_and_grad(token_logps, inputs, settings)
+    clean, clean_grad = logps_and_grad(token_logps, inputs, settings)
     hidden[5] = torch.nan
-    logps, grad = values_and_grad(token_logps, inputs, settings)
+    logps, grad = logps_and_grad(token_logps, inputs, settings)
     others = torch.arange(9) != 5
     assert logps[5].isnan()
     assert grad[5].isnan().all()
@@ -111,10 +93,10 @@ def test_triton_paths_keep_nan_in_its_row(implementation):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("logit_softcap", [None, 4.0])
 def test_fused_path_is_right_with_half_operands(half_operands, dtype, logit_softcap):
-    inputs, settings = make_case(dtype, logit_softcap=logit_softcap)
+    inputs, settings, upstream = make_case(dtype, logit_softcap=logit_softcap)
+    expected_logps, expected_grad = exact_logps_and_grad(inputs, settings, upstream)
     settings["implementation"] = "fused"
-    logps, grad = values_and_grad(token_logps, inputs, settings)
-    expected_logps, expected_grad = exact(inputs, {"logit_softcap": logit_softcap})
+    logps, grad = logps_and_grad(token_logps, inputs, settings, upstream)
     torch.testing.assert_close(logps.double(), expected_logps, atol=1e-5, rtol=0)
     # The interpreter cuts weights off to bfloat16, where cards round: twice the error.
     assert relative_error(grad, expected_grad) <= (2**-8 if dtype == torch.float16 else 2**-7)
@@ -123,7 +105,7 @@ def test_fused_path_is_right_with_half_operands(half_operands, dtype, logit_soft
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_fused_path_of_a_row_does_not_depend_on_its_neighbours(half_operands, dtype):
-    (hidden, _, weight, targets), _ = make_case(dtype)
+    (hidden, _, weight, targets), _, _ = make_case(dtype)
     settings = {"implementation": "fused"}
     rows = torch.arange(40) % 9
     targets = (torch.arange(40) * 7) % 300
@@ -133,10 +115,9 @@ def test_fused_path_of_a_row_does_not_depend_on_its_neighbours(half_operands, dt
     for subset in (torch.tensor([39]), torch.arange(39, -1, -2)):
         some = token_logps(hidden, rows[subset], weight, targets[subset], **settings)
         assert torch.equal(some, logps[subset])
-    (_, grads), (_, some) = [
-        token_logps_pass.score(True, hidden, r, weight, targets[r], None, 1.0, None, "fused")
-        for r in (rows, rows[[39, 3]])
-    ]
+    grads, some = (
+        pass_grads((hidden, r, weight, targets[r]), "fused") for r in (rows, rows[[39, 3]])
+    )
     assert torch.equal(some, grads[[39, 3]])
 
 
@@ -144,8 +125,8 @@ def test_fused_path_withstands_logits_of_80():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-4, 5, (300, 16), generator=generator).float() / 4
     inputs = (80 * torch.eye(16), torch.arange(16), weight, torch.arange(100, 116))
-    logps, grad = values_and_grad(token_logps, inputs, {"implementation": "fused"})
-    expected_logps, expected_grad = exact(inputs, {})
+    logps, grad = logps_and_grad(token_logps, inputs, {"implementation": "fused"})
+    expected_logps, expected_grad = exact_logps_and_grad(inputs, {})
     assert expected_logps.min() < -150
     torch.testing.assert_close(logps.double(), expected_logps, atol=1e-5, rtol=2e-7)
     assert relative_error(grad, expected_grad) <= 1e-5
@@ -160,68 +141,62 @@ def test_fused_gradient_keeps_its_accuracy_for_confident_tokens(half_operands, d
     directions = weight[targets].double()
     hidden = (directions * 24 / directions.square().sum(1, keepdim=True)).to(dtype)
     inputs = (hidden, torch.arange(len(targets)), weight, targets)
-    _, grads = token_logps_pass.score(True, *inputs, None, 1.0, None, "fused")
-    expected_logps, _ = exact(inputs, {})
+    grads = pass_grads(inputs, "fused")
+    expected_logps, _ = exact_logps_and_grad(inputs, {})
     assert -1e-5 < expected_logps.median() < 0
     exact_inputs = [t.double() if t.is_floating_point() else t for t in inputs]
-    _, expected = token_logps_pass.score(True, *exact_inputs, None, 1.0, None, "torch")
+    expected = pass_grads(exact_inputs, "torch")
     for row, expected_row in zip(grads, expected, strict=True):
         assert relative_error(row, expected_row) <= (1e-4 if dtype == torch.float32 else 2**-7)
 
 
 def test_fused_path_sees_a_target_in_the_narrow_last_tile_only():
     """A tile that holds nothing but the target has no maximum."""
-    inputs, _ = make_case(torch.float32, vocabulary=129)
+    inputs, _, upstream = make_case(torch.float32, vocabulary=129)
     targets = torch.full_like(inputs[3], 128)
     inputs = (*inputs[:3], targets)
-    logps, grad = values_and_grad(token_logps, inputs, {"implementation": "fused"})
-    expected_logps, expected_grad = exact(inputs, {})
+    logps, grad = logps_and_grad(token_logps, inputs, {"implementation": "fused"}, upstream)
+    expected_logps, expected_grad = exact_logps_and_grad(inputs, {}, upstream)
     torch.testing.assert_close(logps.double(), expected_logps, atol=1e-5, rtol=0)
     assert relative_error(grad, expected_grad) <= 1e-5
 
 
 def test_fused_path_reads_no_uninitialised_memory(half_operands):
-    inputs, settings = make_case(torch.float16, **VARIANTS[-1])
+    inputs, settings, upstream = make_case(torch.float16, **VARIANTS["all"])
     settings["implementation"] = "fused"
-    expected = values_and_grad(token_logps, inputs, settings)
+    expected = logps_and_grad(token_logps, inputs, settings, upstream)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     try:
-        actual = values_and_grad(token_logps, inputs, settings)
+        actual = logps_and_grad(token_logps, inputs, settings, upstream)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert all_equal(actual, expected)
 
 
 def test_fused_path_of_no_token_is_empty():
-    (hidden, rows, weight, targets), _ = make_case(torch.float32)
-    logps, grad = values_and_grad(
+    (hidden, rows, weight, targets), _, _ = make_case(torch.float32)
+    logps, grad = logps_and_grad(
         token_logps, (hidden, rows[:0], weight, targets[:0]), {"implementation": "fused"}
     )
     assert logps.shape == (0,)
     assert torch.equal(grad, torch.zeros_like(hidden))
 
 
-def fold_one_slice(logits, weights, *, with_weights=True, headroom=0.0, logit_softcap=None):
+def fold_one_slice(logits, weights, *, with_weights=True, logit_softcap=None):
     """Statistics of rows that hold no target, all of whose logits are in this slice."""
-    from lowmem_dpo_kernels.token_logps_triton import fold_slice
-
-    rows, width = logits.shape
-    top, rest, target_logit = torch.full((rows,), -1e30), torch.zeros(rows), torch.zeros(rows)
-    rescale = fold_slice(
-        logits,
-        torch.full((rows,), -1),
-        top,
-        rest,
-        target_logit,
-        weights,
-        with_weights=with_weights,
-        bias=None,
-        width=width,
-        logit_scale=1.0,
-        logit_softcap=logit_softcap,
-        headroom=headroom,
+    num_rows, width = logits.shape
+    rows = ScoredRows(
+        queries=logits,
+        targets=torch.full((num_rows,), -1),
+        top=torch.full((num_rows,), -1e30),
+        rest=torch.zeros(num_rows),
+        target_logit=torch.zeros(num_rows),
+        values=logits if with_weights else None,
+        target_weights=None,
     )
-    return top, rest, target_logit, rescale
+    head_slice = HeadSlice(logits, 0, width, None, 1.0, logit_softcap)
+    rescale = token_logps_triton.fold_slice(logits, weights, rows, head_slice)
+    return rows.top, rows.rest, rows.target_logit, rescale
 
 
 @pytest.mark.parametrize("logit_softcap", [None, 4.0])
@@ -233,7 +208,7 @@ def test_fold_slice_has_the_same_bits_without_weights_and_writes_none(dtype, log
     unwanted = logits if dtype == torch.float32 else weights.clone()
     without = fold_one_slice(logits, unwanted, with_weights=False, logit_softcap=logit_softcap)
     expected = fold_one_slice(logits, weights, logit_softcap=logit_softcap)
-    assert all(torch.equal(a, b) for a, b in zip(without, expected, strict=True))
+    assert all_equal(without, expected)
     assert torch.equal(unwanted, before if dtype == torch.float32 else torch.full_like(weights, 7))
     assert not (weights == 7).any()
 
@@ -243,34 +218,22 @@ def test_fold_slice_keeps_the_tail_of_float16_weights():
     logits = torch.full((1, 64), -19.0)
     logits[0, 0] = 0.0
     weights = torch.empty(1, 64, dtype=torch.float16)
-    top, rest, _, _ = fold_one_slice(logits, weights, headroom=10.0)
+    top, rest, _, _ = fold_one_slice(logits, weights)
     assert top.item() == -10.0
     torch.testing.assert_close(weights.double().sum(1), rest.double(), rtol=1e-3, atol=0)
     torch.testing.assert_close(weights[0, 1].double().item(), 2.718281828**-9, rtol=1e-3, atol=0)
 
 
-class Sliced:
-    """The least that a head must be."""
-
-    def __init__(self, weight):
-        self.weight = weight
-        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
-
-    def slices(self, width):
-        buffer = torch.empty_like(self.weight[:width])
-        for part in self.weight.split(width):
-            yield buffer[: len(part)].copy_(part)
-
-
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_triton_paths_score_a_sliced_head_as_a_dense_one(implementation):
-    (hidden, rows, weight, targets), settings = make_case(torch.float32, **VARIANTS[-1])
+    (hidden, rows, weight, targets), settings, upstream = make_case(
+        torch.float32, **VARIANTS["all"]
+    )
     settings["implementation"] = implementation
-    inputs = hidden, rows, Sliced(weight), targets
-    results = [values_and_grad(token_logps, (hidden, rows, weight, targets), settings)]
-    results.append(values_and_grad(token_logps, inputs, settings))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert torch.equal(token_logps(*inputs, **settings), results[0][0])
+    inputs = hidden, rows, SlicedHead(weight), targets
+    dense = logps_and_grad(token_logps, (hidden, rows, weight, targets), settings, upstream)
+    assert all_equal(logps_and_grad(token_logps, inputs, settings, upstream), dense)
+    assert torch.equal(token_logps(*inputs, **settings), dense[0])
 
 
 def test_fused_path_keeps_the_tail_of_float16_weights(half_operands):
@@ -281,6 +244,6 @@ def test_fused_path_keeps_the_tail_of_float16_weights(half_operands):
     hidden = torch.zeros(1, 64, dtype=torch.float16)
     hidden[0, 0] = 1.0
     inputs = (hidden, torch.tensor([0]), weight, torch.tensor([1]))
-    _, grads = token_logps_pass.score(True, *inputs, None, 1.0, None, "fused")
+    grads = pass_grads(inputs, "fused")
     expected = -0.5 * 298 * 2.718281828**-19
     assert grads[0, 1].item() == pytest.approx(expected, rel=1e-2)

@@ -1,13 +1,14 @@
 """Tests of the kernels on the CPU. They need TRITON_INTERPRET=1 before triton is imported.
 
-`test_tree_attention_triton.py` runs this file in a process of its own.
+`test_tree_attention.py` runs this file in a process of its own.
 """
 
 import pytest
 import torch
 
-from lowmem_dpo_kernels import TreePlan, reference, tree_attention, tree_attention_triton
-from lowmem_dpo_kernels.tree_attention_triton import Tile, Tiles
+from lowmem_dpo_kernels import TreePlan, tree_attention, tree_attention_triton, twins
+from lowmem_dpo_kernels.tree_attention_triton import TileSize, TileSizes
+from tests.kernels.helpers import all_equal
 
 SETTINGS = [
     {},
@@ -32,13 +33,13 @@ NUM_TOKENS = 48
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """The interpreter takes a millisecond an instruction: many tiles of 16 in few tokens."""
-    set_tiles(monkeypatch, Tile(16, 16, 4, 1))
+    set_tile_size(monkeypatch, TileSize(16, 16, 4, 1))
 
 
-def set_tiles(monkeypatch, *tiles):
-    """One tile for all three kernels, or one for each."""
-    chosen = Tiles(*(tiles * 3)[:3])
-    monkeypatch.setattr(tree_attention_triton, "tiles_for", lambda capability, size: chosen)
+def set_tile_size(monkeypatch, size):
+    """The same for all three kernels."""
+    sizes = TileSizes(size, size, size)
+    monkeypatch.setattr(tree_attention_triton, "tile_sizes_for", lambda capability, size: sizes)
 
 
 def make_inputs(dtype=torch.float32, *, heads=2, key_heads=1, size=24, num_tokens=NUM_TOKENS):
@@ -70,7 +71,7 @@ def ours(inputs, layout, **settings):
 def assert_near_float64(inputs, layout, limit, **settings):
     found = ours(inputs, layout, **settings)
     exact = [tensor.double() for tensor in inputs]
-    expected = values_and_grads(reference.tree_attention, exact, layout, **settings)
+    expected = values_and_grads(twins.tree_attention, exact, layout, **settings)
     for name, one, other in zip(["out", "query", "key", "value"], found, expected, strict=True):
         error = (one.double() - other).norm() / other.norm().clamp_min(1e-30)
         assert error <= limit, (name, error.item())
@@ -92,7 +93,7 @@ def test_tree_attention_with_a_window_beyond_the_pack_has_the_bits_of_none():
     expected = ours(make_inputs(), FORESTS["tail"])
     for window in (NUM_TOKENS, 2**31 - 1):
         found = ours(make_inputs(), FORESTS["tail"], sliding_window=window)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert all_equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -111,7 +112,7 @@ def test_tree_attention_takes_any_group_and_head_size(heads, key_heads, size):
 @pytest.mark.parametrize("settings", SETTINGS[:2], ids=str)
 @pytest.mark.parametrize("queries, keys", [(16, 32), (32, 16), (64, 16)])
 def test_tree_attention_takes_tiles_of_any_shape(monkeypatch, queries, keys, settings):
-    set_tiles(monkeypatch, Tile(queries, keys, 4, 1))
+    set_tile_size(monkeypatch, TileSize(queries, keys, 4, 1))
     layout = [(0, 35, 12, 23), (70, 5, 2, 3)]
     assert_near_float64(make_inputs(num_tokens=80), layout, 1e-6, **settings)
 
@@ -188,10 +189,10 @@ def test_tree_attention_takes_a_strided_gradient_from_above():
     expected = ours(inputs, FORESTS["tail"])
     upstream = inputs[3].transpose(0, 1).contiguous().transpose(0, 1)
     found = ours((*inputs[:3], upstream), FORESTS["tail"])
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all_equal(found, expected)
     columns = inputs[3].transpose(1, 2).contiguous().transpose(1, 2)  # no unit stride
     found = ours((*inputs[:3], columns), FORESTS["tail"])
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all_equal(found, expected)
 
 
 def test_tree_attention_stays_finite_where_scores_are_large():

@@ -5,7 +5,7 @@ import torch
 from bitsandbytes import functional as bnb
 
 from lowmem_dpo.model.nf4 import quantize_nf4
-from lowmem_dpo_kernels import reference
+from lowmem_dpo_kernels import twins
 from tests.interpreter import assert_passes_in_the_interpreter
 
 
@@ -25,7 +25,7 @@ def test_nf4_twin_has_the_bits_of_bitsandbytes(dtype, shape):
     weight = quantize_nf4(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     state = weight.packed, weight.absmax, weight.absmax2, weight.offset
     tables = bnb.create_dynamic_map(), bnb.get_4bit_type("nf4", device="cpu")
-    out = reference.nf4_dequantize(*state, *tables, torch.empty(shape, dtype=dtype))
+    out = twins.nf4_dequantize(*state, *tables, torch.empty(shape, dtype=dtype))
     assert torch.equal(out, weight.dequantize(dtype))
 
 
@@ -41,7 +41,7 @@ def test_nf4_kernel_has_the_bits_of_its_twin_on_a_card(dtype, double):
     from lowmem_dpo_kernels import nf4
 
     state = make_state(64 * 300 + 24, double=double)
-    expected = reference.nf4_dequantize(*state, torch.empty(64 * 300 + 24, dtype=dtype))
+    expected = twins.nf4_dequantize(*state, torch.empty(64 * 300 + 24, dtype=dtype))
     state = [None if part is None else part.cuda() for part in state]
     out = nf4.nf4_dequantize(*state, torch.empty(64 * 300 + 24, dtype=dtype, device="cuda"))
     assert torch.equal(out.cpu(), expected)

@@ -1,20 +1,16 @@
-import importlib
-import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from lowmem_dpo_kernels import NormRule, reference, rms_norm
-from lowmem_dpo_kernels import rms_norm as rms_norm_function
+from lowmem_dpo_kernels import NormKind, rms_norm, twins
 from tests.interpreter import assert_passes_in_the_interpreter
 
-ROOT = Path(__file__).resolve().parents[2]
-RULES = {
-    "llama": NormRule(1e-5),
-    "olmo2": NormRule(1e-6, rounds_first=False),
-    "gemma": NormRule(1e-6, offset=1.0, rounds_first=False),
+KINDS = {
+    "llama": NormKind(1e-5),
+    "olmo2": NormKind(1e-6, rounds_first=False),
+    "gemma": NormKind(1e-6, offset=1.0, rounds_first=False),
 }
 
 
@@ -24,23 +20,23 @@ def make_inputs(shape, dtype, seed=0):
     return x, torch.randn(shape[-1], generator=generator).to(dtype), grad
 
 
-def exact(x, weight, grad, rule):
+def exact(x, weight, grad, kind):
     """Output and gradient of the plain twin in float64."""
     wide = x.double().requires_grad_()
-    out = reference.rms_norm(wide, weight.double(), rule)
+    out = twins.rms_norm(wide, weight.double(), kind)
     return out.detach(), torch.autograd.grad(out, wide, grad.double())[0]
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("shape", [(1, 130, 64), (5, 33), (1, 2), (0, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rms_norm_has_the_bits_of_its_twin_and_the_gradient_of_float64(rule, shape, dtype):
+def test_rms_norm_has_the_bits_of_its_twin_and_the_gradient_of_float64(kind, shape, dtype):
     x, weight, grad = make_inputs(shape, dtype)
     x.requires_grad_()
-    out = rms_norm(x, weight, rule)
+    out = rms_norm(x, weight, kind)
     out.backward(grad)
-    assert torch.equal(out, reference.rms_norm(x, weight, rule))
-    want = exact(x.detach(), weight, grad, rule)[1]
+    assert torch.equal(out, twins.rms_norm(x, weight, kind))
+    want = exact(x.detach(), weight, grad, kind)[1]
     bound = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     assert (x.grad.double() - want).norm() <= bound * want.norm()
 
@@ -48,10 +44,10 @@ def test_rms_norm_has_the_bits_of_its_twin_and_the_gradient_of_float64(rule, sha
 def test_rms_norm_of_heads_keeps_their_memory_order(monkeypatch):
     x, weight, grad = make_inputs((1, 6, 4, 16), torch.float32)
     plain = x.clone().requires_grad_()
-    want = rms_norm(plain, weight, RULES["llama"])
+    want = rms_norm(plain, weight, KINDS["llama"])
     want.backward(grad)
     heads = x.clone().transpose(1, 2).requires_grad_()
-    out = rms_norm(heads, weight, RULES["llama"])
+    out = rms_norm(heads, weight, KINDS["llama"])
     out.backward(grad.transpose(1, 2))
     assert out.stride() == heads.stride()
     assert torch.equal(out.transpose(1, 2), want)
@@ -60,25 +56,25 @@ def test_rms_norm_of_heads_keeps_their_memory_order(monkeypatch):
 
 def test_rms_norm_takes_gradients_and_rows_that_do_not_lie_in_order():
     x, weight, grad = make_inputs((7, 16), torch.float32)
-    want = exact(x, weight, grad, RULES["llama"])[1]
+    want = exact(x, weight, grad, KINDS["llama"])[1]
     spread = torch.zeros(7, 32)[:, ::2].copy_(x).requires_grad_()
-    out = rms_norm(spread, weight, RULES["llama"])
+    out = rms_norm(spread, weight, KINDS["llama"])
     out.backward(torch.zeros(16, 7).T.copy_(grad))
     torch.testing.assert_close(spread.grad, want.float())
     rows = x.clone().requires_grad_()
-    rms_norm(rows, weight, RULES["llama"]).sum().backward()  # a gradient without memory of its own
-    want = exact(x, weight, torch.ones_like(grad), RULES["llama"])[1]
+    rms_norm(rows, weight, KINDS["llama"]).sum().backward()  # a gradient without memory of its own
+    want = exact(x, weight, torch.ones_like(grad), KINDS["llama"])[1]
     torch.testing.assert_close(rows.grad, want.float())
 
 
 def test_rows_have_the_same_bits_whatever_their_neighbours(monkeypatch):
-    monkeypatch.setattr(sys.modules[rms_norm_function.__module__], "_BLOCK_NUMBERS", 1)
+    monkeypatch.setattr(sys.modules[rms_norm.__module__], "_BLOCK_NUMBERS", 1)
     x, weight, _ = make_inputs((200, 96), torch.float32)
-    whole = rms_norm(x, weight, RULES["llama"])
+    whole = rms_norm(x, weight, KINDS["llama"])
     order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(rms_norm(x[order], weight, RULES["llama"]), whole[order])
+    assert torch.equal(rms_norm(x[order], weight, KINDS["llama"]), whole[order])
     for start, stop in ((0, 1), (63, 65), (7, 72), (199, 200)):
-        assert torch.equal(rms_norm(x[start:stop], weight, RULES["llama"]), whole[start:stop])
+        assert torch.equal(rms_norm(x[start:stop], weight, KINDS["llama"]), whole[start:stop])
 
 
 def test_rms_norm_keeps_its_input_and_a_number_a_row():
@@ -86,7 +82,7 @@ def test_rms_norm_keeps_its_input_and_a_number_a_row():
     x, weight, _ = make_inputs((50, 32), torch.bfloat16)
     x.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        rms_norm(x, weight, RULES["llama"])
+        rms_norm(x, weight, KINDS["llama"])
     owners = {x.data_ptr(), weight.data_ptr()}
     assert sum(t.nbytes for t in kept if t.data_ptr() not in owners) == 50 * 4
 
@@ -101,7 +97,7 @@ def test_rms_norm_keeps_its_input_and_a_number_a_row():
 )
 def test_rms_norm_refuses_weights_that_train_or_do_not_fit(weight, message):
     with pytest.raises(ValueError, match=message):
-        rms_norm(torch.ones(3, 8), weight, NormRule(1e-6))
+        rms_norm(torch.ones(3, 8), weight, NormKind(1e-6))
 
 
 def test_rms_norm_kernels_are_right_in_the_interpreter():
@@ -109,35 +105,19 @@ def test_rms_norm_kernels_are_right_in_the_interpreter():
     assert_passes_in_the_interpreter(Path(__file__).with_name("interpreted_rms_norm.py"))
 
 
-@pytest.mark.parametrize("capability", [(8, 6), (12, 0)])
-def test_rms_norm_compiles_and_fits(monkeypatch, capability):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    kernel_resources = importlib.import_module("kernel_resources")
-    labels = ("D=128, fp16, gemma", "D=8192, bf16, llama")
-    cases = {case.label: case for case in kernel_resources.LAUNCHES["rms_norm"](capability)}
-    for case in (cases[label] for label in labels):
-        with kernel_resources.compiling_for(capability) as launches:
-            case.launch()
-        assert len(launches) == 2
-        for launch in launches:
-            assert kernel_resources.fits(kernel_resources.resources(launch, capability))
-            assert not re.search(r"\b(atom|red)\.", launch.ptx)
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(300, 4096), (1, 70, 8, 128), (5, 33)])
-def test_rms_norm_on_a_card_is_right_and_repeats(rule, dtype, shape):
+def test_rms_norm_on_a_card_is_right_and_repeats(kind, dtype, shape):
     x, weight, grad = (t.cuda() for t in make_inputs(shape, dtype))
     results = []
     for _ in range(2):
         leaf = x.clone().requires_grad_()
-        out = rms_norm(leaf, weight, rule, implementation="triton")
+        out = rms_norm(leaf, weight, kind, implementation="triton")
         out.backward(grad)
         results.append((out.detach(), leaf.grad))
     bound = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    for got, again, want in zip(*results, exact(x, weight, grad, rule), strict=True):
+    for got, again, want in zip(*results, exact(x, weight, grad, kind), strict=True):
         assert torch.equal(got, again)
         assert (got.double() - want).norm() <= bound * want.norm()

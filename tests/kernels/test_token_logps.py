@@ -6,60 +6,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowmem_dpo_kernels import reference, token_logps, token_logps_pass, token_logps_path
+from lowmem_dpo_kernels import token_logps, token_logps_pass, token_logps_path, triton_support
+from tests.kernels.helpers import HEAD_VARIANTS as VARIANTS
+from tests.kernels.helpers import (
+    all_equal,
+    exact_logps_and_grad,
+    logps_and_grad,
+    make_head_case,
+    relative_error,
+)
 
-VARIANTS = {
-    "plain": {},
-    "bias": {"bias": True},
-    "scale": {"logit_scale": 0.0625},
-    "softcap": {"logit_softcap": 4.0},
-    "all": {"bias": True, "logit_scale": 1.7, "logit_softcap": 6.0},
-}
 HALF = (torch.float16, torch.bfloat16)
 MODULE = sys.modules["lowmem_dpo_kernels.token_logps"]
 
 
-def make_case(
-    dtype, *, num_rows=50, dim=37, vocabulary=4163, num_tokens=300, bias=False, **settings
-):
-    """Random inputs of odd sizes: rows repeat, every seventh target is not scored."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(num_rows, dim, generator=generator).to(dtype)
-    weight = (0.3 * torch.randn(vocabulary, dim, generator=generator)).to(dtype)
-    rows = torch.randint(num_rows, (num_tokens,), generator=generator)
-    targets = torch.randint(vocabulary, (num_tokens,), generator=generator)
-    targets[::7] = -100
-    if bias:
-        settings["bias"] = torch.randn(vocabulary, generator=generator).to(dtype)
-    upstream = torch.randn(num_tokens, generator=generator)
-    return (hidden, rows, weight, targets), settings, upstream
-
-
-def values_and_grad(function, inputs, settings, upstream):
-    hidden, *rest = inputs
-    hidden = hidden.detach().requires_grad_()
-    logps = function(hidden, *rest, **settings)
-    (grad,) = torch.autograd.grad(logps, hidden, upstream.to(logps.dtype))
-    return logps.detach(), grad
-
-
-def exact(inputs, settings, upstream):
-    """The twin in float64 on the same, already rounded numbers."""
-    inputs = [t.double() if t.is_floating_point() else t for t in inputs]
-    settings = {k: v.double() if torch.is_tensor(v) else v for k, v in settings.items()}
-    return values_and_grad(reference.token_logps, inputs, settings, upstream)
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected).norm() / expected.norm()).item()
+def make_case(dtype, **changes):
+    """Odd sizes."""
+    sizes = {"num_rows": 50, "dim": 37, "vocabulary": 4163, "num_tokens": 300}
+    return make_head_case(dtype, **(sizes | changes))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
 def test_token_logps_and_gradient_match_float64(dtype, variant):
     inputs, settings, upstream = make_case(dtype, **VARIANTS[variant])
-    logps, grad = values_and_grad(token_logps, inputs, settings, upstream)
-    expected_logps, expected_grad = exact(inputs, settings, upstream)
+    logps, grad = logps_and_grad(token_logps, inputs, settings, upstream)
+    expected_logps, expected_grad = exact_logps_and_grad(inputs, settings, upstream)
     logps_atol, grad_rtol = {
         torch.float16: (1e-3, 2**-8),
         torch.bfloat16: (1e-3, 2**-8),
@@ -81,8 +53,8 @@ def test_token_logps_is_no_less_accurate_than_rounded_logits(dtype):
         picked = logps.gather(1, targets.clamp_min(0)[:, None])[:, 0]
         return picked.masked_fill(targets == -100, 0.0)
 
-    expected_logps, expected_grad = exact(inputs, settings, upstream)
-    ours, peers = (values_and_grad(f, inputs, {}, upstream) for f in (token_logps, rounded))
+    expected_logps, expected_grad = exact_logps_and_grad(inputs, settings, upstream)
+    ours, peers = (logps_and_grad(f, inputs, {}, upstream) for f in (token_logps, rounded))
     assert (ours[0] - expected_logps).norm() <= (peers[0] - expected_logps).norm()
     assert relative_error(ours[1], expected_grad) <= relative_error(peers[1], expected_grad)
 
@@ -102,8 +74,8 @@ def test_token_logps_handles_odd_sizes(dim, vocabulary):
     inputs, settings, upstream = make_case(
         torch.float32, dim=dim, vocabulary=vocabulary, num_tokens=31
     )
-    logps, grad = values_and_grad(token_logps, inputs, settings, upstream)
-    expected_logps, expected_grad = exact(inputs, settings, upstream)
+    logps, grad = logps_and_grad(token_logps, inputs, settings, upstream)
+    expected_logps, expected_grad = exact_logps_and_grad(inputs, settings, upstream)
     torch.testing.assert_close(logps.double(), expected_logps, atol=1e-5, rtol=0)
     assert relative_error(grad, expected_grad) <= 1e-5
 
@@ -115,17 +87,12 @@ def test_token_logps_of_a_row_does_not_depend_on_its_neighbours(dtype, dim):
         dtype, dim=dim, num_rows=300, bias=True, vocabulary=4103
     )
     rows = torch.arange(300)
-    logps, grad = values_and_grad(
-        token_logps, (hidden, rows, weight, targets), settings, torch.ones(300)
-    )
+    logps, grad = logps_and_grad(token_logps, (hidden, rows, weight, targets), settings)
     generator = torch.Generator().manual_seed(1)
     for count in (300, 299, 77, 1):
         subset = torch.randperm(300, generator=generator)[:count]
-        some, some_grad = values_and_grad(
-            token_logps,
-            (hidden, rows[subset], weight, targets[subset]),
-            settings,
-            torch.ones(count),
+        some, some_grad = logps_and_grad(
+            token_logps, (hidden, rows[subset], weight, targets[subset]), settings
         )
         assert torch.equal(some, logps[subset])
         assert torch.equal(some_grad[subset], grad[subset])
@@ -135,7 +102,7 @@ def test_token_logps_of_a_row_does_not_depend_on_its_neighbours(dtype, dim):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_token_logps_has_the_same_bits_without_gradient(dtype, variant):
     inputs, settings, upstream = make_case(dtype, **VARIANTS[variant])
-    with_gradient, _ = values_and_grad(token_logps, inputs, settings, upstream)
+    with_gradient, _ = logps_and_grad(token_logps, inputs, settings, upstream)
     without = token_logps(*inputs, **settings)
     with torch.no_grad():
         suppressed = token_logps(inputs[0].requires_grad_(), *inputs[1:], **settings)
@@ -147,8 +114,8 @@ def test_token_logps_has_the_same_bits_without_gradient(dtype, variant):
 
 def test_token_logps_sums_repeated_rows_in_order():
     (hidden, rows, weight, targets), settings, upstream = make_case(torch.float32, num_rows=9)
-    _, grad = values_and_grad(token_logps, (hidden, rows, weight, targets), settings, upstream)
-    _, parts = values_and_grad(
+    _, grad = logps_and_grad(token_logps, (hidden, rows, weight, targets), settings, upstream)
+    _, parts = logps_and_grad(
         token_logps, (hidden[rows], torch.arange(len(rows)), weight, targets), settings, upstream
     )
     expected = torch.zeros_like(hidden)
@@ -159,9 +126,7 @@ def test_token_logps_sums_repeated_rows_in_order():
 
 def test_token_logps_of_no_token_is_empty():
     (hidden, rows, weight, targets), settings, _ = make_case(torch.bfloat16)
-    logps, grad = values_and_grad(
-        token_logps, (hidden, rows[:0], weight, targets[:0]), settings, torch.ones(0)
-    )
+    logps, grad = logps_and_grad(token_logps, (hidden, rows[:0], weight, targets[:0]), settings)
     assert logps.shape == (0,)
     assert logps.dtype == torch.float32
     assert torch.equal(grad, torch.zeros_like(hidden))
@@ -171,7 +136,7 @@ def test_token_logps_ignores_targets_of_minus_100():
     (hidden, rows, weight, targets), settings, upstream = make_case(torch.float32)
     targets = torch.full_like(targets, -100)
     hidden[3] = torch.nan
-    logps, grad = values_and_grad(token_logps, (hidden, rows, weight, targets), settings, upstream)
+    logps, grad = logps_and_grad(token_logps, (hidden, rows, weight, targets), settings, upstream)
     assert torch.equal(logps, torch.zeros(len(targets)))
     assert torch.equal(grad, torch.zeros_like(hidden))
 
@@ -181,8 +146,8 @@ def test_token_logps_withstands_logits_of_80():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-4, 5, (1500, 16), generator=generator).float() / 4
     inputs = (80 * torch.eye(16), torch.arange(16), weight, torch.arange(100, 116))
-    logps, grad = values_and_grad(token_logps, inputs, {}, torch.ones(16))
-    expected_logps, expected_grad = exact(inputs, {}, torch.ones(16))
+    logps, grad = logps_and_grad(token_logps, inputs, {})
+    expected_logps, expected_grad = exact_logps_and_grad(inputs, {})
     assert expected_logps.min() < -160
     torch.testing.assert_close(logps.double(), expected_logps, atol=1e-5, rtol=2e-7)
     assert relative_error(grad, expected_grad) <= 1e-5
@@ -198,8 +163,8 @@ def test_token_logps_gradient_keeps_its_accuracy_for_confident_tokens(dtype):
     hidden = (directions * 28 / directions.square().sum(1, keepdim=True)).to(dtype)
     inputs = (hidden, torch.arange(len(targets)), weight, targets)
     upstream = torch.full((len(targets),), 2.0**14)  # lifts the gradient into float16's range
-    logps, grad = values_and_grad(token_logps, inputs, {}, upstream)
-    expected_logps, expected_grad = exact(inputs, {}, upstream)
+    logps, grad = logps_and_grad(token_logps, inputs, {}, upstream)
+    expected_logps, expected_grad = exact_logps_and_grad(inputs, {}, upstream)
     assert (-expected_logps).median() < 1e-6
     torch.testing.assert_close(logps.double(), expected_logps, atol=0, rtol=1e-4)
     tolerance = 1e-4 if dtype == torch.float32 else 2**-8
@@ -211,13 +176,9 @@ def test_token_logps_keeps_nan_in_its_row():
     (hidden, rows, weight, targets), settings, _ = make_case(torch.float32)
     rows = torch.arange(50)
     targets = targets[1:51].clamp_min(0)
-    clean, clean_grad = values_and_grad(
-        token_logps, (hidden, rows, weight, targets), settings, torch.ones(50)
-    )
+    clean, clean_grad = logps_and_grad(token_logps, (hidden, rows, weight, targets), settings)
     hidden[7] = torch.nan
-    logps, grad = values_and_grad(
-        token_logps, (hidden, rows, weight, targets), settings, torch.ones(50)
-    )
+    logps, grad = logps_and_grad(token_logps, (hidden, rows, weight, targets), settings)
     others = rows != 7
     assert logps[7].isnan()
     assert grad[7].isnan().all()
@@ -243,21 +204,20 @@ def test_token_logps_says_once_that_float16_overflowed(caplog, overflows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_token_logps_reads_no_uninitialised_memory(dtype):
     inputs, settings, upstream = make_case(dtype, **VARIANTS["all"])
-    expected = values_and_grad(token_logps, inputs, settings, upstream)
+    expected = logps_and_grad(token_logps, inputs, settings, upstream)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     try:
-        actual = values_and_grad(token_logps, inputs, settings, upstream)
+        actual = logps_and_grad(token_logps, inputs, settings, upstream)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert torch.equal(actual[0], expected[0])
-    assert torch.equal(actual[1], expected[1])
+    assert all_equal(actual, expected)
 
 
 def test_token_logps_leaves_its_inputs_alone():
     inputs, settings, upstream = make_case(torch.float32, **VARIANTS["all"])
     before = [t.clone() for t in (*inputs, settings["bias"])]
-    values_and_grad(token_logps, inputs, settings, upstream)
-    assert all(torch.equal(a, b) for a, b in zip((*inputs, settings["bias"]), before, strict=True))
+    logps_and_grad(token_logps, inputs, settings, upstream)
+    assert all_equal((*inputs, settings["bias"]), before)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +244,7 @@ def test_token_logps_refuses_settings_that_cannot_be(settings, message):
 )
 def test_token_logps_path_knows_cards(monkeypatch, capability, path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(MODULE, "triton_problem", lambda: None)
+    monkeypatch.setattr(triton_support, "triton_problem", lambda: None)
     assert token_logps_path("cuda").startswith(f"{path}, ")
     assert token_logps_path("cuda", "fused").startswith("fused, ")
 
@@ -343,18 +303,17 @@ def test_token_logps_needs_less_than_64_mib_for_128k_tokens(request, with_gradie
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("implementation", ["torch", "triton", "fused"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 def test_token_logps_on_cuda_matches_float64_and_itself(dtype, variant, implementation):
     inputs, settings, upstream = make_case(dtype, vocabulary=20000, **VARIANTS[variant])
-    expected_logps, expected_grad = exact(inputs, settings, upstream)
+    expected_logps, expected_grad = exact_logps_and_grad(inputs, settings, upstream)
     inputs = [t.cuda() for t in inputs]
     settings = {k: v.cuda() if torch.is_tensor(v) else v for k, v in settings.items()}
     settings["implementation"] = implementation
-    logps, grad = values_and_grad(token_logps, inputs, settings, upstream.cuda())
-    again, grad_again = values_and_grad(token_logps, inputs, settings, upstream.cuda())
+    logps, grad = logps_and_grad(token_logps, inputs, settings, upstream.cuda())
+    again, grad_again = logps_and_grad(token_logps, inputs, settings, upstream.cuda())
     assert torch.equal(logps, again)
     assert torch.equal(grad, grad_again)
     assert torch.equal(logps, token_logps(*inputs, **settings))

@@ -1,10 +1,11 @@
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from lowmem_dpo_kernels import TreePlan, reference, tree_attention, tree_attention_path
+from lowmem_dpo_kernels import TreePlan, tree_attention, tree_attention_path, triton_support, twins
 from lowmem_dpo_kernels.checks import check_attention_inputs
+from tests.interpreter import assert_passes_in_the_interpreter
 
 LAYOUT = [(0, 5, 3, 4), (12, 1, 0, 2), (15, 4, 0, 0)]
 CPU = torch.device("cpu")
@@ -138,26 +139,24 @@ def test_tree_attention_path_tells_what_runs_on_a_card(
     monkeypatch, capability, dtype, head_size, runs
 ):
     pytest.importorskip("triton", reason="Triton is not installed")
-    module = sys.modules["lowmem_dpo_kernels.tree_attention"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(module, "triton_problem", lambda: None)
+    monkeypatch.setattr(triton_support, "triton_problem", lambda: None)
     path = tree_attention_path("cuda", dtype, head_size)
     assert path.startswith("triton, tiles ") if runs else path == ""
 
 
 def test_tree_attention_path_is_none_where_triton_cannot_compile(monkeypatch):
-    module = sys.modules["lowmem_dpo_kernels.tree_attention"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(module, "triton_problem", lambda: "no compiler")
+    monkeypatch.setattr(triton_support, "triton_problem", lambda: "no compiler")
     assert tree_attention_path("cuda", torch.bfloat16, 64) == ""
 
 
 @pytest.mark.parametrize("settings", [{}, {"sliding_window": 3}, {"softcap": 2.0}], ids=str)
-def test_reference_tree_attention_equals_plain_sequences(settings):
+def test_twin_of_tree_attention_equals_plain_sequences(settings):
     """Each branch with its own copy of the trunk, in float64, one query at a time."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(h, 20, 8, dtype=torch.float64) for h in (4, 2, 2))
-    out = reference.tree_attention(query, key, value, LAYOUT, scale=0.3, **settings)
+    out = twins.tree_attention(query, key, value, LAYOUT, scale=0.3, **settings)
     assert out.shape == (20, 4, 8) and not out[19:].any()
     for start, trunk, chosen, rejected in LAYOUT:
         for branch, length in ((trunk, chosen), (trunk + chosen, rejected)):
@@ -170,6 +169,11 @@ def test_reference_tree_attention_equals_plain_sequences(settings):
                         scores = 2.0 * (scores / 2.0).tanh()
                     expected = scores.softmax(0) @ value[head // 2, seen]
                     torch.testing.assert_close(out[row, head], expected)
+
+
+def test_tree_attention_is_right_in_the_interpreter():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert_passes_in_the_interpreter(Path(__file__).with_name("interpreted_tree_attention.py"))
 
 
 CUDA_CASES = [
@@ -202,7 +206,7 @@ def test_tree_attention_on_cuda_matches_float64_and_repeats_to_the_bit(
     found = run(tree_attention, tensors, TreePlan(layout, 1152), upstream)
     again = run(tree_attention, tensors, TreePlan(layout, 1152), upstream)
     exact = tuple(x.detach().double().requires_grad_() for x in tensors)
-    expected = run(reference.tree_attention, exact, layout, upstream.double())
+    expected = run(twins.tree_attention, exact, layout, upstream.double())
     for one, same, other in zip(found, again, expected, strict=True):
         assert torch.equal(one, same)
         assert (one.double() - other).norm() <= 2**-7 * other.norm()

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from lowmem_dpo_kernels import token_logps, token_logps_path
+from lowmem_dpo_kernels import token_logps_path, triton_support
 from lowmem_dpo_kernels.triton_support import missing_for_compiling, triton_problem
 
 
@@ -51,7 +51,6 @@ def test_triton_problem_without_triton(monkeypatch):
 
 @pytest.mark.parametrize(("problem", "path"), [(None, "triton"), ("no compiler", "torch")])
 def test_token_logps_path_is_torch_where_triton_cannot_compile(monkeypatch, problem, path):
-    module = sys.modules[token_logps.__module__]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
-    monkeypatch.setattr(module, "triton_problem", lambda: problem)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(triton_support, "triton_problem", lambda: problem)
     assert token_logps_path("cuda").startswith(f"{path}, ")

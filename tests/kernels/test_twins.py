@@ -1,6 +1,6 @@
 import torch
 
-from lowmem_dpo_kernels import reference
+from lowmem_dpo_kernels import twins
 
 
 def test_token_logps_follows_its_definition():
@@ -10,7 +10,7 @@ def test_token_logps_follows_its_definition():
     bias = torch.tensor([0.5, 0.0, -0.5])
     logits = torch.tensor([[0.0, -1.0, -1.0], [1.0, 2.0, 3.0]]) + bias
     logits = 2.0 * torch.tanh(0.5 * logits / 2.0)
-    logps = reference.token_logps(
+    logps = twins.token_logps(
         hidden,
         torch.tensor([1, 0, 0]),
         weight,
@@ -28,7 +28,7 @@ def test_token_logps_of_half_inputs_is_taken_from_fp32_logits():
     hidden = torch.randn(8, 16, generator=generator).bfloat16()
     weight = (4 * torch.randn(99, 16, generator=generator)).bfloat16()
     rows, targets = torch.arange(8), torch.arange(8)
-    logps = reference.token_logps(hidden, rows, weight, targets)
-    exact = reference.token_logps(hidden.double(), rows, weight.double(), targets)
+    logps = twins.token_logps(hidden, rows, weight, targets)
+    exact = twins.token_logps(hidden.double(), rows, weight.double(), targets)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps.double(), exact, atol=1e-5, rtol=1e-6)

@@ -5,7 +5,7 @@ import torch
 
 from lowmem_dpo.model.head import Int8Head
 from lowmem_dpo.model.plain_head import WIDTH, plain_gradients, plain_logps
-from lowmem_dpo_kernels import reference
+from lowmem_dpo_kernels import twins
 
 RULES = [
     {},
@@ -33,7 +33,7 @@ def test_plain_head_equals_the_reference_in_value_and_gradient(vocabulary, rule)
     settings = dict(rule)
     if settings.pop("bias", False):
         settings["bias"] = torch.randn(vocabulary, generator=generator, dtype=torch.float64)
-    expected = reference.token_logps(hidden, torch.arange(6), weight, targets, **settings)
+    expected = twins.token_logps(hidden, torch.arange(6), weight, targets, **settings)
     (gradients,) = torch.autograd.grad(expected.sum(), hidden)
     parts = make_parts(weight, **settings)
     torch.testing.assert_close(plain_logps(parts, hidden.detach(), targets), expected.detach())
@@ -56,5 +56,5 @@ def test_plain_head_computes_half_numbers_in_fp32():
     targets = torch.tensor([1, 2, 3])
     found = plain_logps(make_parts(weight), hidden, targets)
     assert found.dtype == torch.float32
-    exact = reference.token_logps(hidden, torch.arange(3), weight, targets)
+    exact = twins.token_logps(hidden, torch.arange(3), weight, targets)
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)

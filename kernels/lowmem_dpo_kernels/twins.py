@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_dpo_kernels.rms_norm import NormRule
+from lowmem_dpo_kernels.rms_norm import NormKind
 
 
 def token_logps(
@@ -49,22 +49,22 @@ def token_logps(
     return -F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
 
 
-def rms_norm(x: Tensor, weight: Tensor, rule: NormRule) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, kind: NormKind) -> Tensor:
     """Rows over their root mean square, times a weight, in fp32 at least.
 
     Args:
         x: [..., D].
         weight: [D].
-        rule: How.
+        kind: How.
 
     Returns:
         [..., D] in x's dtype.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + rule.eps)
-    if rule.rounds_first:
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + kind.eps)
+    if kind.rounds_first:
         normed = normed.to(x.dtype)
-    return (normed * (weight.to(normed.dtype) + rule.offset)).to(x.dtype)
+    return (normed * (weight.to(normed.dtype) + kind.offset)).to(x.dtype)
 
 
 def nf4_dequantize(
@@ -78,18 +78,8 @@ def nf4_dequantize(
 ) -> Tensor:
     """The dense numbers of an NF4 weight, block 64 and, of the scales, block 256.
 
-    Args:
-        packed: [ceil(numel / 2)] uint8, two levels a byte, the first in the high half.
-        absmax: [ceil(numel / 64)] uint8, codes of the blocks' scales; fp32 scales if absmax2 is
-            None.
-        absmax2: [ceil(numel / 64 / 256)] fp32, or None.
-        offset: [] fp32, or None.
-        code: [256] fp32, what absmax's codes stand for.
-        levels: [16] fp32.
-        out: numel numbers; written.
-
-    Returns:
-        `out`.
+    Arguments are those of `nf4.nf4_dequantize`; here their number may be odd, and packed has
+    ceil(numel / 2) bytes.
     """
     scales = absmax
     if absmax2 is not None and offset is not None:
