@@ -25,14 +25,13 @@ from lowmem_dpo.console import say, warn
 from lowmem_dpo.data.rendering import build_renderer
 from lowmem_dpo.machine.device import resolve_device, resolve_dtype
 from lowmem_dpo.memory.limits import limit_memory
-from lowmem_dpo.model.attention import TREE_ATTENTION, attention_path
-from lowmem_dpo.model.fused import fuse_mlps, fuse_norms, norm_implementation, tile_layers
-from lowmem_dpo.model.head import check_head, head_to_host, quantize_head
+from lowmem_dpo.model.attention import attention_path
+from lowmem_dpo.model.head import HeadQuantization, check_head
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.lora import add_lora, linear_layers, lora_layers, match_targets
-from lowmem_dpo.model.runner import wrap_layers
-from lowmem_dpo.model.selfcheck import tried_head
-from lowmem_dpo.model.tiles import TILE_ROWS
+from lowmem_dpo.model.layer import TILE_ROWS
+from lowmem_dpo.model.lora import linear_layers, lora_layers, match_targets
+from lowmem_dpo.model.norms import norm_implementation
+from lowmem_dpo.model.surgery import make_trainable
 from lowmem_dpo.reference.cache import Fingerprint
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.weights.adapters import (
@@ -242,15 +241,14 @@ def load_policy(config: TrainConfig, source: Source | None = None) -> Policy:
         cache_dir=cache_directory(config.cache_dir),
         quantized_copy=config.quantized_copy,
     )
-    loaded = quantize_head(loaded, config.head_quantization)
-    if config.head_weight == "host":
-        loaded = head_to_host(loaded, source.device)
     policy = make_policy(
         loaded,
         source.tokenizer,
         source.adapter,
         seed=config.seed,
         layer_inputs=config.layer_inputs,
+        head_quantization=config.head_quantization,
+        head_weight=config.head_weight,
         head_kernel=config.head_kernel,
     )
     policy.source, policy.init_adapter = source.base, source.init_adapter
@@ -283,9 +281,11 @@ def make_policy(
     *,
     seed: int,
     layer_inputs: str,
+    head_quantization: HeadQuantization = "none",
+    head_weight: str = "device",
     head_kernel: str = "auto",
 ) -> Policy:
-    """Give a loaded base a new adapter, layer runners and attention over trees.
+    """Give a loaded base a new adapter, and make it trainable.
 
     Args:
         model: The base; changed in place.
@@ -293,25 +293,19 @@ def make_policy(
         adapter: What kind of adapter.
         seed: Of the adapter's A matrices.
         layer_inputs: device or host.
+        head_quantization: none or int8.
+        head_weight: device or host.
         head_kernel: Implementation of `token_logps`; torch takes its place where it is wrong.
     """
-    add_lora(
-        model.network,
-        targets=adapter.targets,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        rank_stabilised=adapter.rank_stabilised,
+    model = make_trainable(
+        model,
+        **dataclasses.asdict(adapter),
         seed=seed,
+        head_quantization=head_quantization,
+        head_on_host=head_weight == "host",
+        head_kernel=head_kernel,
+        layer_inputs_on_host=layer_inputs == "host",
     )
-    model = tried_head(dataclasses.replace(model, head_implementation=head_kernel))
-    fuse_norms(model.backbone)
-    fuse_mlps(model.layers)
-    tile_layers(model.layers, has_randomness=adapter.dropout > 0)
-    wrap_layers(
-        model.layers, inputs_on_host=layer_inputs == "host", has_randomness=adapter.dropout > 0
-    )
-    model.backbone.set_attn_implementation(TREE_ATTENTION)
     return Policy(model, tokenizer, adapter)
 
 
