@@ -37,7 +37,7 @@ from benchmark_token_logps import DTYPES, extra_mib, median_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lowmem_dpo.model.attention import Rule, segment_attention
+from lowmem_dpo.model.attention import AttentionKind, segment_attention
 from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention, tree_attention_path, twins
 
 SHAPES = {
@@ -124,7 +124,7 @@ def ours(case: Case) -> Tensor:
 def ours_sdpa(case: Case) -> Tensor:
     """This repository's portable path: PyTorch's attention, segment by segment."""
     tensors = [x[None] for x in (case.query, case.key, case.value)]
-    rule = Rule(case.scale, case.sliding_window, case.softcap)
+    rule = AttentionKind(case.scale, case.sliding_window, case.softcap)
     return segment_attention(*tensors, case.plan.layout, rule)[0]
 
 

@@ -118,7 +118,7 @@ def load(directory: Path, *, rank: int, quantization: Any) -> Policy:
 @torch.no_grad()
 def answer_logps(policy: Policy, ids: Tensor) -> Tensor:
     """[4096] log-prob of every answer, in float64 from the hidden states on."""
-    with attention(policy.model, policy.model.plain_attention):
+    with attention(policy.model, policy.model.family.plain_attention):
         hidden = policy.model.backbone(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     logps = F.log_softmax((hidden @ policy.model.head_weight.T).double(), dim=-1)
     return logps.gather(-1, ids[:, 1:, None])[..., 0].sum(1)

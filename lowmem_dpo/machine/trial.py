@@ -4,12 +4,11 @@ What a compiler makes of a kernel differs from card to card, and a kernel that s
 reference alike would be wrong in both, so unseen at step zero.
 """
 
-import logging
 from collections.abc import Callable
 
 import torch
 
-logger = logging.getLogger(__name__)
+from lowmem_dpo.console import warn
 
 
 def passes_trial(trial: Callable[[], None], kernels: str, device: torch.device, other: str) -> bool:
@@ -29,13 +28,8 @@ def passes_trial(trial: Callable[[], None], kernels: str, device: torch.device, 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        logger.warning(
-            "%s failed their trial on %s (%s); %s is used, please report it",
-            kernels,
-            device,
-            " ".join(str(error).split())[:200],
-            other,
-        )
+        why = " ".join(str(error).split())[:200]
+        warn(f"{kernels} failed their trial on {device} ({why}); {other} is used, please report it")
         return False
     return True
 

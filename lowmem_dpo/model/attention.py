@@ -47,7 +47,7 @@ TREE_ATTENTION = "lowmem_dpo_tree"
 _TRIAL_TOLERANCE = 0.02
 
 
-class Rule(NamedTuple):
+class AttentionKind(NamedTuple):
     """How the scores of one layer are made, and how far back a token sees."""
 
     scaling: float
@@ -96,11 +96,11 @@ def tree_attention(
         raise ValueError(f"the model runs with attention {TREE_ATTENTION!r} but got no tree_layout")
     if on_tree_attention is not None:
         on_tree_attention(module)
-    rule = Rule(scaling, sliding_window, softcap)
+    kind = AttentionKind(scaling, sliding_window, softcap)
     group = query.shape[1] // key.shape[1]
     if _kernel_path(query.device, query.dtype, query.shape[3], group):
-        return _by_kernel(query, key, value, tree_layout, rule), None
-    return segment_attention(query, key, value, tree_layout, rule), None
+        return _by_kernel(query, key, value, tree_layout, kind), None
+    return segment_attention(query, key, value, tree_layout, kind), None
 
 
 def attention_path(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str:
@@ -142,9 +142,9 @@ def _try_kernels(device: torch.device, dtype: torch.dtype, head_size: int, group
         for heads in (2 * group, 2, 2, 2 * group)
     )
     for window, softcap in itertools.product((None, 32), (None, 20.0)):
-        rule = Rule(head_size**-0.5, window, softcap)
+        kind = AttentionKind(head_size**-0.5, window, softcap)
         results = [
-            _with_gradients(attend, (query, key, value), upstream, layout, rule)
+            _with_gradients(attend, (query, key, value), upstream, layout, kind)
             for attend in (_by_kernel, segment_attention)
         ]
         for ours, expected in zip(*results, strict=True):
@@ -156,18 +156,18 @@ def _with_gradients(
     inputs: Sequence[Tensor],
     upstream: Tensor,
     layout: TreeLayout,
-    rule: Rule,
+    kind: AttentionKind,
 ) -> list[Tensor]:
     """Output and gradients of one attention, in fp32."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     with torch.enable_grad():
-        output = attend(*leaves, layout, rule)
+        output = attend(*leaves, layout, kind)
     gradients = torch.autograd.grad(output, leaves, upstream.transpose(1, 2).contiguous())
     return [tensor.detach().float() for tensor in (output, *gradients)]
 
 
 def _by_kernel(
-    query: Tensor, key: Tensor, value: Tensor, tree_layout: TreeLayout, rule: Rule
+    query: Tensor, key: Tensor, value: Tensor, tree_layout: TreeLayout, kind: AttentionKind
 ) -> Tensor:
     """All trees at once; [1, N, H, E]."""
     out = lowmem_dpo_kernels.tree_attention(
@@ -175,9 +175,9 @@ def _by_kernel(
         key[0],
         value[0],
         _plan(tuple(tree_layout), query.shape[2]),
-        scale=rule.scaling,
-        sliding_window=rule.sliding_window,
-        softcap=rule.softcap,
+        scale=kind.scaling,
+        sliding_window=kind.sliding_window,
+        softcap=kind.softcap,
     )
     return out[None]
 
@@ -189,7 +189,7 @@ def _plan(tree_layout: TreeLayout, num_tokens: int) -> TreePlan:
 
 
 def segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, tree_layout: TreeLayout, rule: Rule
+    query: Tensor, key: Tensor, value: Tensor, tree_layout: TreeLayout, kind: AttentionKind
 ) -> Tensor:
     """Attention of every tree by PyTorch, one call a segment.
 
@@ -198,7 +198,7 @@ def segment_attention(
         key: [1, K, N, E].
         value: [1, K, N, E].
         tree_layout: Where the trees are.
-        rule: Of the layer.
+        kind: Of the layer.
 
     Returns:
         [1, N, H, E].
@@ -211,9 +211,9 @@ def segment_attention(
     outputs = []
     for i in range(0, len(sizes), 3):
         trunk_chosen, trunk_rejected = [i, i + 1], [i, i + 2]
-        outputs.append(_causal(queries, keys, values, trunk_chosen, trunk_chosen, rule))
+        outputs.append(_causal(queries, keys, values, trunk_chosen, trunk_chosen, kind))
         if sizes[i + 2]:
-            outputs.append(_causal(queries, keys, values, [i + 2], trunk_rejected, rule))
+            outputs.append(_causal(queries, keys, values, [i + 2], trunk_rejected, kind))
     outputs.append(queries[-1].new_zeros(queries[-1].shape))
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
@@ -224,15 +224,15 @@ def _causal(
     values: Sequence[Tensor],
     query_parts: list[int],
     key_parts: list[int],
-    rule: Rule,
+    kind: AttentionKind,
 ) -> Tensor:
     """One segment: the named query parts over the named key parts, causal from the bottom right."""
     q = torch.cat([queries[i] for i in query_parts], dim=2)
     k = torch.cat([keys[i] for i in key_parts], dim=2)
     v = torch.cat([values[i] for i in key_parts], dim=2)
-    window = rule.sliding_window
-    if rule.softcap is not None or (window is not None and window < k.shape[2]):
-        return tiled_attention(q, k, v, scaling=rule.scaling, window=window, softcap=rule.softcap)
+    window = kind.sliding_window
+    if kind.softcap is not None or (window is not None and window < k.shape[2]):
+        return tiled_attention(q, k, v, scaling=kind.scaling, window=window, softcap=kind.softcap)
     if q.is_cuda and not _has_flash(q.device, q.dtype):
         # Of torch's kernels without a [q, k] matrix only flash takes grouped heads.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -244,7 +244,7 @@ def _causal(
             v,
             attn_mask=None if square else causal_lower_right(q.shape[2], k.shape[2]),
             is_causal=square,
-            scale=rule.scaling,
+            scale=kind.scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
 

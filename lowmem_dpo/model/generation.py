@@ -29,8 +29,7 @@ def generate_text(
     """Answer prompts together, left-padded.
 
     Args:
-        model: The causal language model that `parts` belong to.
-        parts: Its model.
+        model: The model.
         tokenizer: For decoding.
         prompts: Token ids.
         sampling: Settings.
@@ -63,7 +62,10 @@ def generate_text(
     streamer = (
         TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     )
-    with attention(model, model.plain_attention), torch.random.fork_rng(cuda_devices(device)):
+    with (
+        attention(model, model.family.plain_attention),
+        torch.random.fork_rng(cuda_devices(device)),
+    ):
         torch.manual_seed(sampling.seed)
         network: Any = model.network
         output = network.generate(

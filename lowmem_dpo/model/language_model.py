@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lowmem_dpo.model.families import Family, family_of
 from lowmem_dpo_kernels.heads import Weight
 
 
@@ -72,29 +73,16 @@ class LanguageModel:
         return self.head_weight.dtype
 
     @property
+    def family(self) -> Family:
+        """What sets it apart from models of other types."""
+        return family_of(self.config)
+
+    @property
     def logit_scale(self) -> float:
         """Factor on the logits."""
-        return _logit_rule(self.config)[0]
+        return self.family.logit_scale(self.config)
 
     @property
     def logit_softcap(self) -> float | None:
         """The c of c * tanh(logits / c), or None."""
-        return _logit_rule(self.config)[1]
-
-    @property
-    def plain_attention(self) -> str:
-        """The attention function of transformers that computes this model."""
-        # sdpa has no soft-cap: transformers 5.17 leaves it out without a word, later ones refuse.
-        return "eager" if self.config.model_type == "gemma2" else "sdpa"
-
-
-def _logit_rule(config: PretrainedConfig) -> tuple[float, float | None]:
-    """Factor and soft-cap of the logits; what a config says for another type has no effect."""
-    match config.model_type:
-        case "cohere" | "cohere2":
-            return float(config.logit_scale), None
-        case "granite":
-            return 1 / config.logits_scaling, None
-        case "gemma2" | "gemma3_text":
-            return 1.0, config.final_logit_softcapping
-    return 1.0, None
+        return self.family.logit_softcap(self.config)

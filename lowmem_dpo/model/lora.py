@@ -18,6 +18,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +27,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowmem_dpo.model.nf4 import Nf4Weight
-from lowmem_dpo.model.second_run import unread
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What an adapter is, its values aside.
+
+    Attributes:
+        rank: R.
+        alpha: The adapter's output is scaled by alpha / R, rank-stabilised by alpha / sqrt(R).
+        dropout: Probability that an element of the adapters' input is dropped in training.
+        targets: all, or names of layers as `add_lora` takes them.
+        rank_stabilised: Which scaling.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: str | Sequence[str]
+    rank_stabilised: bool
 
 
 class LoraLinear(nn.Module):
@@ -45,7 +64,6 @@ class LoraLinear(nn.Module):
         dropout: Probability that an element of the adapter's input is dropped while `dropout_live`.
         dropout_live: Whether dropout is on. `train()` and `eval()` do not touch it.
         enabled: Whether the adapter is on.
-        output_is_read: Whether the caller looks at the output's values; see `second_run`.
     """
 
     weight: Nf4Weight | nn.Parameter
@@ -67,7 +85,6 @@ class LoraLinear(nn.Module):
         self.dropout = 0.0
         self.dropout_live = False
         self.enabled = True
-        self.output_is_read = True
 
     @property
     def rank(self) -> int:
@@ -103,10 +120,21 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out] in x's dtype."""
+        return self._run(x, has_values=True)
+
+    def for_gradient(self, x: Tensor) -> Tensor:
+        """`forward` for its gradients alone, where nobody reads its values.
+
+        Gradients need no product with the weight in the forward pass, so it is left out. The values
+        are NaN, in the memory of one number: whoever does read them will notice.
+        """
+        return self._run(x, has_values=False)
+
+    def _run(self, x: Tensor, *, has_values: bool) -> Tensor:
         if not self.enabled or self.lora_a is None:
-            return _LoraLinearFunction.apply(x, None, None, self, 0.0)
+            return _LoraLinearFunction.apply(x, None, None, self, 0.0, has_values)
         drop = self.dropout if self.dropout_live else 0.0
-        return _LoraLinearFunction.apply(x, self.lora_a, self.lora_b, self, drop)
+        return _LoraLinearFunction.apply(x, self.lora_a, self.lora_b, self, drop, has_values)
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
@@ -124,20 +152,21 @@ class _LoraLinearFunction(torch.autograd.Function):
         lora_b: Tensor | None,
         layer: LoraLinear,
         drop: float,
+        has_values: bool,
     ) -> Tensor:
         y_shape = (*x.shape[:-1], layer.out_features)
-        y = _base_output(x, layer) if layer.output_is_read else None
+        y = _base_output(x, layer) if has_values else x.new_full((), torch.nan).expand(y_shape)
         ctx.layer, ctx.x_shape, ctx.dtype = layer, x.shape, x.dtype
         if lora_a is None or lora_b is None:
             ctx.save_for_backward(None, None, None, None, None)
-            return unread(x, *y_shape) if y is None else y.view(y_shape)
+            return y.view(y_shape)
         keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - drop) if drop else None
         ctx.scaling = layer.scaling / (1 - drop)
         low = _dropped(x, keep) @ lora_a.to(x.dtype).T  # [N, R]
         trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(x if trains else None, keep, low if trains else None, lora_a, lora_b)
-        if y is None:
-            return unread(x, *y_shape)
+        if not has_values:
+            return y
         return y.addmm_(low, lora_b.to(x.dtype).T, alpha=ctx.scaling).view(y_shape)
 
     @staticmethod
@@ -158,7 +187,9 @@ class _LoraLinearFunction(torch.autograd.Function):
                 grad_x.addmm_(grad_low, lora_a.to(ctx.dtype))
             elif grad_x is not None:
                 grad_x += (grad_low @ lora_a.to(ctx.dtype)) * keep.view(grad_x.shape)
-        return None if grad_x is None else grad_x.view(ctx.x_shape), grad_a, grad_b, None, None
+        if grad_x is not None:
+            grad_x = grad_x.view(ctx.x_shape)
+        return grad_x, grad_a, grad_b, None, None, None
 
 
 def _base_output(x: Tensor, layer: LoraLinear) -> Tensor:

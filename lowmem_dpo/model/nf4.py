@@ -17,9 +17,9 @@ Source: Dettmers et al., QLoRA (arXiv 2305.14314), sections 3 and 4.
 """
 
 import functools
+from typing import Any
 
 import torch
-from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
 from lowmem_dpo.machine.trial import passes_trial
@@ -84,7 +84,7 @@ class Nf4Weight(nn.Module):
         self._check_scales()
         if self.absmax2 is None or self.offset is None:
             return self.absmax
-        scale = bnb.dequantize_blockwise(
+        scale = _bitsandbytes().dequantize_blockwise(
             self.absmax, absmax=self.absmax2, code=self._table(), blocksize=BLOCK2
         )
         return scale.add_(self.offset)
@@ -124,6 +124,7 @@ class Nf4Weight(nn.Module):
         # One block a row: bitsandbytes' CPU kernel misplaces the scales where blocks straddle rows.
         rows = (numel // BLOCK, BLOCK) if numel % BLOCK == 0 else (1, numel)
         kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
+        _bitsandbytes()  # registers the operation
         dense = torch.ops.bitsandbytes.dequantize_4bit(
             self.packed.view(-1, 1), self.scales(), BLOCK, "nf4", rows, kernel_dtype
         )
@@ -162,6 +163,7 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
     packed = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32, device=weight.device)
     finite = torch.ones((), dtype=torch.bool, device=weight.device)
+    bnb = _bitsandbytes()
     step = _CHUNK if weight.device.type == "cpu" else 4 * _CHUNK
     for start in range(0, flat.numel(), step):
         chunk = flat[start : start + step]
@@ -179,6 +181,13 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
         absmax - offset, code=dynamic_code(weight.device), blocksize=BLOCK2
     )
     return Nf4Weight(packed, absmax_codes, state.absmax, offset, (weight.shape[0], weight.shape[1]))
+
+
+def _bitsandbytes() -> Any:
+    """Its functions, imported when they are needed: that takes seconds."""
+    from bitsandbytes import functional
+
+    return functional
 
 
 @functools.cache
@@ -212,10 +221,10 @@ def _try_kernel(device: torch.device, dtype: torch.dtype) -> None:
 @functools.cache
 def _levels(device: torch.device) -> Tensor:
     """The 16 levels: [16] fp32."""
-    return bnb.get_4bit_type("nf4", device=str(device))
+    return _bitsandbytes().get_4bit_type("nf4", device=str(device))
 
 
 @functools.cache
 def dynamic_code(device: torch.device) -> Tensor:
     """The 256 values of the second level's codes, signed and finest near zero: [256] fp32."""
-    return bnb.create_dynamic_map().to(device)
+    return _bitsandbytes().create_dynamic_map().to(device)

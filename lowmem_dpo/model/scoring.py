@@ -9,7 +9,7 @@ Shapes: N packed tokens, T scored tokens, D hidden.
 """
 
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,29 +17,11 @@ from torch import Tensor
 from lowmem_dpo.model.attention import TREE_ATTENTION
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.plain_head import plain_logps
+from lowmem_dpo.packs.packing import Pack
 from lowmem_dpo_kernels import token_logps
 
 
-class PackedTrees(Protocol):
-    """What scoring needs to know of a pack; see `data.packing.Pack`."""
-
-    @property
-    def input_ids(self) -> Tensor: ...  # noqa: D102 - [N] int64
-
-    @property
-    def position_ids(self) -> Tensor: ...  # noqa: D102 - [N] int64
-
-    @property
-    def layout(self) -> tuple[tuple[int, int, int, int], ...]: ...  # noqa: D102
-
-    @property
-    def rows(self) -> Tensor: ...  # noqa: D102 - [T] int64
-
-    @property
-    def targets(self) -> Tensor: ...  # noqa: D102 - [T] int64
-
-
-def score(model: LanguageModel, pack: PackedTrees, **layer_arguments: Any) -> Tensor:
+def score(model: LanguageModel, pack: Pack, **layer_arguments: Any) -> Tensor:
     """Log-prob of every scored token of a pack under the model as it stands.
 
     Args:
@@ -76,7 +58,7 @@ def score_plain(model: LanguageModel, ids: tuple[int, ...]) -> Tensor:
         [L - 1] fp32, in nats.
     """
     input_ids = torch.tensor(ids, device=model.head_weight.device)
-    with attention(model, model.plain_attention):
+    with attention(model, model.family.plain_attention):
         hidden = model.backbone(input_ids=input_ids[None], use_cache=False).last_hidden_state[0]
     return plain_logps(model, hidden[:-1], input_ids[1:])
 

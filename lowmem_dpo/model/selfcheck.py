@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lowmem_dpo.machine.trial import check_error, passes_trial
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.plain_head import WIDTH, plain_gradients, plain_logps
-from lowmem_dpo.model.scoring import PackedTrees, head_logps, score, score_plain
+from lowmem_dpo.model.scoring import head_logps, score, score_plain
+from lowmem_dpo.packs.packing import Pack
 from lowmem_dpo_kernels.heads import weight_slices
 from lowmem_dpo_kernels.token_logps import token_logps_path
 
@@ -40,7 +41,7 @@ def logp_tolerance(dtype: torch.dtype) -> float:
 @torch.no_grad()
 def check_packing(
     model: LanguageModel,
-    pack: PackedTrees,
+    pack: Pack,
     sequences: Sequence[tuple[int, ...]],
     dtype: torch.dtype,
 ) -> float:
@@ -141,8 +142,8 @@ def _head_rows(model: LanguageModel, tokens: Tensor) -> Tensor:
     return rows
 
 
-def tried_head(model: LanguageModel) -> LanguageModel:
-    """The parts with a head that is computed rightly here: torch's products if Triton's are not.
+def head_that_passed_its_trial(model: LanguageModel) -> LanguageModel:
+    """The model with a head that is computed rightly here: torch's products if Triton's are not.
 
     Args:
         model: The model, with the implementation of `token_logps` that is wanted.

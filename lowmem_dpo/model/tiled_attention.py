@@ -46,13 +46,13 @@ def tiled_attention(
     Returns:
         [1, H, Q, E] in the dtype of `query`.
     """
-    rule = _Rule(key.shape[2] - query.shape[2], scaling, window, softcap)
-    return _TiledAttention.apply(query, key, value, rule)
+    segment = _Segment(key.shape[2] - query.shape[2], scaling, window, softcap)
+    return _TiledAttention.apply(query, key, value, segment)
 
 
 @dataclass(frozen=True)
-class _Rule:
-    """What attends to what, and how: the first query stands behind `before` keys."""
+class _Segment:
+    """Queries that are the last of so many positions: the first stands behind `before` keys."""
 
     before: int
     scaling: float
@@ -86,14 +86,14 @@ class _Rule:
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rule: _Rule) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segment: _Segment) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.rule = rule
+        ctx.segment = segment
         output = torch.empty_like(query)
         grouped, grouped_output = _grouped(query, key), _grouped(output, key)
-        for rows, keys in rule.tiles(query.shape[2], key.shape[2], query.shape[1]):
+        for rows, keys in segment.tiles(query.shape[2], key.shape[2], query.shape[1]):
             q, k, v = _tile(grouped, rows), _wide(key[0, :, keys]), _wide(value[0, :, keys])
-            probabilities, _ = rule.attend(q, k, rows, keys)
+            probabilities, _ = segment.attend(q, k, rows, keys)
             part = grouped_output[:, :, rows]
             part.copy_((probabilities @ v).view(part.shape))
         return output
@@ -102,23 +102,23 @@ class _TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        rule = ctx.rule
+        segment = ctx.segment
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(_wide(x[0])) for x in (key, value))
         grouped, grouped_grad, upstream = (
             _grouped(x, key) for x in (query, grad_query, grad_output)
         )
-        for rows, keys in rule.tiles(query.shape[2], key.shape[2], query.shape[1]):
+        for rows, keys in segment.tiles(query.shape[2], key.shape[2], query.shape[1]):
             q, k, v = _tile(grouped, rows), _wide(key[0, :, keys]), _wide(value[0, :, keys])
             grad = _tile(upstream, rows)
-            probabilities, shares = rule.attend(q, k, rows, keys)
+            probabilities, shares = segment.attend(q, k, rows, keys)
             grad_value[:, keys] += probabilities.transpose(1, 2) @ grad
             grad_scores = grad @ v.transpose(1, 2)
             grad_scores -= (grad_scores * probabilities).sum(-1, keepdim=True)
             grad_scores *= probabilities
-            if rule.softcap is not None:
+            if segment.softcap is not None:
                 grad_scores *= 1 - shares.square()
-            grad_scores *= rule.scaling
+            grad_scores *= segment.scaling
             part = grouped_grad[:, :, rows]
             part.copy_((grad_scores @ k).view(part.shape))
             grad_key[:, keys] += grad_scores.transpose(1, 2) @ q

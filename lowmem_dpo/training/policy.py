@@ -24,18 +24,16 @@ import lowmem_dpo_kernels
 from lowmem_dpo.console import say, warn
 from lowmem_dpo.machine.device import resolve_device, resolve_dtype
 from lowmem_dpo.memory.limits import limit_memory
-from lowmem_dpo.model.attention import TREE_ATTENTION, attention_path
-from lowmem_dpo.model.fused import fuse_mlps, fuse_norms, norm_implementation, tile_layers
-from lowmem_dpo.model.head import check_head, head_to_host, quantize_head
+from lowmem_dpo.model.attention import attention_path
+from lowmem_dpo.model.head import check_head
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.lora import add_lora, linear_layers, lora_layers, match_targets
-from lowmem_dpo.model.runner import wrap_layers
-from lowmem_dpo.model.selfcheck import tried_head
-from lowmem_dpo.model.tiles import TILE_ROWS
+from lowmem_dpo.model.layer import TILE_ROWS
+from lowmem_dpo.model.lora import AdapterSpec, linear_layers, lora_layers, match_targets
+from lowmem_dpo.model.norms import norm_implementation
+from lowmem_dpo.model.surgery import prepare_model
 from lowmem_dpo.reference.cache import Fingerprint
 from lowmem_dpo.settings.groups import AdapterSettings, MemorySettings, ModelSettings
 from lowmem_dpo.weights.adapters import (
-    AdapterSpec,
     adapter_digest,
     load_adapter,
     other_base_storage,
@@ -273,15 +271,14 @@ def load_policy(
         cache_dir=cache_directory(settings.cache_dir),
         quantized_copy=settings.quantized_copy,
     )
-    model = quantize_head(model, settings.head_quantization)
-    if memory.head_weight == "host":
-        model = head_to_host(model, source.device)
     model = prepare_model(
         model,
         spec,
         seed=seed,
-        inputs_on_host=memory.layer_inputs == "host",
+        head_quantization=settings.head_quantization,
+        head_on_host=memory.head_weight == "host",
         head_kernel=memory.head_kernel,
+        layer_inputs_on_host=memory.layer_inputs == "host",
     )
     if source.init_adapter:
         load_adapter(model.network, Path(source.init_adapter))
@@ -348,32 +345,3 @@ def _warn_of_other_targets(
             f"lora_target_modules: no effect, the run starts from {init_adapter}, which is on "
             f"{len(ours)} layers of its own"
         )
-
-
-def prepare_model(
-    model: LanguageModel,
-    adapter: AdapterSpec | None,
-    *,
-    seed: int,
-    inputs_on_host: bool = False,
-    head_kernel: str = "auto",
-) -> LanguageModel:
-    """Placeholder until model/surgery.py arrives."""
-    if adapter is not None:
-        add_lora(
-            model.network,
-            targets=adapter.targets,
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            dropout=adapter.dropout,
-            rank_stabilised=adapter.rank_stabilised,
-            seed=seed,
-        )
-    random = adapter is not None and adapter.dropout > 0
-    model = tried_head(replace(model, head_implementation=head_kernel))
-    fuse_norms(model.backbone)
-    fuse_mlps(model.layers)
-    tile_layers(model.layers, has_randomness=random)
-    wrap_layers(model.layers, inputs_on_host=inputs_on_host, has_randomness=random)
-    model.backbone.set_attn_implementation(TREE_ATTENTION)
-    return model

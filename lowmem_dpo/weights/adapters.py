@@ -10,8 +10,7 @@ Source: PEFT, https://github.com/huggingface/peft, `LoraConfig` and `save_pretra
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from lowmem_dpo.files import replace_file
-from lowmem_dpo.model.lora import lora_layers, lora_parameters
+from lowmem_dpo.model.lora import AdapterSpec, lora_layers, lora_parameters
 from lowmem_dpo.weights.folders import ADAPTER_CONFIG_FILE, read_json
 from lowmem_dpo.weights.safetensors_files import StoredTensor, file_digest, read_header
 
@@ -55,25 +54,6 @@ _KNOWN_FIELDS = {
 }
 # The others (PiSSA, OLoRA, LoftQ, CorDA, ...) come with a base of their own.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """What an adapter is, its values aside.
-
-    Attributes:
-        rank: R.
-        alpha: The adapter's output is scaled by alpha / R, rank-stabilised by alpha / sqrt(R).
-        dropout: Probability that an element of the adapters' input is dropped in training.
-        targets: all, or names of layers as `add_lora` takes them.
-        rank_stabilised: Which scaling.
-    """
-
-    rank: int
-    alpha: float
-    dropout: float
-    targets: str | Sequence[str]
-    rank_stabilised: bool
 
 
 def save_adapter(

@@ -12,23 +12,12 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from lowmem_dpo.model.families import FAMILIES
 from lowmem_dpo.model.positions import LAYER_TYPES, rope_limit, rope_settings
 from lowmem_dpo.weights.bitsandbytes_files import check_quantization_config
 from lowmem_dpo.weights.hub import download_config, download_model, download_small_files, one_line
 
-SUPPORTED_MODEL_TYPES = (
-    "cohere",
-    "cohere2",
-    "gemma2",
-    "gemma3_text",
-    "granite",
-    "llama",
-    "mistral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen3",
-)
+SUPPORTED_MODEL_TYPES = tuple(FAMILIES)
 
 # Frequencies that depend on the longest sequence of a batch (dynamic) are left out: a sequence's
 # result would depend on its neighbours. Those of longrope do so beyond `rope_limit` only.
@@ -37,8 +26,6 @@ SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")
 _ADVICE = {
     "gemma3": "it reads images too; take a text-only Gemma 3, such as google/gemma-3-1b-it",
 }
-# Checkpoints older than their type in transformers, which has the same code under the same names.
-_ADOPTED_CODE = {"phi3": {"AutoConfig": "Phi3Config", "AutoModelForCausalLM": "Phi3ForCausalLM"}}
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -267,8 +254,8 @@ def _check_raw_config(source: str, raw: dict[str, Any]) -> None:
 def _foreign_code(raw: dict[str, Any]) -> bool:
     """Whether config.json names code for the model that transformers does not have itself."""
     code = raw.get("auto_map") or {}
-    adopted = _ADOPTED_CODE.get(raw["model_type"])
-    if adopted is None or not isinstance(code, dict):
+    adopted = FAMILIES[raw["model_type"]].adopted_code
+    if not adopted or not isinstance(code, dict):
         return bool(code)
     names = {kind: str(path).rpartition(".")[2] for kind, path in code.items()}
     return any(names.get(kind, name) != name for kind, name in adopted.items())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lowmem_dpo.training.setup import prepare_run
 
 from lowmem_dpo.model.lora import linear_layers, lora_parameters
 from lowmem_dpo.model.nf4 import Nf4Weight
@@ -18,7 +19,6 @@ from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.training import policy, reference_pass, setup
 from lowmem_dpo.training.policy import Policy, cache_directory
-from lowmem_dpo.training.setup import prepare_run
 from lowmem_dpo.training.trainer import Trainer
 from tests.tiny import save_tiny_model
 from tests.training.conftest import environment

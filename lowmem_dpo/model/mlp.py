@@ -6,7 +6,8 @@ Ordinary operations keep act(gate) too, and their backward pass writes three mor
 size before the first is freed: seven are alive, of the intermediate size each. Here act(gate) is
 computed again and the gradient of the product becomes that of the gate where it lies: four.
 
-Values and gradients have the bits of the ordinary operations, which do the arithmetic.
+Values and gradients have the bits of the ordinary operations, which do the arithmetic. Any other
+activation runs by these.
 
 Shapes: N tokens (leading dimensions kept), I intermediate size.
 Source: Shazeer (arXiv 2002.05202).
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lowmem_dpo.model.lora import LoraLinear
+
 Activation = Literal["silu", "gelu_tanh"]
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -29,32 +32,44 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 class GatedMlp(nn.Module):
-    """The MLP of a decoder layer; it takes the linears of the one whose place it takes.
+    """The MLP of a decoder layer; it takes the parts of the one whose place it takes.
 
     Args:
-        mlp: Has `down_proj`, and `gate_proj` and `up_proj` or both in one as `gate_up_proj`.
-        activation: Of the gate.
+        mlp: Has `down_proj`, and `gate_proj` and `up_proj` or both in one as `gate_up_proj`, all
+            LoraLinear; and its activation, as `act_fn` or `activation_fn`.
     """
 
-    gate_up_proj: nn.Module
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
+    gate_up_proj: LoraLinear
+    gate_proj: LoraLinear
+    up_proj: LoraLinear
+    down_proj: LoraLinear
 
-    def __init__(self, mlp: nn.Module, activation: Activation) -> None:
+    def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
-        self.activation: Activation = activation
-        for name in ("gate_up_proj", "gate_proj", "up_proj", "down_proj"):
-            if hasattr(mlp, name):
-                self.add_module(name, mlp.get_submodule(name))
+        self.in_one = hasattr(mlp, "gate_up_proj")
+        gates = ("gate_up_proj",) if self.in_one else ("gate_proj", "up_proj")
+        for name in (*gates, "down_proj"):
+            self.add_module(name, mlp.get_submodule(name))
+        self.act_fn = mlp.get_submodule("act_fn" if hasattr(mlp, "act_fn") else "activation_fn")
+        self.activation = _ACTIVATIONS.get(type(self.act_fn).__name__)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., hidden] to [..., hidden]."""
-        if hasattr(self, "gate_up_proj"):
+        return self.down_proj(self._gated(x))
+
+    def for_gradient(self, x: Tensor) -> Tensor:
+        """`forward` for its gradients alone: its values are NaN; see `LoraLinear.for_gradient`."""
+        return self.down_proj.for_gradient(self._gated(x))
+
+    def _gated(self, x: Tensor) -> Tensor:
+        """act(gate) * up, [..., I]."""
+        if self.in_one:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(_GatedProduct.apply(gate, up, self.activation))
+        if self.activation is None:
+            return self.act_fn(gate) * up
+        return _GatedProduct.apply(gate, up, self.activation)
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -79,12 +94,3 @@ class _GatedProduct(torch.autograd.Function):
 
 def _activated(gate: Tensor, activation: Activation) -> Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-
-
-def gate_activation(mlp: nn.Module) -> Activation | None:
-    """The activation of an MLP that `GatedMlp` can take the place of, or None."""
-    is_gated = hasattr(mlp, "down_proj") and (
-        hasattr(mlp, "gate_up_proj") or (hasattr(mlp, "gate_proj") and hasattr(mlp, "up_proj"))
-    )
-    function = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
-    return _ACTIVATIONS.get(type(function).__name__) if is_gated else None

@@ -1,0 +1,293 @@
+"""A decoder layer as two halves: attention, and what is done to every token by itself.
+
+    attention half    h = x + norm(attention(norm(x)))
+    token-wise half   y = h + norm(mlp(norm(h)))
+
+with the norms that the family has (`families`). In a parallel layer the MLP reads norm(x) as
+attention does; then the attention half hands over that as well.
+
+Activations of a whole model do not fit; those of one layer do. Only a layer's input waits for the
+backward pass, on the device or in pinned host memory: N * D numbers a layer. There the attention
+half runs again as a whole. The token-wise half runs again tile by tile, and each tile is
+differentiated at once: what an MLP makes of all tokens, four times the intermediate size and as
+much again in gradients, is alive for one tile only. Its output is not computed again, as it would
+only be added to the residual; so no product runs more often than in the usual second run.
+
+The autograd function is re-entrant: its backward calls `torch.autograd.backward`, so adapter
+gradients arrive through `.backward()` only (not `torch.autograd.grad`) and add up in place. The
+hidden states that enter the first layer must require a gradient, or no layer's backward would run.
+
+All tiles have one shape, the last one padded, so that a token's bits do not depend on its place.
+
+Shapes: B sequences (1 of a pack), N tokens, D hidden, T rows of a tile.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from lowmem_dpo.machine.device import cuda_devices
+from lowmem_dpo.model.families import Family, NormNames
+from lowmem_dpo.model.mlp import GatedMlp
+
+TILE_ROWS = 2048
+"""Most rows of a tile. A tile's weights are dequantised for it: 5 to 10 % of its products' time."""
+
+RandomState = tuple[Tensor, Tensor | None]
+
+
+class DecoderLayer(nn.Module):
+    """A decoder layer that keeps nothing but its input for the backward pass.
+
+    Args:
+        layer: That of transformers, its linears LoraLinear; its modules are taken over.
+        family: Which of them are where.
+        residual_multiplier: Factor on what either half adds to the residual.
+        inputs_on_host: Let the input wait in pinned host memory; for layers on a CUDA device.
+        has_dropout: Save the state of the random generators, so that the second run repeats the
+            dropout of the first.
+        tile_rows: Most rows of a tile.
+
+    Raises:
+        ValueError: If the layer has a part that its family's record does not know.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        family: Family,
+        *,
+        residual_multiplier: float,
+        inputs_on_host: bool,
+        has_dropout: bool,
+        tile_rows: int = TILE_ROWS,
+    ) -> None:
+        super().__init__()
+        _check_parts(layer, family)
+        self.attention = AttentionHalf(
+            layer.get_submodule("self_attn"),
+            _norms(layer, family.attention_norms),
+            residual_multiplier=residual_multiplier,
+            is_parallel=family.is_parallel,
+        )
+        self.token_wise = TokenWiseHalf(
+            GatedMlp(layer.get_submodule("mlp")),
+            _norms(layer, family.mlp_norms),
+            residual_multiplier=residual_multiplier,
+            tile_rows=tile_rows,
+        )
+        self.inputs_on_host = inputs_on_host
+        self.has_dropout = has_dropout
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Map [B, N, D] to [B, N, D]; with a gradient to come, keep only x.
+
+        Args:
+            x: Hidden states.
+            **kwargs: For the attention module, as transformers' models pass them to a layer.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _LayerFunction.apply(x, self, kwargs)
+        return self.token_wise(*self.attention(x, **kwargs))
+
+
+class AttentionHalf(nn.Module):
+    """h = x + norm(attention(norm(x))).
+
+    Args:
+        self_attn: The attention module of transformers.
+        norms: Before and after it.
+        residual_multiplier: Factor on what is added to x.
+        is_parallel: Whether the other half reads norm(x).
+    """
+
+    def __init__(
+        self,
+        self_attn: nn.Module,
+        norms: tuple[nn.Module | None, nn.Module | None],
+        *,
+        residual_multiplier: float,
+        is_parallel: bool,
+    ) -> None:
+        super().__init__()
+        self.norm_before, self.norm_after = norms
+        self.self_attn = self_attn
+        self.residual_multiplier = residual_multiplier
+        self.is_parallel = is_parallel
+
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Give h, and what the token-wise half reads: h, or norm(x) in a parallel layer."""
+        normed = _normed(self.norm_before, x)
+        attended = _normed(self.norm_after, self.self_attn(normed, **kwargs)[0])
+        h = x + _scaled(attended, self.residual_multiplier)
+        return h, normed if self.is_parallel else h
+
+
+class TokenWiseHalf(nn.Module):
+    """y = h + norm(mlp(norm(x))), one tile of tokens at a time.
+
+    Args:
+        mlp: The MLP.
+        norms: Before and after it.
+        residual_multiplier: Factor on what is added to h.
+        tile_rows: Most rows of a tile.
+    """
+
+    def __init__(
+        self,
+        mlp: GatedMlp,
+        norms: tuple[nn.Module | None, nn.Module | None],
+        *,
+        residual_multiplier: float,
+        tile_rows: int,
+    ) -> None:
+        super().__init__()
+        self.norm_before, self.norm_after = norms
+        self.mlp = mlp
+        self.residual_multiplier = residual_multiplier
+        self.tile_rows = tile_rows
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        """Map h and x, [B, N, D] each, to y."""
+        tiles = self.tiles(x.shape[1])
+        if len(tiles) == 1:
+            return h + self._added(x)
+        y = torch.empty_like(h)
+        for tile in tiles:
+            rows = h[:, tile]
+            added = self._added(_padded(x[:, tile], tiles[0].stop))
+            y[:, tile] = rows + added[:, : rows.shape[1]]
+        return y
+
+    def input_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
+        """Run each tile again and differentiate it; the adapters' gradients are added up.
+
+        Args:
+            x: [B, N, D], as in the forward pass.
+            grad_y: [B, N, D], which is the gradient of h too.
+
+        Returns:
+            The gradient of x, a new tensor.
+        """
+        tiles = self.tiles(x.shape[1])
+        grad_x = torch.empty_like(x) if len(tiles) > 1 else None
+        for tile in tiles:
+            part = _padded(x[:, tile].detach(), tiles[0].stop).requires_grad_()
+            grad = _padded(_scaled(grad_y[:, tile], self.residual_multiplier), tiles[0].stop)
+            with torch.enable_grad():
+                edge = get_gradient_edge(self._added_for_gradient(part))
+            torch.autograd.backward(edge, grad)
+            assert part.grad is not None
+            if grad_x is None:
+                return part.grad
+            rows = grad_x[:, tile]
+            rows.copy_(part.grad[:, : rows.shape[1]])
+        assert grad_x is not None
+        return grad_x
+
+    def tiles(self, num_rows: int) -> list[slice]:
+        """As few as there can be, of one height but for the last."""
+        num_tiles = max(1, -(-num_rows // self.tile_rows))
+        height = -(-num_rows // num_tiles)
+        return [slice(i, min(i + height, num_rows)) for i in range(0, num_rows, height or 1)]
+
+    def _added(self, x: Tensor) -> Tensor:
+        """What is added to h, for one tile."""
+        added = _normed(self.norm_after, self.mlp(_normed(self.norm_before, x)))
+        return _scaled(added, self.residual_multiplier)
+
+    def _added_for_gradient(self, x: Tensor) -> Tensor:
+        """As `_added` but for the factor; the values are computed only where a norm reads them."""
+        normed = _normed(self.norm_before, x)
+        if self.norm_after is None:
+            return self.mlp.for_gradient(normed)
+        return self.norm_after(self.mlp(normed))
+
+
+class _LayerFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: DecoderLayer, kwargs: dict[str, Any]) -> Tensor:
+        ctx.layer, ctx.kwargs, ctx.device = layer, kwargs, x.device
+        ctx.random_state = _random_state(x.device) if layer.has_dropout else None
+        y = layer.token_wise(*layer.attention(x, **kwargs))
+        ctx.x = _to_host(x) if layer.inputs_on_host else x.detach()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, None]:
+        layer: DecoderLayer = ctx.layer
+        x = ctx.x.to(ctx.device, non_blocking=True).detach().requires_grad_()
+        ctx.x = None
+        # What is drawn here is drawn in the order of the first run: attention, then tile by tile.
+        with _repeated(ctx.random_state, ctx.device):
+            with torch.enable_grad():
+                h, read = layer.attention(x, **ctx.kwargs)
+            edges = [get_gradient_edge(t) for t in ((h, read) if read is not h else (h,))]
+            del h  # a parallel layer needs only its place in the graph
+            grad_read = layer.token_wise.input_gradient(read, grad_y)
+        del read
+        grads = [grad_y, grad_read] if len(edges) > 1 else [grad_read.add_(grad_y)]
+        torch.autograd.backward(edges, grads)
+        return x.grad, None, None
+
+
+def _check_parts(layer: nn.Module, family: Family) -> None:
+    """Refuse a layer with a part that would be left out."""
+    known = {"self_attn", "mlp", *family.attention_norms, *family.mlp_norms}
+    parts = [name for name, child in layer.named_children() if not isinstance(child, nn.Dropout)]
+    parts += [name for name, _ in layer.named_parameters(recurse=False)]
+    if unknown := [name for name in parts if name not in known]:
+        raise ValueError(
+            f"{type(layer).__name__} of this transformers version has {', '.join(unknown)}, which "
+            "this version of lowmem_dpo does not know; install the transformers it was tested with"
+        )
+
+
+def _norms(layer: nn.Module, names: NormNames) -> tuple[nn.Module | None, nn.Module | None]:
+    before, after = (layer.get_submodule(name) if name else None for name in names)
+    return before, after
+
+
+def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x * factor
+
+
+def _padded(tile: Tensor, height: int) -> Tensor:
+    missing = height - tile.shape[1]
+    if not missing:
+        return tile
+    return torch.cat([tile, tile.new_zeros(tile.shape[0], missing, tile.shape[2])], dim=1)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A pinned copy; copies to and from the host run in stream order, so none needs a wait."""
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x.detach(), non_blocking=True)
+
+
+def _random_state(device: torch.device) -> RandomState:
+    """States of the CPU's generator and, on a card, of the card's."""
+    on_card = device.type == "cuda"
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_card else None
+
+
+@contextmanager
+def _repeated(state: RandomState | None, device: torch.device) -> Iterator[None]:
+    """Inside, the generators repeat what followed `state`; afterwards they go on."""
+    if state is None:
+        yield
+        return
+    with torch.random.fork_rng(cuda_devices(device)):
+        on_cpu, on_card = state
+        torch.set_rng_state(on_cpu)
+        if on_card is not None:
+            torch.cuda.set_rng_state(on_card, device)
+        yield

@@ -1,0 +1,103 @@
+"""RMS norms that keep less for the backward pass, in the place of transformers' own."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_dpo.machine.trial import check_error, passes_trial
+from lowmem_dpo.model.families import FAMILIES, Family
+from lowmem_dpo_kernels import NormKind, rms_norm, triton_problem, twins
+
+
+class FusedRmsNorm(nn.Module):
+    """An RMS norm with a frozen weight; see `lowmem_dpo_kernels.rms_norm`.
+
+    Args:
+        weight: [D], frozen.
+        rule: How the family normalises.
+    """
+
+    def __init__(self, weight: nn.Parameter, rule: NormKind) -> None:
+        super().__init__()
+        self.implementation = norm_implementation(weight.device, weight.dtype)
+        self.weight = weight
+        self.rule = rule
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the rows of [..., D]."""
+        return rms_norm(x, self.weight, self.rule, implementation=self.implementation)
+
+    def extra_repr(self) -> str:
+        """Sizes for `print(model)`."""
+        return f"{tuple(self.weight.shape)}, eps={self.rule.eps}"
+
+
+@functools.cache
+def norm_implementation(device: torch.device, dtype: torch.dtype) -> str:
+    """Triton on cards where its kernels can be compiled and are right, torch elsewhere."""
+    if device.type != "cuda" or dtype == torch.float64 or triton_problem() is not None:
+        return "torch"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "torch"
+    trial = functools.partial(_try_norm_kernels, device, dtype)
+    return "triton" if passes_trial(trial, "the norms' kernels", device, "PyTorch") else "torch"
+
+
+def _try_norm_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Compare values and gradients with the twin in float64, at a head's and a row's width."""
+    generator = torch.Generator().manual_seed(0)
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    for width in (128, 4096):
+        x, grad = torch.randn(2, 70, width, generator=generator).to(device, dtype)
+        weight = torch.randn(width, generator=generator).to(device, dtype)
+        norms = [family.rms_norm for family in FAMILIES.values() if family.rms_norm]
+        for offset, rounds_first in sorted({(norm.offset, norm.rounds_first) for norm in norms}):
+            rule = NormKind(1e-6, offset, rounds_first)
+            found = _value_and_gradient(
+                functools.partial(rms_norm, implementation="triton"), x, weight, grad, rule
+            )
+            exact = (x.double(), weight.double(), grad.double(), rule)
+            expected = _value_and_gradient(twins.rms_norm, *exact)
+            for got, want, what in zip(found, expected, ("value", "gradient"), strict=True):
+                check_error(got, want, limit, f"{what} at {width}")
+
+
+def _value_and_gradient(
+    norm: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor, rule: NormKind
+) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        out = norm(x, weight, rule)
+    out.backward(grad)
+    assert x.grad is not None
+    return out.detach(), x.grad
+
+
+def replace_norms(backbone: nn.Module, family: Family) -> int:
+    """Replace every RMS norm of a model, in place.
+
+    Args:
+        backbone: Frozen.
+        family: Names the class of its norms; a norm of another class stays as it is.
+
+    Returns:
+        How many.
+    """
+    if family.rms_norm is None:
+        return 0
+    kind = family.rms_norm
+    found = [
+        (parent, name, child)
+        for parent in backbone.modules()
+        for name, child in parent.named_children()
+        if type(child).__name__ == kind.class_name
+    ]
+    for parent, name, norm in found:
+        eps: Any = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        weight: Any = norm.weight
+        rule = NormKind(eps, kind.offset, kind.rounds_first)
+        setattr(parent, name, FusedRmsNorm(weight, rule))
+    return len(found)
