@@ -110,7 +110,7 @@ VERBS = {
         + ("seed", "system_prompt", "device"),
     ),
     "demo": Verb(
-        "a whole run on a small model made on the spot, offline, in two minutes",
+        "a whole two-minute run on a small model made on the spot, offline",
         DemoConfig,
         _demo,
         ("output_dir", "seed", "device"),

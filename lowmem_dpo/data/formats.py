@@ -73,7 +73,7 @@ class Format:
     Attributes:
         name: For messages.
         columns: What a row must have.
-        example: A row, for the README.
+        example: A row, for docs/data.md.
         read: Prompt, chosen and rejected of a row.
         holds: What must be true of the values besides.
         parts: Further columns that are read where they are.
