@@ -179,7 +179,7 @@ def _run(run: Callable[[Any], int], config: Any) -> int:
     try:
         return run(config)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        note("interrupted")
         return 130
     except RunStopped as error:
         note(f"stopped: {error}")

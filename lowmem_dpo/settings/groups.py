@@ -7,6 +7,7 @@ combinations and says how to mend what is wrong. Whether a file exists or a card
 matter of settings and is checked where it is used.
 """
 
+import inspect
 import re
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
@@ -372,8 +373,7 @@ def settings_by_group(config: type[Settings]) -> list[tuple[type[Settings], list
     by_name = {f.name: f for f in fields(config)}
     groups = []
     for cls in config.__mro__:
-        names = vars(cls).get("__annotations__", {})
-        declared = [by_name.pop(name) for name in names if name in by_name]
+        declared = [by_name.pop(name) for name in inspect.get_annotations(cls) if name in by_name]
         if declared:
             groups.append((cls, declared))
     return groups

@@ -115,15 +115,14 @@ _ALGORITHM = ("beta", "reference_free", "label_smoothing", "loss_type")
 
 
 def to_our_settings(
-    mapping: Mapping[str, Any], fields: set[str], context: Mapping[str, Any] | None = None
+    mapping: Mapping[str, Any], fields: set[str], context: Mapping[str, Any]
 ) -> tuple[Values, list[str]]:
     """Turn the settings of another trainer's file, or of its flags, into ours.
 
     Args:
         mapping: Names and values as they are given.
         fields: The names of our own settings.
-        context: All that is given in file and flags, where a conversion reads several
-            settings; by default `mapping`.
+        context: All that is given in file and flags, where a conversion reads several settings.
 
     Returns:
         Our settings, with those left over as they were, and lines to tell the user.
@@ -131,33 +130,28 @@ def to_our_settings(
     Raises:
         ValueError: If a value cannot be had here, or one setting is given under two names.
     """
-    context = mapping if context is None else context
     mapping = {n: v for n, v in mapping.items() if not _is_left_out(n, v, context)}
-    result = {
-        name: value for name, value in mapping.items() if name in fields or not is_foreign(name)
-    }
+    result = {n: value for n, value in mapping.items() if n in fields or not is_foreign(n)}
     origin = {name: name for name in result}
-    notes: list[str] = []
-    silent: dict[str, list[str]] = {}
-    for name in mapping.keys() - result.keys():
-        if name in NO_EFFECT:
-            silent.setdefault(NO_EFFECT[name], []).append(name)
-    for why, names in sorted(silent.items()):
-        notes.append(f"{', '.join(sorted(names))}: no effect, {why}")
+    without_effect: dict[str, list[str]] = {}
+    for name in sorted(mapping.keys() & NO_EFFECT.keys()):
+        without_effect.setdefault(NO_EFFECT[name], []).append(name)
+    notes = [f"{', '.join(n)}: no effect, {why}" for why, n in sorted(without_effect.items())]
     for name, value in mapping.items():
         if name in result or name in NO_EFFECT:
             continue
         if name in FIXED:
             _check_fixed(name, value)
             continue
-        ours = (
-            _rename(name, value) if name in RENAMED else CONVERTED[name][1](value, context, notes)
-        )
-        for setting, translated in ours.items():
+        if name in RENAMED:
+            ours = _rename(name, value)
+        else:
+            ours = CONVERTED[name][1](value, context, notes)
+        for setting, our_value in ours.items():
             twin = origin.get(setting)
-            if twin is not None and result[setting] != translated:
+            if twin is not None and result[setting] != our_value:
                 raise ValueError(f"{twin} and {name} are both given for {setting}; leave one out")
-            result[setting], origin[setting] = translated, name
+            result[setting], origin[setting] = our_value, name
     return {name: to_our_value(name, value) for name, value in result.items()}, notes
 
 

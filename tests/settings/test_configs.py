@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import os
 import subprocess
 import sys
@@ -300,13 +301,10 @@ def test_settings_by_group_has_every_field_once_and_no_group_declares_it_anew(co
     fields = [field for _, group in groups for field in group]
     assert sorted(f.name for f in fields) == sorted(f.name for f in dataclasses.fields(config))
     for cls, group in groups[1:]:
-        assert {field.name for field in group} <= vars(cls)["__annotations__"].keys()
-    twins = [f.name for f in fields if sum(f.name in _declared(c) for c in config.__mro__) > 1]
+        assert {field.name for field in group} <= inspect.get_annotations(cls).keys()
+    declared = [name for cls in config.__mro__ for name in inspect.get_annotations(cls)]
+    twins = [field.name for field in fields if declared.count(field.name) > 1]
     assert twins == (["output_dir"] if config is DemoConfig else [])
-
-
-def _declared(cls: type) -> dict[str, object]:
-    return vars(cls).get("__annotations__", {})
 
 
 @pytest.mark.parametrize(

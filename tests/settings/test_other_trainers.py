@@ -201,4 +201,4 @@ def test_notes_go_to_stderr_alone(tmp_path, capsys):
 
 def test_to_our_settings_leaves_our_own_names_alone():
     ours = {"model": "m", "beta": 0.1, "chat_template_kwargs": {"algorithm": 1}}
-    assert to_our_settings(ours, FIELDS) == (ours, [])
+    assert to_our_settings(ours, FIELDS, ours) == (ours, [])
