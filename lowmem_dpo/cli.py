@@ -12,25 +12,26 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
-from lowmem_dpo.settings.parsing import parse_config, settings_parser, to_yaml
+from lowmem_dpo.settings.groups import Settings
+from lowmem_dpo.settings.help import full_help, short_help
+from lowmem_dpo.settings.parsing import parse_config, to_yaml
 from lowmem_dpo.version import __version__
 
 USAGE = """\
-usage: python -m lowmem_dpo VERB [--config FILE.yaml] [--setting value ...]
+usage: python -m lowmem_dpo VERB [--config FILE.yaml] [--name value ...]
 
 verbs:
-  train        train an adapter on preference pairs
-  precompute   compute and cache the reference log-probs, then stop
-  generate     answer prompts with the base and an adapter, side by side
-  demo         a whole run on a small model made on the spot, offline, in two minutes
+{verbs}
 
-python -m lowmem_dpo VERB --help            every setting of a verb
-python -m lowmem_dpo VERB ... --print_config   the resolved settings as YAML
+python -m lowmem_dpo VERB --help              what a verb needs first
+python -m lowmem_dpo VERB --help_all          every setting of a verb
+python -m lowmem_dpo VERB ... --print_config  the resolved settings as YAML
 python -m lowmem_dpo --version
-LOWMEM_DPO_DEBUG=1 in the environment       an error shows where it came from
+LOWMEM_DPO_DEBUG=1 in the environment         errors show where they came from
 """
 
 
@@ -69,11 +70,51 @@ def _demo(config: DemoConfig) -> int:
     return 0 if demo(config) else 1
 
 
-VERBS: dict[str, tuple[type, Callable[[Any], int]]] = {
-    "train": (TrainConfig, _train),
-    "precompute": (TrainConfig, _precompute),
-    "generate": (GenerateConfig, _generate),
-    "demo": (DemoConfig, _demo),
+@dataclass(frozen=True)
+class Verb:
+    """One thing that the program does.
+
+    Attributes:
+        summary: What it does, in a line of the usage text.
+        config: Its settings.
+        run: Does it with such settings; returns the exit code.
+        first: The settings that its short help shows.
+    """
+
+    summary: str
+    config: type[Settings]
+    run: Callable[[Any], int]
+    first: tuple[str, ...]
+
+
+VERBS = {
+    "train": Verb(
+        "train an adapter on preference pairs",
+        TrainConfig,
+        _train,
+        ("model", "data", "output_dir", "eval_fraction", "learning_rate", "beta")
+        + ("num_train_epochs", "batch_size", "max_length", "resume"),
+    ),
+    "precompute": Verb(
+        "compute and cache the reference log-probs, then stop",
+        TrainConfig,
+        _precompute,
+        ("model", "data", "max_length", "init_adapter", "quantization", "dtype", "device")
+        + ("cache_dir", "chat_template", "system_prompt"),
+    ),
+    "generate": Verb(
+        "answer prompts with the base and an adapter, side by side",
+        GenerateConfig,
+        _generate,
+        ("model", "adapter", "prompt", "prompts", "compare", "max_new_tokens", "temperature")
+        + ("seed", "system_prompt", "device"),
+    ),
+    "demo": Verb(
+        "a whole two-minute run on a small model made on the spot, offline",
+        DemoConfig,
+        _demo,
+        ("output_dir", "seed", "device"),
+    ),
 }
 
 
@@ -91,28 +132,29 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # cp1252 and the like lack most letters
             stream.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        verbs = "\n".join(f"  {name:<13}{verb.summary}" for name, verb in VERBS.items())
+        print(USAGE.format(verbs=verbs), end="")
         return 0 if words else 2
     if words[0] in ("--version", "version"):
         print(f"lowmem_dpo {__version__}")
         return 0
-    verb, *rest = words
-    if verb not in VERBS:
-        return _fail(f"unknown verb {verb!r}; known: {', '.join(VERBS)}")
-    cls: type[Any]
-    cls, run = VERBS[verb]
+    name, *rest = words
+    if name not in VERBS:
+        return _fail(f"unknown verb {name!r}; known: {', '.join(VERBS)}")
+    verb = VERBS[name]
+    if "--help_all" in rest or "--help-all" in rest:
+        print(full_help(name, verb.summary, verb.config), end="")
+        return 0
     if "--help" in rest or "-h" in rest:
-        parser = settings_parser(cls)
-        parser.prog = f"python -m lowmem_dpo {verb}"
-        parser.print_help()
+        print(short_help(name, verb.summary, verb.config, verb.first), end="")
         return 0
     show = [word for word in rest if word in ("--print_config", "--print-config")]
     try:
-        config = parse_config(cls, [word for word in rest if word not in show], _note)
+        config = parse_config(verb.config, [word for word in rest if word not in show])
         if show:
             print(to_yaml(config), end="")
             return 0
-        return _run(run, config)
+        return _run(verb.run, config)
     except (ValueError, OSError) as error:
         if os.environ.get("LOWMEM_DPO_DEBUG"):
             raise
@@ -127,6 +169,7 @@ def _run(run: Callable[[Any], int], config: Any) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from transformers.utils.logging import disable_progress_bar
 
+    from lowmem_dpo.console import note
     from lowmem_dpo.stopping import RunStopped
 
     disable_progress_bar()
@@ -136,10 +179,10 @@ def _run(run: Callable[[Any], int], config: Any) -> int:
     try:
         return run(config)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        note("interrupted")
         return 130
     except RunStopped as error:
-        print(f"lowmem_dpo: stopped: {error}", file=sys.stderr)
+        note(f"stopped: {error}")
         return 1
     finally:
         if in_main_thread:
@@ -157,10 +200,8 @@ def _os_error(error: OSError) -> str:
     return f"{action}{path}: {error.strerror}{mend}"
 
 
-def _note(line: str) -> None:
-    print(f"lowmem_dpo: {line}", file=sys.stderr)
-
-
 def _fail(message: str) -> int:
-    print(f"lowmem_dpo: error: {' '.join(message.split())}", file=sys.stderr)
+    from lowmem_dpo.console import note
+
+    note(f"error: {' '.join(message.split())}")
     return 2

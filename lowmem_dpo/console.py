@@ -1,5 +1,6 @@
 """What a run says while it works: a progress bar where there is a terminal, else lines."""
 
+import sys
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -29,6 +30,11 @@ def say(message: Any = "") -> None:
 def warn(message: str) -> None:
     """Print a line that the user should not miss."""
     console.print(printable(f"warning: {message}"), style="yellow", markup=False)
+
+
+def note(line: str) -> None:
+    """Print a line to stderr, in the program's name: what is no result of the verb."""
+    print(f"lowmem_dpo: {line}", file=sys.stderr)
 
 
 def printable(text: str) -> str:

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -262,12 +263,27 @@ def test_narrow_terminals_get_escapes_instead_of_a_traceback(llama_dir, tmp_path
     assert rb"\u65e5\u672c/d.jsonl" in refused.stderr
 
 
-def test_help_and_usage_tell_what_works(capsys):
-    assert main(["train", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert "--print_config" in text and "skip_default" not in text
+def test_usage_names_every_verb(capsys):
     assert main(["--help"]) == 0
-    assert "LOWMEM_DPO_DEBUG" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "LOWMEM_DPO_DEBUG" in text and "{" not in text
+    for name, verb in VERBS.items():
+        assert f"  {name} " in text and verb.summary in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--beta", "x", "--help"]])
+def test_help_shows_the_first_settings_whatever_stands_beside(words, capsys):
+    assert main(["train", *words]) == 0
+    text = capsys.readouterr().out
+    assert "--resume" in text and "--lora_r" not in text
+
+
+@pytest.mark.parametrize("word", ["--help_all", "--help-all"])
+def test_help_all_shows_every_setting(word, capsys):
+    assert main(["train", word]) == 0
+    text = capsys.readouterr().out
+    assert "--resume" in text and "--lora_r" in text
 
 
 def test_unknown_verb(capsys):
@@ -384,7 +400,7 @@ def test_sigterm_before_there_is_anything_to_save_is_ctrl_c(monkeypatch, capsys)
         os.kill(os.getpid(), signal.SIGTERM)
         return 0
 
-    monkeypatch.setitem(VERBS, "demo", (DemoConfig, terminated))
+    monkeypatch.setitem(VERBS, "demo", replace(VERBS["demo"], run=terminated))
     assert main(["demo"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before

@@ -1,43 +1,122 @@
+import importlib.util
 import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
-import torch
+import pytest
 import yaml
 
-from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.cli import VERBS
+from lowmem_dpo.data.formats import FORMATS
+from lowmem_dpo.losses.types import LOSS_TYPES
+from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.settings.other_trainers import CONVERTED, FIXED, NO_EFFECT, RENAMED
 from lowmem_dpo.settings.parsing import parse_config
-from lowmem_dpo.settings_table import CONFIGS, with_tables
-from lowmem_dpo.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
-def test_readme_tables_are_those_of_the_dataclasses():
-    assert with_tables(README) == README
-    assert set(re.findall(r"<!-- settings (\w+) -->", README)) == set(CONFIGS)
-    assert README.count("<!-- formats -->") == 1
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
-def test_tables_of_other_trainers_are_those_of_the_code():
-    text = (ROOT / "docs" / "other-trainers.md").read_text(encoding="utf-8")
-    assert with_tables(text) == text
-    assert re.findall(r"<!-- settings (\w+) -->", text) == ["renamed", "fixed", "without_effect"]
+README = read(ROOT / "README.md")
+
+
+def load_generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GENERATOR = load_generator()
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+def test_tables_are_those_of_the_code(path):
+    text = path.read_text(encoding="utf-8")
+    assert GENERATOR.with_tables(text) == text, "run python docs/generate.py"
+
+
+def test_every_table_stands_in_one_document():
+    names = [name for path in DOCS for name in re.findall(r"<!-- table (\w+) -->", read(path))]
+    assert sorted(names) == sorted(GENERATOR.TABLES)
+
+
+def test_with_tables_replaces_what_is_between_the_markers():
+    text = "a\n<!-- table losses -->\nold\n<!-- end -->\nb\n"
+    renewed = GENERATOR.with_tables(text)
+    assert renewed.startswith("a\n<!-- table losses -->\n| loss_type |")
+    assert renewed.endswith("|\n<!-- end -->\nb\n") and "old" not in renewed
+
+
+def cells(table: str) -> list[list[str]]:
+    """The rows of a Markdown table below its head."""
+    lines = [line for line in table.splitlines() if line.startswith("| `") or "| {" in line]
+    return [re.split(r"(?<!\\) ?\| ?", line)[1:-1] for line in lines]
+
+
+@pytest.mark.parametrize("config", [TrainConfig, GenerateConfig, DemoConfig])
+def test_settings_tables_have_every_setting_once(config):
+    rows = cells(GENERATOR.settings_tables(config))
+    assert sorted(row[0].strip("`") for row in rows) == sorted(f.name for f in fields(config))
+    assert all(len(row) == 4 and row[3].endswith(".") for row in rows)
+
+
+def test_losses_table_has_a_row_of_every_loss_with_five_cells():
+    rows = cells(GENERATOR.losses_table())
+    assert [row[0].strip("`") for row in rows] == list(LOSS_TYPES)
+    assert all(len(row) == 5 for row in rows)
+
+
+def test_formats_table_shows_every_format():
+    table = GENERATOR.formats_table()
+    for known in FORMATS:
+        assert f"| {known.name} | `{known.example}` |" in table
+
+
+def test_tables_of_other_trainers_have_every_foreign_name():
+    names = RENAMED.keys() | CONVERTED.keys() | FIXED.keys() | NO_EFFECT.keys()
+    tables = (GENERATOR.renamed_table(), GENERATOR.fixed_table(), GENERATOR.no_effect_table())
+    assert {row[0].strip("`") for table in tables for row in cells(table)} == names
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) < 200
 
 
 def test_readme_commands_are_understood():
-    commands = re.findall(r"-m lowmem_dpo (train|generate)((?:\\\n|[^\n])*)", README)
-    assert {verb for verb, _ in commands} == {"train", "generate"}
+    commands = re.findall(r"-m lowmem_dpo (\w+)((?:\\\n|[^\n`])*)", README)
+    assert {verb for verb, _ in commands} >= {"train", "generate"}
     for verb, words in commands:
-        cls = CONFIGS["TrainConfig" if verb == "train" else "GenerateConfig"]
-        parse_config(cls, shlex.split(words.replace("\\\n", " ")))
+        parse_config(VERBS[verb].config, shlex.split(words.replace("\\\n", " ")))
+
+
+# docs/experiments.md is a dated record: the flags that it names were so then.
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "README.md", *(path for path in DOCS if path.stem != "experiments")],
+    ids=lambda path: path.stem,
+)
+def test_flags_in_the_docs_are_settings(path):
+    settings = {field.name for verb in VERBS.values() for field in fields(verb.config)}
+    settings |= {"config", "print_config", "help", "help_all", "name"}
+    found = {name.replace("-", "_") for name in re.findall(r"`--([a-z][a-z_-]+)", read(path))}
+    assert found <= settings, found - settings
 
 
 def documented_keys() -> dict[str, set[str]]:
-    """The keys in the README's table, by file."""
-    table = README.partition("<!-- keys -->")[2].partition("<!-- end keys -->")[0]
+    """The keys in the guide's table, by file."""
+    table = (
+        read(ROOT / "docs" / "guide.md")
+        .partition("<!-- keys -->")[2]
+        .partition("<!-- end keys -->")[0]
+    )
     keys: dict[str, set[str]] = {}
     file = ""
     for line in table.strip().splitlines()[2:]:
@@ -47,7 +126,11 @@ def documented_keys() -> dict[str, set[str]]:
     return keys
 
 
-def test_readme_names_every_key_that_a_run_writes(llama_dir, pairs_file, tmp_path, monkeypatch):
+def test_guide_names_every_key_that_a_run_writes(llama_dir, pairs_file, tmp_path, monkeypatch):
+    import torch
+
+    from lowmem_dpo.training.trainer import Trainer
+
     clip, calls = torch.nn.utils.clip_grad_norm_, []
 
     def one_without_end(parameters, limit):
@@ -69,7 +152,7 @@ def test_readme_names_every_key_that_a_run_writes(llama_dir, pairs_file, tmp_pat
     assert record.keys() == keys["run.json"] | common
 
 
-def test_readme_names_every_key_of_the_recorded_benchmarks():
+def test_guide_names_every_key_of_the_recorded_benchmarks():
     written = set()
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -78,9 +161,18 @@ def test_readme_names_every_key_of_the_recorded_benchmarks():
     assert written == keys["benchmarks/\\*.json"] | keys["all three"]
 
 
-def test_readme_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http|#)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+def anchors(path: Path) -> set[str]:
+    """The names under which GitHub links to a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", read(path), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *DOCS], ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    for target, _, anchor in re.findall(r"\]\((?!http)([^)#]*)(#([^)]*))?\)", read(path)):
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
 
 
 def test_constraints_pin_torch_and_leave_triton_to_it():

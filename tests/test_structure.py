@@ -15,7 +15,7 @@ PACKAGES = {
 
 # A room may import those after it in this list, and itself; rooms on one line are strangers.
 ORDER = [
-    {"cli", "settings_table"},
+    {"cli"},
     {"pipeline", "demo"},
     {"training"},
     {"records"},

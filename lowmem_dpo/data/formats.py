@@ -1,8 +1,8 @@
 """Formats: what a row may look like, and how it becomes a `Preference`.
 
 `FORMATS` is the one table of them: a row has the first format whose columns it has and whose
-`holds` is true of it; error texts and the README's table are made of it too. What is not known is
-refused by name: a file that is guessed at trains on the wrong text in silence.
+`holds` is true of it; error texts and the table in docs/data.md are made of it too. What is not
+known is refused by name: a file that is guessed at trains on the wrong text in silence.
 
 Where chosen and rejected hold whole conversations, the prompt is what both begin with: whole
 messages, at least up to a user's. What differs is scored, all of it. In plain strings the prompt is
@@ -75,7 +75,7 @@ class Format:
     Attributes:
         name: For messages.
         columns: What a row must have.
-        example: A row, for the README.
+        example: A row, for docs/data.md.
         read: Prompt, chosen and rejected of a row.
         holds: What must be true of the values besides.
         parts: Further columns that are read where they are.
@@ -154,12 +154,6 @@ def known_formats() -> str:
     """The columns of every format in one line."""
     sets = dict.fromkeys(", ".join(known.columns) for known in FORMATS)
     return "known are " + "; ".join(sets)
-
-
-def formats_table() -> str:
-    """The formats as a Markdown table, for the README."""
-    rows = [f"| {known.name} | `{known.example}` |" for known in FORMATS]
-    return "\n".join(["| format | a row |", "|---|---|", *rows])
 
 
 def _read_strings(row: Columns) -> Sides:

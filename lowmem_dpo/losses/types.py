@@ -1,8 +1,9 @@
 """What there is to know of every loss before anything is computed: one record each.
 
 From these records come the checks of the loss settings (`checks`), whether a reference is needed,
-and the table in the docs. The functions of the same names are in the other files of this room; this
-file and `checks` are apart from them because settings are read, and help is shown, without torch.
+and the table in docs/losses.md. The functions of the same names are in the other files of this
+room; this file and `checks` are apart from them because settings are read, and help is shown,
+without torch.
 """
 
 from dataclasses import dataclass
@@ -164,17 +165,6 @@ def compares_with_reference(config: Any) -> bool:
 def couples_pairs(config: Any) -> bool:
     """Whether some loss is one of the whole optimizer step."""
     return any(LOSS_TYPES[name].couples_pairs for name in loss_names(config))
-
-
-def losses_table() -> str:
-    """A Markdown table of all losses."""
-    lines = ["| loss_type | loss of a pair | when | usual beta | usual learning rate |"]
-    lines += ["|---|---|---|---|---|"]
-    for name, loss in LOSS_TYPES.items():
-        beta = "" if loss.usual_beta is None else span(loss.usual_beta)
-        rate = span(loss.usual_learning_rate)
-        lines.append(f"| `{name}` | {loss.formula} | {loss.use} | {beta} | {rate} |")
-    return "\n".join(lines)
 
 
 def span(bounds: tuple[float, float]) -> str:

@@ -7,8 +7,9 @@ combinations and says how to mend what is wrong. Whether a file exists or a card
 matter of settings and is checked where it is used.
 """
 
+import inspect
 import re
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
 from lowmem_dpo.checks import check, check_types, check_unused, split_names
@@ -365,6 +366,17 @@ class SamplingSettings(SeedSettings):
         check(self, "top_k", self.top_k >= 0, "must be >= 0")
         if self.temperature == 0:
             check_unused(self, "temperature", "top_p", "top_k", "seed")
+
+
+def settings_by_group(config: type[Settings]) -> list[tuple[type[Settings], list[Field[Any]]]]:
+    """A config's fields under the class that declares them: its own first, then group by group."""
+    by_name = {f.name: f for f in fields(config)}
+    groups = []
+    for cls in config.__mro__:
+        declared = [by_name.pop(name) for name in inspect.get_annotations(cls) if name in by_name]
+        if declared:
+            groups.append((cls, declared))
+    return groups
 
 
 def parse_bytes(text: str) -> int:

@@ -1,17 +1,17 @@
-"""Settings files written for other trainers, in our words.
+"""Settings files written for other trainers, as settings of ours.
 
-`translate` turns the names of TRL, Unsloth, transformers, PEFT, LLaMA-Factory and of files with
-`algorithm:` sections into those of the config. Each foreign name is in one of four tables below:
-it is renamed, or needs a rule of its own, or has no effect here and is said, or is accepted with
-some values only. What is in none of them is left as it is and fails by name.
+`to_our_settings` turns the names of TRL, Unsloth, transformers, PEFT, LLaMA-Factory and of files
+with `algorithm:` sections into those of the config. Each foreign name is in one of four tables
+below: it is renamed, or its value is converted by a function, or it has no effect here and is said,
+or it is accepted with some values only. What is in none of them is left as it is and fails by name.
 
-The tables of docs/other-trainers.md are made of these (`python -m lowmem_dpo.settings_table`).
+The tables of docs/other-trainers.md are made of these (`python docs/generate.py`).
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Settings = dict[str, Any]
+Values = dict[str, Any]
 
 RENAMED = {
     "model_name_or_path": "model",
@@ -114,16 +114,15 @@ _OPTIMIZERS = {
 _ALGORITHM = ("beta", "reference_free", "label_smoothing", "loss_type")
 
 
-def translate(
-    mapping: Mapping[str, Any], fields: set[str], context: Mapping[str, Any] | None = None
-) -> tuple[Settings, list[str]]:
-    """Put the settings of another trainer's file, or of its flags, into our words.
+def to_our_settings(
+    mapping: Mapping[str, Any], fields: set[str], context: Mapping[str, Any]
+) -> tuple[Values, list[str]]:
+    """Turn the settings of another trainer's file, or of its flags, into ours.
 
     Args:
         mapping: Names and values as they are given.
         fields: The names of our own settings.
-        context: All that is given in file and flags, where a rule reads several settings; by
-            default `mapping`.
+        context: All that is given in file and flags, where a conversion reads several settings.
 
     Returns:
         Our settings, with those left over as they were, and lines to tell the user.
@@ -131,44 +130,43 @@ def translate(
     Raises:
         ValueError: If a value cannot be had here, or one setting is given under two names.
     """
-    context = mapping if context is None else context
     mapping = {n: v for n, v in mapping.items() if not _is_left_out(n, v, context)}
-    result = {name: value for name, value in mapping.items() if name in fields or not known(name)}
+    result = {n: value for n, value in mapping.items() if n in fields or not is_foreign(n)}
     origin = {name: name for name in result}
-    notes: list[str] = []
-    silent: dict[str, list[str]] = {}
-    for name in mapping.keys() - result.keys():
-        if name in NO_EFFECT:
-            silent.setdefault(NO_EFFECT[name], []).append(name)
-    for why, names in sorted(silent.items()):
-        notes.append(f"{', '.join(sorted(names))}: no effect, {why}")
+    without_effect: dict[str, list[str]] = {}
+    for name in sorted(mapping.keys() & NO_EFFECT.keys()):
+        without_effect.setdefault(NO_EFFECT[name], []).append(name)
+    notes = [f"{', '.join(n)}: no effect, {why}" for why, n in sorted(without_effect.items())]
     for name, value in mapping.items():
         if name in result or name in NO_EFFECT:
             continue
         if name in FIXED:
             _check_fixed(name, value)
             continue
-        ours = _rename(name, value) if name in RENAMED else RULES[name][1](value, context, notes)
-        for setting, translated in ours.items():
+        if name in RENAMED:
+            ours = _rename(name, value)
+        else:
+            ours = CONVERTED[name][1](value, context, notes)
+        for setting, our_value in ours.items():
             twin = origin.get(setting)
-            if twin is not None and result[setting] != translated:
+            if twin is not None and result[setting] != our_value:
                 raise ValueError(f"{twin} and {name} are both given for {setting}; leave one out")
-            result[setting], origin[setting] = translated, name
-    return {name: native_value(name, value) for name, value in result.items()}, notes
+            result[setting], origin[setting] = our_value, name
+    return {name: to_our_value(name, value) for name, value in result.items()}, notes
 
 
 def _is_left_out(name: str, value: Any, context: Mapping[str, Any]) -> bool:
     """Whether a value is another trainer's way to say that a setting is not set."""
     if value is None:
-        return name not in FIXED and name not in RULES
+        return name not in FIXED and name not in CONVERTED
     if name == "max_steps":
         return value == -1
     return name == "warmup_steps" and value == 0 and context.get("warmup_ratio") is not None
 
 
-def known(name: str) -> bool:
+def is_foreign(name: str) -> bool:
     """Whether a name is one of another trainer's."""
-    return name in RENAMED or name in RULES or name in NO_EFFECT or name in FIXED
+    return name in RENAMED or name in CONVERTED or name in NO_EFFECT or name in FIXED
 
 
 def _check_fixed(name: str, value: Any) -> None:
@@ -177,18 +175,18 @@ def _check_fixed(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} is not supported: {why}")
 
 
-def _rename(name: str, value: Any) -> Settings:
+def _rename(name: str, value: Any) -> Values:
     if name == "dataset_name" and value in ("json", "csv", "parquet"):
         return {}  # datasets' generic readers; data_files names the file
     return {RENAMED[name]: value}
 
 
-def native_value(name: str, value: Any) -> Any:
-    """The value that another trainer gives to a setting whose name we share, in our words."""
+def to_our_value(name: str, value: Any) -> Any:
+    """Our value of a setting whose name we share with other trainers and whose value we do not."""
     if name in ("save_strategy", "report_to") and value in (False, None, []):
         return "no" if name == "save_strategy" else "none"  # YAML reads a bare `no` as false
     if name == "optim":
-        return _OPTIMIZERS.get(value, value)
+        return _OPTIMIZERS.get(value, value) if isinstance(value, str) else value
     if name == "lora_target_modules" and value in ("all-linear", ["all-linear"]):
         return "all"
     if name == "dtype" and isinstance(value, str):
@@ -196,7 +194,7 @@ def native_value(name: str, value: Any) -> Any:
     return value
 
 
-def _batch_size(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Settings:
+def _batch_size(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Values:
     per_device = mapping.get("per_device_train_batch_size")
     if per_device is None:
         raise ValueError(
@@ -213,7 +211,7 @@ def _batch_size(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Set
     return {"batch_size": counts[0] * counts[1]}
 
 
-def _precision(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Settings:
+def _precision(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Values:
     flags = {name: mapping[name] for name in ("bf16", "fp16") if mapping.get(name) is not None}
     for name, flag in flags.items():
         if type(flag) is not bool:
@@ -227,15 +225,15 @@ def _precision(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Sett
     return {"dtype": "float32"} if len(flags) == 2 else {}
 
 
-def _four_bits(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Settings:
+def _four_bits(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Values:
     if type(value) is not bool:
         raise ValueError(f"load_in_4bit must be true or false, got {value!r}; or set quantization")
     return {"quantization": "nf4" if value else "none"}
 
 
-def _data_files(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Settings:
+def _data_files(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Values:
     files = value if isinstance(value, dict) else {"train": value}
-    result: Settings = {}
+    result: Values = {}
     for split, paths in files.items():
         setting = {"train": "data", "test": "eval_data", "validation": "eval_data"}.get(split)
         paths = paths if isinstance(paths, list) else [paths]
@@ -247,7 +245,7 @@ def _data_files(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Set
     return result
 
 
-def _algorithm(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Settings:
+def _algorithm(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Values:
     section = _section("algorithm", value, ("name", *_ALGORITHM))
     name = section.pop("name", "dpo")
     if name != "dpo":
@@ -255,26 +253,26 @@ def _algorithm(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Sett
     return section
 
 
-def _checkpoint(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Settings:
+def _checkpoint(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Values:
     section = _section("checkpoint", value, ("save_steps",))
     return {"save_strategy": "steps", **section} if section else {}
 
 
-def _adaptive_async(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Settings:
+def _adaptive_async(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Values:
     section = _section("adaptive_async", value, ("enabled",))
     if section.get("enabled", False) is not False:
         raise ValueError("adaptive_async cannot be enabled: DPO has no rollouts; set enabled false")
     return {}
 
 
-def _sglang(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Settings:
+def _sglang(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Values:
     section = _section("sglang", value, ("base_url",))
     if section:
         notes.append("sglang.base_url: no effect on training, it is for sampling answers")
     return {}
 
 
-def _section(name: str, value: Any, keys: tuple[str, ...]) -> Settings:
+def _section(name: str, value: Any, keys: tuple[str, ...]) -> Values:
     """The entries of a section, its names checked."""
     if value is None:
         return {}
@@ -286,13 +284,13 @@ def _section(name: str, value: Any, keys: tuple[str, ...]) -> Settings:
     return dict(value)
 
 
-def _resume(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Settings:
+def _resume(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Values:
     if value in (None, False):
         return {}
     return {"resume": "auto" if value is True else value}
 
 
-def _eval_strategy(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Settings:
+def _eval_strategy(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Values:
     if value in (False, "no", None):
         for name in ("eval_steps", "eval_data", "eval_fraction", "validation_file"):
             if mapping.get(name):
@@ -311,7 +309,7 @@ def _eval_strategy(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> 
     )
 
 
-def _prompt_length(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Settings:
+def _prompt_length(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> Values:
     if value is None:
         return {}
     longest = next(
@@ -325,10 +323,10 @@ def _prompt_length(value: Any, mapping: Mapping[str, Any], notes: list[str]) -> 
     )
 
 
-Rule = Callable[[Any, Mapping[str, Any], list[str]], Settings]
+Conversion = Callable[[Any, Mapping[str, Any], list[str]], Values]
 _PRODUCT = "`batch_size` = per_device_train_batch_size x gradient_accumulation_steps"
 _EVALUATION = "by steps where `eval_steps` is set, else by epoch; no: nothing to evaluate on"
-RULES: dict[str, tuple[str, Rule]] = {
+CONVERTED: dict[str, tuple[str, Conversion]] = {
     "per_device_train_batch_size": (_PRODUCT, _batch_size),
     "gradient_accumulation_steps": (_PRODUCT, _batch_size),
     "bf16": ("`dtype` bfloat16; float32 where bf16 and fp16 are both false", _precision),
@@ -340,13 +338,7 @@ RULES: dict[str, tuple[str, Rule]] = {
     "adaptive_async": ("{enabled: false}; true is refused: DPO has no rollouts", _adaptive_async),
     "sglang": ("{base_url}: for sampling, said", _sglang),
     "resume_from_checkpoint": ("`resume`; true is auto", _resume),
-    "eval_strategy": (
-        "by steps where `eval_steps` is set, else by epoch; no: nothing to evaluate on",
-        _eval_strategy,
-    ),
-    "evaluation_strategy": (
-        "by steps where `eval_steps` is set, else by epoch; no: nothing to evaluate on",
-        _eval_strategy,
-    ),
+    "eval_strategy": (_EVALUATION, _eval_strategy),
+    "evaluation_strategy": (_EVALUATION, _eval_strategy),
     "max_prompt_length": ("`truncate_prompt` where it is half of max_length", _prompt_length),
 }

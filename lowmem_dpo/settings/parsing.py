@@ -1,24 +1,22 @@
 """From words and YAML to any config dataclass, and back: defaults, then the file, then flags.
 
-Names are checked before values, so that a wrong one gets the nearest right one; jsonargparse turns
-text into values of a field's type.
+A name is held against the fields first, so that a wrong one gets the nearest right one. Then each
+value becomes one of its field's annotation, and the dataclass checks itself when it is built.
 """
 
-import argparse
 import dataclasses
 import difflib
 import functools
-import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from lowmem_dpo.checks import type_name
-from lowmem_dpo.settings.other_trainers import known, native_value, translate
-
-if TYPE_CHECKING:
-    import jsonargparse
+from lowmem_dpo.settings.groups import settings_by_group
+from lowmem_dpo.settings.other_trainers import is_foreign, to_our_settings, to_our_value
 
 Config = TypeVar("Config")
 
@@ -30,158 +28,182 @@ _ALIASES = {
     "epochs": "num_train_epochs",
 }
 
-logger = logging.getLogger(__name__)
 
-
-def parse_config(
-    cls: type[Config], arguments: list[str], say: Callable[[str], None] = logger.warning
-) -> Config:
+def parse_config(cls: type[Config], words: list[str]) -> Config:
     """Build a config from command-line words: defaults, then `--config FILE`, then flags.
 
-    The names of other trainers are understood in both; see `other_trainers`.
+    The names of other trainers are understood in both; see `other_trainers`. Those that have no
+    effect here are said on stderr.
 
     Args:
-        cls: A dataclass of settings, such as those of `config`.
-        arguments: Words such as `["--beta", "0.2", "--config", "run.yaml", "--reference_free"]`.
-            Hyphens in flag names count as underscores; a boolean flag needs no value.
-        say: Receives a line for every foreign setting that has no effect here.
+        cls: A dataclass of settings, such as those of `configs`.
+        words: Such as `["--beta", "0.2", "--config", "run.yaml", "--reference_free"]`. Hyphens in
+            flag names count as underscores; a boolean flag needs no value.
 
     Raises:
         ValueError: If the file cannot be read, a name is unknown or a value does not fit its field.
     """
-    path, own, foreign = _split_arguments(cls, arguments)
-    where = f"{path}: " if path is not None else ""
-    mapping = _read_mapping(path) if path is not None else {}
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    flags = {name: _yaml_value(name, text) for name, text in (own | foreign).items()}
-    given = mapping | flags
+    path, own, foreign = _read_flags(cls, words)
+    where = "" if path is None else f"{path}: "
+    mapping = {} if path is None else _read_mapping(path)
+    types = _types(cls)
+    flags = {name: _flag_value(name, types[name], text) for name, text in own.items()}
+    given = mapping | flags | foreign
+    blamed = "" if own or foreign else where  # with flags about, the file may not be to blame
     try:
-        mapping, notes = translate(mapping, names, given)
+        mapping, notes = to_our_settings(mapping, set(types), given)
     except ValueError as error:
-        raise ValueError(f"{'' if flags else where}{error}") from None
-    theirs, more_notes = translate({name: flags[name] for name in foreign}, names, given)
-    for name in theirs.keys() & own.keys():
+        raise ValueError(f"{blamed}{error}") from None
+    theirs, more_notes = to_our_settings(foreign, set(types), given)
+    for name in theirs.keys() & flags.keys():
         raise ValueError(f"--{name} and another trainer's flag for it are both given")
     mapping |= theirs
     _check_names(cls, mapping, where)
-    words = [f"--{name}={native_value(name, text)}" for name, text in own.items()]
-    where = "" if flags else where  # with flags about, the file may not be to blame
-    parser = settings_parser(cls)
     try:
-        values = parser.parse_args(words, namespace=parser.parse_object(mapping))
-        config = cls(**{name: values[name] for name in names})
-    except argparse.ArgumentError as error:
-        raise ValueError(where + _one_line(cls, str(error))) from None
-    except (ValueError, OverflowError) as error:  # the latter of an int beyond every float
-        raise ValueError(f"{where}{error}") from None
-    for note in dict.fromkeys([*notes, *more_notes]):
-        say(note)
+        values = {name: _field_value(name, types[name], value) for name, value in mapping.items()}
+        config = cls(**(values | flags))
+    except ValueError as error:
+        raise ValueError(f"{blamed}{error}") from None
+    if notes or more_notes:
+        from lowmem_dpo.console import note
+
+        for line in dict.fromkeys([*notes, *more_notes]):
+            note(line)
     return config
 
 
-def settings_parser(cls: type) -> "jsonargparse.ArgumentParser":
-    """The jsonargparse parser whose flags and help are the fields of `cls`."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False, print_config=None)
-    parser.add_argument(
-        "--config", action="config", help="YAML file of settings; flags override it."
-    )
-    parser.add_argument(  # acted upon by the command line, before anything is parsed
-        "--print_config",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="Print the resolved settings as YAML and stop.",
-    )
-    parser.add_class_arguments(cls, None)
-    return parser
-
-
 def to_yaml(config: Any) -> str:
-    """The resolved settings as YAML; `--config` reads it back."""
+    """The resolved settings as YAML, group by group; `--config` reads it back."""
     import yaml
 
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    fields = [field for _, group in settings_by_group(type(config)) for field in group]
+    values = {field.name: getattr(config, field.name) for field in fields}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _split_arguments(
-    cls: type, arguments: list[str]
-) -> tuple[str | None, dict[str, str], dict[str, str]]:
-    """Take the settings file and other trainers' flags out of the words.
+def _types(cls: type) -> dict[str, Any]:
+    return {field.name: field.type for field in dataclasses.fields(cls)}
+
+
+def _read_flags(
+    cls: type, words: Iterable[str]
+) -> tuple[str | None, dict[str, str], dict[str, Any]]:
+    """Sort command-line words into settings.
 
     Returns:
-        The file, or None; our flags, each spelt as its field, and the others', with their text.
+        The settings file, or None; our flags, each spelt as its field, with their text; other
+        trainers' flags, with the value that their text has in YAML.
     """
-    types = {f.name: f.type for f in dataclasses.fields(cls)}
+    types = _types(cls)
     path: str | None = None
     own: dict[str, str] = {}
-    foreign: dict[str, str] = {}
-    rest = list(arguments)
+    foreign: dict[str, Any] = {}
+    rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
             raise ValueError(f"unexpected argument {word!r}; settings are given as --name value")
-        name, equals, value = word[2:].partition("=")
+        name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
-        is_foreign = name not in types and known(name)
-        if name != "config" and not is_foreign:
-            _check_names(cls, [name.partition(".")[0]], "")
+        of_other_trainer = name not in types and is_foreign(name)
+        if name != "config" and not of_other_trainer:
+            _check_names(cls, [name], "")
         if not equals:
-            may_stand_alone = types.get(name) in (bool, "bool") or is_foreign
-            if may_stand_alone and (not rest or rest[0].startswith("--")):
-                value = "true"
-            elif rest and not rest[0].startswith("--"):
-                value = rest.pop(0)
+            may_stand_alone = types.get(name) is bool or of_other_trainer
+            if rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            elif may_stand_alone:
+                text = "true"
             else:
                 raise ValueError(f"--{name} needs a value; one that begins with -- as --{name}=...")
         if name == "config" and path is not None:
-            raise ValueError(f"--config is given twice, {path} and {value}; give one file")
+            raise ValueError(f"--config is given twice, {path} and {text}; give one file")
         if name == "config":
-            path = value
-        elif is_foreign:
-            foreign[name] = value
+            path = text
+        elif of_other_trainer:
+            foreign[name] = _yaml_value(text)
         else:
-            own[name] = _as_list(types.get(name), value)
+            own[name] = text
     return path, own, foreign
 
 
-def _as_list(annotation: Any, text: str) -> str:
-    """A flag's text with the brackets that a list needs: around `a,b`, and around one number."""
-    kinds = get_args(annotation)
-    takes_list = any(get_origin(kind) is list for kind in kinds)
-    if not takes_list or "[" in text or text in ("null", "None", ""):
-        return text
-    return f"[{text}]" if "," in text or str not in kinds else text
+def _flag_value(name: str, annotation: Any, text: str) -> Any:
+    """The value of one of our flags; null unsets a setting that may be left out."""
+    if text in ("null", "~") and NoneType in get_args(annotation):
+        return None
+    return _field_value(name, annotation, to_our_value(name, text))
 
 
-def _yaml_value(name: str, text: str) -> Any:
-    """A flag's text as the value that a settings file would hold."""
+def _field_value(name: str, annotation: Any, value: Any) -> Any:
+    """A value as its field takes it; what does not fit is refused by name."""
+    try:
+        return _as_declared(annotation, value)
+    except ValueError:
+        example = "; for example '{name: value}'" if get_origin(annotation) is dict else ""
+        got = " ".join(str(value).split())
+        raise ValueError(f"{name} must be {type_name(annotation)}, got {got}{example}") from None
+
+
+def _as_declared(annotation: Any, value: Any) -> Any:
+    """Turn a flag's text, or a value from a file, into one of the annotation.
+
+    Where text is asked for it stays as it is, also if it looks like a number. Other text is read as
+    YAML: that of a flag, or in a file what YAML 1.1 takes for text, such as 1e-4. A list may lack
+    its brackets.
+
+    Raises:
+        ValueError: If the value cannot be one.
+    """
+    origin, kinds = get_origin(annotation), get_args(annotation)
+    if origin is UnionType:
+        for kind in kinds:
+            with suppress(ValueError):
+                return _as_declared(kind, value)
+    if isinstance(value, str) and origin is not Literal and annotation not in (str, Any, NoneType):
+        value = _yaml_value(f"[{value}]" if origin is list and value[:1] != "[" else value)
+        if isinstance(value, str) and annotation in (int, float):
+            return annotation(value)
+    if origin is list and isinstance(value, list):
+        return [_as_declared(kinds[0], item) for item in value]
+    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _as_declared(kinds[1], item) for key, item in value.items()}
+    if origin is Literal:
+        fits = value in kinds
+    else:
+        is_whole_number = annotation is float and type(value) is int
+        fits = annotation is Any or type(value) is annotation or is_whole_number
+    if not fits:
+        raise ValueError
+    return value
+
+
+def _yaml_value(text: str) -> Any:
+    """What a text means in YAML; itself, where it is none."""
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _strict_loader())
     except yaml.YAMLError:
-        raise ValueError(f"--{name} has a value that is no valid YAML: {text!r}") from None
+        return text
 
 
 def _check_names(cls: type, names: Iterable[Any], where: str) -> None:
     """Refuse names that are no field of `cls`, and name the nearest one."""
-    known = [f.name for f in dataclasses.fields(cls)]
+    fields = [field.name for field in dataclasses.fields(cls)]
     for name in map(str, names):
-        if name not in known:
-            near = [alias for alias in [_ALIASES.get(name)] if alias in known]
-            near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.65)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        if name not in fields:
+            near = [alias for alias in [_ALIASES.get(name)] if alias in fields]
+            near = near or difflib.get_close_matches(name, fields, n=1, cutoff=0.65)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
             raise ValueError(f"{where}unknown setting {name!r}; {hint}")
 
 
 def _read_mapping(path: str) -> dict[str, Any]:
+    """The names and values of a settings file."""
     import yaml
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        mapping = yaml.load(text, _strict_loader())
+        mapping = yaml.load(Path(path).read_text(encoding="utf-8"), _strict_loader())
     except OSError as error:
         raise ValueError(f"cannot read the settings file {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -219,16 +241,3 @@ def _strict_loader() -> Any:
 
     StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_yaml_int)
     return StrictLoader
-
-
-def _one_line(cls: type, message: str) -> str:
-    """Shorten jsonargparse's explanation to what was expected and what was given."""
-    key = re.search(r'key "(\w+)', message)
-    given = re.findall(r"(?:Got|Given) value: (.*)", message)
-    if not key or not given:
-        return " ".join(message.split())
-    annotation = next(f.type for f in dataclasses.fields(cls) if f.name == key[1])
-    if given[-1].lower().strip("+-.") in ("nan", "inf", "infinity"):
-        return f"{key[1]} must be a finite number, got {given[-1]}"
-    example = "; for example '{name: value}'" if get_origin(annotation) is dict else ""
-    return f"{key[1]} must be {type_name(annotation)}, got {given[-1]}{example}"

@@ -3,11 +3,9 @@ import pytest
 from lowmem_dpo.losses.checks import unusual_values
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import (
-    LOSS_TYPES,
     compares_with_reference,
     couples_pairs,
     loss_terms,
-    losses_table,
     needs_reference,
 )
 from lowmem_dpo.settings.configs import TrainConfig
@@ -165,9 +163,3 @@ def test_unusual_values_are_none_at_the_defaults_and_in_the_range():
     assert unusual_values(TrainConfig(), 5e-6) == unusual_values(TrainConfig(**MPO), 5e-6) == []
     assert unusual_values(TrainConfig(loss_type="simpo", beta=2.5), 1e-5) == []
     assert unusual_values(TrainConfig(loss_type="sft"), 2e-4) == []
-
-
-def test_losses_table_has_a_row_of_every_loss_with_five_cells():
-    rows = losses_table().splitlines()[2:]
-    assert [row.split("`")[1] for row in rows] == list(LOSS_TYPES)
-    assert all(row.count("|") == 6 for row in rows)

@@ -1,4 +1,3 @@
-import logging
 from dataclasses import fields
 from pathlib import Path
 
@@ -7,7 +6,13 @@ import yaml
 
 from lowmem_dpo.cli import main
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.settings.other_trainers import FIXED, NO_EFFECT, RENAMED, RULES, translate
+from lowmem_dpo.settings.other_trainers import (
+    CONVERTED,
+    FIXED,
+    NO_EFFECT,
+    RENAMED,
+    to_our_settings,
+)
 from lowmem_dpo.settings.parsing import parse_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -23,11 +28,17 @@ MEANT = {
 }
 
 
-def parse(text: str, tmp_path: Path, *words: str) -> tuple[TrainConfig, list[str]]:
-    notes: list[str] = []
+def parse(text: str, tmp_path: Path, *words: str) -> TrainConfig:
     path = tmp_path / "theirs.yaml"
     path.write_text(text, encoding="utf-8")
-    return parse_config(TrainConfig, ["--config", str(path), *words], notes.append), notes
+    return parse_config(TrainConfig, ["--config", str(path), *words])
+
+
+def said(capsys) -> list[str]:
+    """The lines on stderr, each in the program's name, which is left out."""
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("lowmem_dpo: ") for line in lines)
+    return [line.removeprefix("lowmem_dpo: ") for line in lines]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -51,7 +62,7 @@ def test_examples_train(name, llama_dir, tmp_path, monkeypatch):
 
 
 def test_every_name_is_in_one_table_and_leads_to_a_setting():
-    tables = [set(RENAMED), set(NO_EFFECT), set(FIXED), set(RULES)]
+    tables = [set(RENAMED), set(NO_EFFECT), set(FIXED), set(CONVERTED)]
     assert sum(map(len, tables)) == len(set().union(*tables))
     assert not set().union(*tables) & FIELDS
     assert set(RENAMED.values()) <= FIELDS
@@ -91,10 +102,9 @@ def test_every_name_is_in_one_table_and_leads_to_a_setting():
         ("eval_strategy: epoch\neval_fraction: 0.1", "eval_steps", None),
     ],
 )
-def test_translate_gives_the_setting_that_is_meant(text, setting, value, tmp_path):
-    config, notes = parse(text, tmp_path)
-    assert getattr(config, setting) == value
-    assert notes == []
+def test_to_our_settings_gives_the_setting_that_is_meant(text, setting, value, tmp_path, capsys):
+    assert getattr(parse(text, tmp_path), setting) == value
+    assert said(capsys) == []
 
 
 @pytest.mark.parametrize(
@@ -124,42 +134,42 @@ def test_translate_gives_the_setting_that_is_meant(text, setting, value, tmp_pat
         ("num_generations: 4", "unknown setting 'num_generations'"),
     ],
 )
-def test_translate_refuses_in_one_line_with_the_file(text, message, tmp_path):
+def test_to_our_settings_refuses_in_one_line_with_the_file(text, message, tmp_path):
     with pytest.raises(ValueError) as error:
         parse(text, tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).startswith(str(tmp_path / "theirs.yaml"))
 
 
-def test_translate_says_once_what_has_no_effect(tmp_path):
+def test_to_our_settings_says_once_what_has_no_effect(tmp_path, capsys):
     text = "gradient_checkpointing: true\nuse_gradient_checkpointing: unsloth\npadding_free: true"
-    _, notes = parse(text, tmp_path)
-    assert notes == [
+    parse(text, tmp_path, "--padding_free")
+    assert said(capsys) == [
         "gradient_checkpointing, use_gradient_checkpointing: no effect, how a step is split and "
         "what is recomputed is the plan's business",
         "padding_free: no effect, pairs are always packed as trees",
     ]
-    _, notes = parse("sglang: {base_url: 'http://x'}", tmp_path)
-    assert notes == ["sglang.base_url: no effect on training, it is for sampling answers"]
+    parse("sglang: {base_url: 'http://x'}", tmp_path)
+    assert said(capsys) == ["sglang.base_url: no effect on training, it is for sampling answers"]
 
 
 def test_foreign_flags_are_understood_and_override_the_file(tmp_path):
-    config, _ = parse("batch_size: 2\nnum_steps: 3", tmp_path, "--num_steps", "5", "--bf16")
+    config = parse("batch_size: 2\nnum_steps: 3", tmp_path, "--num_steps", "5", "--bf16")
     assert (config.max_steps, config.dtype, config.batch_size) == (5, "bfloat16", 2)
     words = ["--per-device-train-batch-size=2", "--gradient_accumulation_steps", "8"]
     assert parse_config(TrainConfig, [*words, "--optim", "adamw_torch"]).batch_size == 16
     assert parse_config(TrainConfig, ["--optim", "adamw_torch"]).optim == "adamw"
-    config, _ = parse("per_device_train_batch_size: 4", tmp_path, "--batch_size", "6")
+    config = parse("per_device_train_batch_size: 4", tmp_path, "--batch_size", "6")
     assert config.batch_size == 6
 
 
 def test_foreign_flags_override_the_file_whatever_its_names(tmp_path):
     text = "dtype: float32\nbatch_size: 8\nmax_length: 512"
     words = ["--bf16", "--per_device_train_batch_size", "4", "--cutoff_len", "1024"]
-    config, _ = parse(text, tmp_path, *words)
+    config = parse(text, tmp_path, *words)
     assert (config.dtype, config.batch_size, config.max_length) == ("bfloat16", 4, 1024)
     text = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 8"
-    config, _ = parse(text, tmp_path, "--per_device_train_batch_size", "4")
+    config = parse(text, tmp_path, "--per_device_train_batch_size", "4")
     assert config.batch_size == 32
     with pytest.raises(ValueError, match="are both given"):
         parse_config(TrainConfig, ["--batch_size", "4", "--per_device_train_batch_size", "2"])
@@ -179,17 +189,16 @@ def test_rules_see_what_file_and_flags_say_together(tmp_path):
         parse_config(TrainConfig, [*words, "epoch"])
 
 
-def test_notes_go_to_stderr_and_to_the_log(tmp_path, capsys, caplog):
+def test_notes_go_to_stderr_alone(tmp_path, capsys):
     path = tmp_path / "theirs.yaml"
     path.write_text("padding_free: true", encoding="utf-8")
     main(["train", "--config", str(path), "--print_config"])
     captured = capsys.readouterr()
     assert "padding_free: no effect" in captured.err and "padding" not in captured.out
-    with caplog.at_level(logging.WARNING):
-        TrainConfig.from_yaml(path)
-    assert "padding_free: no effect" in caplog.text
+    TrainConfig.from_yaml(path)
+    assert said(capsys) == ["padding_free: no effect, pairs are always packed as trees"]
 
 
-def test_translate_leaves_our_own_names_alone():
+def test_to_our_settings_leaves_our_own_names_alone():
     ours = {"model": "m", "beta": 0.1, "chat_template_kwargs": {"algorithm": 1}}
-    assert translate(ours, FIELDS) == (ours, [])
+    assert to_our_settings(ours, FIELDS, ours) == (ours, [])
