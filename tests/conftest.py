@@ -12,9 +12,10 @@ import pytest
 
 from tests.tiny import FAMILIES, save_tiny_model
 
-# The suite runs on every core; threads inside a test would only fight for them. torch reads this
-# when it is imported.
+# What libraries read once, when they are imported. The suite runs on every core: threads inside a
+# test would only fight for them.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def has_usable_card() -> bool:
@@ -45,12 +46,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWMEM_DPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing plots takes longer than training a tiny model."""
+    monkeypatch.setattr("lowmem_dpo.training.fit.draw_plots", lambda *paths: [])
 
 
 CHECKPOINT_SIZES = {
