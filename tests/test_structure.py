@@ -235,6 +235,7 @@ assert main(["train", "--help"]) == 0
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_trains_on_the_cpu_without_triton(llama_dir, pairs_file, tmp_path):
     words = [
         "train",

@@ -358,6 +358,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_two_runs_that_share_a_damaged_cache_do_no_harm(config, tmp_path):
     config = replace(config, pack_tokens=128)
     run = prepare_run(config, config.data)

@@ -79,6 +79,7 @@ def choose_seed() -> int:
     return int(os.environ.get("CRASH_SEED", drawn))
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_resumed_run_gives_the_uninterrupted_losses(
     server, llama_dir, tmp_path, capsys
 ):
