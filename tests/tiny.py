@@ -1,12 +1,10 @@
-"""Random-weight models of every supported family, small enough for a test, as checkpoints."""
+"""Random-weight models of every supported family, small enough for a test, as checkpoints.
+
+torch and transformers are imported by the functions, so that a test may import this without them.
+"""
 
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from lowmem_dpo.demo.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
 WINDOW = 8  # shorter than the tests' sequences
 _LONGROPE = {
@@ -92,6 +90,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
     """A random model in fp32; biases get random values too, so that a dropped one shows."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
+
     settings = {
         "vocab_size": len(byte_tokenizer()),
         "hidden_size": 64,
@@ -116,14 +119,11 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
 
 
 def save_tiny_model(
-    directory: Path,
-    family: str = "llama",
-    *,
-    chat_template: str | None = CHAT_TEMPLATE,
-    seed: int = 0,
-    **changes: Any,
+    directory: Path, family: str = "llama", *, seed: int = 0, **changes: Any
 ) -> Path:
     """Write a checkpoint with its tokenizer; returns the folder."""
+    from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
+
     tiny_model(family, seed, **changes).save_pretrained(directory)
-    byte_tokenizer(chat_template=chat_template).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
     return directory

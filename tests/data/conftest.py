@@ -1,11 +1,9 @@
 """Tokenizers built in-process: bytes and a few merges, so that every text has ids."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-from hypothesis import settings as hypothesis_settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -38,16 +36,12 @@ TURN_TOKENS = [
     "<|eot_id|>",
 ]
 
-# The same examples in every run, and no limit on their time.
-hypothesis_settings.register_profile("fixed", derandomize=True, deadline=None)
-hypothesis_settings.load_profile("fixed")
-
-BuildTokenizer = Callable[..., PreTrainedTokenizerFast]
-
 
 @pytest.fixture(scope="session")
-def build_tokenizer() -> BuildTokenizer:
+def build_tokenizer() -> Callable[..., Any]:
     """A factory: template by name, and whether the tokenizer puts BOS and EOS of its own accord."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
 
     def build(template: str | None = None, *, bos: bool = False, eos: bool = False, **kwargs):
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -8,6 +8,7 @@ from lowmem_dpo.demo.demo import _fresh_folder, _start_accuracy
 from lowmem_dpo.demo.task import is_right, is_short, questions
 
 
+@pytest.mark.slow
 def test_demo_learns_offline_and_leaves_a_run(tmp_path, capsys):
     root = tmp_path / "demo"
     assert main(["demo", "--output_dir", str(root)]) == 0

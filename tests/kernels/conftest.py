@@ -2,7 +2,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
@@ -14,6 +13,8 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
 
     def scalars(self) -> dict[str, Any]:
+        import torch
+
         return {k: v for k, v in self.arguments.items() if not torch.is_tensor(v)}
 
 

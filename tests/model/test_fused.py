@@ -2,13 +2,13 @@ import functools
 
 import pytest
 import torch
+from lowmem_dpo.model.fused import FusedRmsNorm, fuse_mlps, fuse_norms, tile_layers
+from lowmem_dpo.model.runner import wrap_layers
 from torch import nn
 
 from lowmem_dpo.machine.trial import passes_trial
 from lowmem_dpo.model import fused
-from lowmem_dpo.model.fused import FusedRmsNorm, fuse_mlps, fuse_norms, tile_layers
 from lowmem_dpo.model.lora import LoraLinear, add_lora, lora_parameters, wrap_linears
-from lowmem_dpo.model.runner import wrap_layers
 from lowmem_dpo_kernels import rms_norm
 from tests.tiny import FAMILIES, tiny_model
 

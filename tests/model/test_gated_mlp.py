@@ -1,9 +1,9 @@
 import pytest
 import torch
+from lowmem_dpo.model.gated_mlp import GatedMlp, gate_activation
 from torch import nn
 from transformers.activations import ACT2FN
 
-from lowmem_dpo.model.gated_mlp import GatedMlp, gate_activation
 from lowmem_dpo.model.lora import LoraLinear, add_lora, lora_parameters, wrap_linears
 
 HIDDEN, INNER, NUM_TOKENS = 24, 40, 6

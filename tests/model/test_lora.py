@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from lowmem_dpo.model.second_run import output_unread
 from torch import nn
 
 from lowmem_dpo.model.lora import (
@@ -18,7 +19,6 @@ from lowmem_dpo.model.lora import (
     wrap_linears,
 )
 from lowmem_dpo.model.nf4 import quantize_nf4
-from lowmem_dpo.model.second_run import output_unread
 
 NUM_TOKENS, IN, OUT, RANK = 5, 32, 24, 3
 ADD = {"targets": "all", "rank": RANK, "alpha": 6.0, "dropout": 0.0, "rank_stabilised": False}

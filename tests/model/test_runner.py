@@ -3,9 +3,8 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
-
 from lowmem_dpo.model.runner import LayerRunner, wrap_layers
+from torch import nn
 
 
 class Layer(nn.Module):

@@ -1,10 +1,10 @@
 import pytest
 import torch
+from lowmem_dpo.model.second_run import output_unread
+from lowmem_dpo.model.tiles import TokenTiles
 from torch import nn
 
 from lowmem_dpo.model.lora import LoraLinear, dropout_live
-from lowmem_dpo.model.second_run import output_unread
-from lowmem_dpo.model.tiles import TokenTiles
 
 WIDTH = 64
 

@@ -12,6 +12,7 @@ def reference_dir(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_training_approaches_the_optimum_and_stays_below_the_frontier(reference_dir, tmp_path):
     outcome = train_and_compare(reference_dir, tmp_path, pairs=8_000, learning_rate=2e-3)
     assert outcome.start_kl > 0.5
@@ -22,6 +23,7 @@ def test_training_approaches_the_optimum_and_stays_below_the_frontier(reference_
     assert reward > 0.75 * best_reward
 
 
+@pytest.mark.slow
 def test_training_on_a_4_bit_base_approaches_its_own_optimum(reference_dir, tmp_path):
     outcome = train_and_compare(
         reference_dir, tmp_path, pairs=4_000, rank=8, quantization="nf4", learning_rate=4e-3

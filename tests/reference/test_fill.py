@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from lowmem_dpo.training.setup import prepare_run
 
 from lowmem_dpo.model.lora import linear_layers, lora_parameters
 from lowmem_dpo.model.nf4 import Nf4Weight
+from lowmem_dpo.reference import fill
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.stopping import RunStopped
-from lowmem_dpo.training import policy, reference_pass, setup
+from lowmem_dpo.training import policy, setup
 from lowmem_dpo.training.policy import Policy, cache_directory
 from lowmem_dpo.training.trainer import Trainer
 from tests.tiny import save_tiny_model
@@ -69,20 +71,23 @@ def test_warm_cache_leaves_training_steps_without_a_reference_forward(config, fo
     assert before_training == 1 + 4 + 1  # self-check: packed and 4 plain; a sample of the cache
 
 
+def objects_of(kind: type) -> dict[int, Any]:
+    """Everything of a type that the process holds, by its id."""
+    return {id(thing): thing for thing in gc.get_objects() if isinstance(thing, kind)}
+
+
 def test_process_holds_the_base_weights_once(config):
+    # Other tests' objects, which may not be collected yet; held, so that no id is given out again.
+    others = objects_of(Nf4Weight) | objects_of(torch.Tensor)
     trainer = Trainer(config)
     trainer.fit()
     gc.collect()
-    model = trainer.policy.model.network
-    weights = [o for o in gc.get_objects() if isinstance(o, Nf4Weight)]
-    assert len(weights) == len(linear_layers(model)) == 14
-    vocabulary, hidden = trainer.policy.model.lm_head_weight.shape
-    tables = [
-        t
-        for t in gc.get_objects()
-        if isinstance(t, torch.Tensor) and t.shape == (vocabulary, hidden)
-    ]
-    assert len({t.data_ptr() for t in tables}) == 2  # embedding and head
+    model = trainer.policy.model
+    weights = objects_of(Nf4Weight).keys() - others.keys()
+    assert len(weights) == len(linear_layers(model.network)) == 14
+    tensors = [t for key, t in objects_of(torch.Tensor).items() if key not in others]
+    tables = {t.data_ptr() for t in tensors if t.shape == model.head_weight.shape}
+    assert len(tables) == 2  # embedding and head
 
 
 def test_cache_serves_another_beta_loss_rate_seed_and_adapter_start(config, capsys):
@@ -105,7 +110,7 @@ def test_edited_data_file_costs_only_the_changed_pairs(config):
 
 
 def test_interrupted_pass_goes_on_where_it_stopped(config, monkeypatch):
-    monkeypatch.setattr(reference_pass, "SECONDS_PER_SHARD", 0.0)
+    monkeypatch.setattr(fill, "SECONDS_PER_SHARD", 0.0)
     config = replace(config, pack_tokens=128)
     calls = []
     score = setup.score
@@ -268,7 +273,7 @@ def every_shard_fails(monkeypatch, times: int) -> list[int]:
         write(self, logps, fingerprint)
 
     monkeypatch.setattr(ReferenceCache, "write", full)
-    monkeypatch.setattr(reference_pass, "SECONDS_PER_SHARD", -1.0)
+    monkeypatch.setattr(fill, "SECONDS_PER_SHARD", -1.0)
     return tried
 
 
@@ -346,13 +351,14 @@ def test_a_reference_that_is_not_finite_names_its_row_and_is_not_cached(config, 
 
 SHARING = """
 import sys
-from lowmem_dpo.training import reference_pass
+from lowmem_dpo.reference import fill
 from lowmem_dpo.cli import main
-reference_pass.SECONDS_PER_SHARD = -1.0
+fill.SECONDS_PER_SHARD = -1.0
 sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_two_runs_that_share_a_damaged_cache_do_no_harm(config, tmp_path):
     config = replace(config, pack_tokens=128)
     run = prepare_run(config, config.data)

@@ -4,14 +4,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-
-@pytest.fixture
-def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing plots takes longer than training a tiny model."""
-    monkeypatch.setattr("lowmem_dpo.training.recorder.draw_plots", lambda *paths: [])
-
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write JSON lines; returns the path."""

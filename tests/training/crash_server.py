@@ -20,7 +20,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork
 import torch
 
 from lowmem_dpo import cli
-from lowmem_dpo.training import fit, reference_pass
+from lowmem_dpo.reference import fill
+from lowmem_dpo.training import fit
 from lowmem_dpo.training.trainer import Trainer
 
 assert Trainer  # all that a run would import, so that a fork has it
@@ -50,7 +51,7 @@ def child(words: list[str], counter: mmap.mmap, at_event: int | None, log: str) 
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     torch.set_num_threads(1)
-    reference_pass.SECONDS_PER_SHARD = -1.0  # a shard every micro-batch
+    fill.SECONDS_PER_SHARD = -1.0  # a shard every micro-batch
     fit.draw_plots = lambda *paths: []  # takes longer than training
     count_changes(counter, at_event)
     os._exit(cli.main(words))

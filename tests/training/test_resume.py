@@ -81,6 +81,7 @@ def test_resume_equals_the_uninterrupted_run_exactly(config, tmp_path, changes):
             assert torch.equal(value, adapter(config.output_dir)[name]), name
 
 
+@pytest.mark.slow
 def test_resume_auto_after_kill_9_continues_to_the_same_losses(config, tmp_path):
     Trainer(config).fit()
     killed = tmp_path / "killed"
@@ -179,6 +180,7 @@ def test_resume_refuses_changed_data(config, pairs_file):
         Trainer(replace(config, resume="auto", data=other)).fit()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_after_the_step_and_exits_130(config, tmp_path):
     words = [
         sys.executable,

@@ -141,6 +141,7 @@ def test_load_checkpoint_refuses_a_folder_without_an_adapter(config, tmp_path):
         Trainer(config()).load_checkpoint(tmp_path)
 
 
+@pytest.mark.slow
 def test_load_checkpoint_in_a_fresh_process_generates_what_the_trained_policy_does(
     config, pairs_file, tmp_path
 ):

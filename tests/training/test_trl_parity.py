@@ -227,7 +227,14 @@ def assert_equal_outcomes(ours: Outcome, theirs: Outcome) -> None:
 
 
 # Every loss alone is held against TRL's code in tests/test_losses_trl.py.
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "apo_zero", "aot_unpaired"])
+@pytest.mark.parametrize(
+    "loss_type",
+    [
+        "sigmoid",
+        "ipo",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("hinge", "apo_zero", "aot_unpaired")),
+    ],
+)
 def test_fit_on_plain_strings_equals_trl_at_every_step(train_both, loss_type):
     assert_equal_outcomes(*train_both(random_pairs(NUM_PAIRS), loss_type))
 
