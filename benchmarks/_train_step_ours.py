@@ -15,12 +15,11 @@ from lowmem_dpo.model.surgery import prepare_model
 from lowmem_dpo.packs.trees import TokenPair, build_tree
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.batches import Batches
 from lowmem_dpo.training.loop import train_steps
-from lowmem_dpo.training.optimizers import new_state
 from lowmem_dpo.training.pairs import Pairs
 from lowmem_dpo.training.policy import Policy
 from lowmem_dpo.training.run import Run, plan_pack_tokens, score_reference
+from lowmem_dpo.training.steps import Batches, new_state
 from lowmem_dpo.weights.adapters import AdapterSpec
 
 

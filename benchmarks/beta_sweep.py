@@ -22,8 +22,8 @@ from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.model.scoring import score_plain
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.groups import TemplateSettings
+from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training.policy import Policy, load_policy
-from lowmem_dpo.training.trainer import Trainer
 
 BETAS = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
 SEED = 42

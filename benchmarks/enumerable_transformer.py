@@ -33,12 +33,11 @@ from lowmem_dpo.settings.groups import (
     ModelSettings,
     OptimizerSettings,
 )
-from lowmem_dpo.training.batches import Batches
 from lowmem_dpo.training.loop import train_steps
-from lowmem_dpo.training.optimizers import new_state
 from lowmem_dpo.training.pairs import Pairs
 from lowmem_dpo.training.policy import Policy, Source, load_policy
 from lowmem_dpo.training.run import Run, score_reference
+from lowmem_dpo.training.steps import Batches, new_state
 from lowmem_dpo.weights.folders import load_config
 
 PACK_TOKENS = 1024

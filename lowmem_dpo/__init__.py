@@ -11,7 +11,7 @@ from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.version import __version__
 
 if TYPE_CHECKING:
-    from lowmem_dpo.training.trainer import Trainer
+    from lowmem_dpo.trainer import Trainer
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # On some CPUs it warns at import of kernels that are not used here.
@@ -23,7 +23,7 @@ __all__ = ["TrainConfig", "Trainer", "__version__"]
 def __getattr__(name: str) -> Any:
     """Import torch and transformers only when a Trainer is asked for, so that `--help` is quick."""
     if name == "Trainer":
-        from lowmem_dpo.training.trainer import Trainer
+        from lowmem_dpo.trainer import Trainer
 
         return Trainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,16 +44,16 @@ _REMEDIES = {
 
 
 def _train(config: TrainConfig) -> int:
-    from lowmem_dpo.training.trainer import Trainer
+    from lowmem_dpo.training.fit import fit
 
-    Trainer(config).fit()
+    fit(config)
     return 0
 
 
 def _precompute(config: TrainConfig) -> int:
-    from lowmem_dpo.training.trainer import Trainer
+    from lowmem_dpo.training.fit import precompute
 
-    Trainer(config).precompute()
+    precompute(config)
     return 0
 
 

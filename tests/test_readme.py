@@ -129,7 +129,7 @@ def documented_keys() -> dict[str, set[str]]:
 def test_guide_names_every_key_that_a_run_writes(llama_dir, pairs_file, tmp_path, monkeypatch):
     import torch
 
-    from lowmem_dpo.training.trainer import Trainer
+    from lowmem_dpo.trainer import Trainer
 
     clip, calls = torch.nn.utils.clip_grad_norm_, []
 

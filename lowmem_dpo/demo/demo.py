@@ -21,9 +21,9 @@ from lowmem_dpo.model.generation import generate_text
 from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.settings.configs import DemoConfig, TrainConfig
 from lowmem_dpo.settings.groups import ModelSettings, SamplingSettings, TemplateSettings
+from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training.loop import StepResult
 from lowmem_dpo.training.policy import Policy, load_policy
-from lowmem_dpo.training.trainer import Trainer
 
 MARKER = ".lowmem_dpo_demo"
 OWN_ENTRIES = ("model", "preferences.jsonl", "run", "cache")

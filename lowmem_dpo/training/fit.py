@@ -23,15 +23,26 @@ from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.parsing import to_yaml
 from lowmem_dpo.stopping import Interrupt
-from lowmem_dpo.training.batches import Batches, warn_of_few_steps, warn_of_late_settings
-from lowmem_dpo.training.forecast import check_cpu_time, forward_tokens
 from lowmem_dpo.training.health import check_adapter_moves
 from lowmem_dpo.training.loop import StepResult, predicted_fill, train_steps
-from lowmem_dpo.training.optimizers import check_optimizer, new_state
 from lowmem_dpo.training.pairs import check_token_ids, load_pairs
 from lowmem_dpo.training.policy import Policy, cache_directory, load_policy, read_source
 from lowmem_dpo.training.recorder import Recorder, leave_later_steps
-from lowmem_dpo.training.run import Run, plan_pack_tokens, score_reference, self_check
+from lowmem_dpo.training.run import (
+    Run,
+    check_cpu_time,
+    forward_tokens,
+    plan_pack_tokens,
+    score_reference,
+    self_check,
+)
+from lowmem_dpo.training.steps import (
+    Batches,
+    check_optimizer,
+    new_state,
+    warn_of_few_steps,
+    warn_of_late_settings,
+)
 from lowmem_dpo.version import __version__
 from lowmem_dpo.weights.adapters import load_adapter
 from lowmem_dpo.weights.loading import storage_table
@@ -70,6 +81,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
         ValueError: If a setting, the data or the checkpoint does not fit; nothing was written.
         RunStopped: If a check failed.
     """
+    if config.data is None:
+        raise ValueError("no data given; set --data to a file of preference pairs")
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     objective = Objective.of(config)

@@ -7,24 +7,103 @@ without gradient collects these sums, the loss is differentiated with respect to
 pass takes the gradient of slopes times sums, micro-batch by micro-batch: the same gradient, for one
 more forward pass.
 
+On the way the numbers of the pairs are kept, under TRL's names: `rewards/*` is the mean of beta *
+(policy - reference), without a reference see `Objective.rewards`; `logps/*` the mean log-prob
+summed over a completion.
+
 Shapes: P pairs, T scored tokens.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.pairs import PairLogps, join_pairs
+from lowmem_dpo.losses.reference_free import log_odds_ratios
 from lowmem_dpo.machine.device import cuda_devices
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.lora import dropout_live
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import Pack, sequence_logps
 from lowmem_dpo.reference.fill import Reference, rms_difference
-from lowmem_dpo.training.metrics import PairStats
+
+Metrics = dict[str, float]
+
+PER_PAIR = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+# Of some losses only.
+EXTRA_PER_PAIR = ("nll_loss", "log_odds_ratio", "log_odds_chosen")
+
+
+@dataclass
+class PairStats:
+    """The per-pair numbers of any number of micro-batches.
+
+    Attributes:
+        objective: Whose losses they are.
+        blocks: Of each micro-batch, names to [P] numbers.
+        worst_rms: Largest difference of policy and reference in a micro-batch, nat rms per token.
+    """
+
+    objective: Objective
+    blocks: list[dict[str, Tensor]] = field(default_factory=list)
+    worst_rms: float = 0.0
+
+    def add(self, logps: PairLogps, losses: Tensor) -> None:
+        """Take in one micro-batch of P pairs and their losses."""
+        chosen, rejected = self.objective.rewards(logps)
+        rows = [
+            losses,
+            chosen,
+            rejected,
+            chosen - rejected,
+            (chosen > rejected).float(),
+            logps.policy_chosen,
+            logps.policy_rejected,
+        ]
+        block = dict(zip(PER_PAIR, rows, strict=True)) | _extra_rows(logps, self.objective)
+        self.blocks.append({name: row.detach() for name, row in block.items()})
+
+    def bad_pairs(self) -> list[int]:
+        """Places, in the order taken in, of the pairs with a number that is not finite."""
+        by_rank = ("loss",) if self.objective.couples_pairs else ()  # the rest is by pair
+        _, columns = self._columns(by_rank)
+        return (~columns.isfinite().all(dim=0)).nonzero().flatten().tolist()
+
+    def means(self) -> Metrics:
+        """The mean of each number over all pairs taken in."""
+        names, columns = self._columns(())
+        return dict(zip(names, columns.double().mean(dim=1).tolist(), strict=True))
+
+    def _columns(self, without: Collection[str]) -> tuple[list[str], Tensor]:
+        """Names and [names, pairs] numbers of all blocks."""
+        names = [name for name in self.blocks[0] if name not in without]
+        blocks = [torch.stack([block[name] for name in names]) for block in self.blocks]
+        return names, torch.cat(blocks, dim=1)
+
+
+def _extra_rows(logps: PairLogps, objective: Objective) -> dict[str, Tensor]:
+    """[P] each: what TRL logs of likelihood terms, and of ORPO's odds."""
+    names = [name for name, _ in objective.terms]
+    rows = {}
+    if "sft" in names or "orpo" in names:
+        rows["nll_loss"] = logps.nll
+    if "orpo" in names:
+        rows["log_odds_chosen"] = log_odds_ratios(logps)
+        rows["log_odds_ratio"] = F.logsigmoid(rows["log_odds_chosen"])
+    return rows
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ by its own number of pairs.
 
 import itertools
 import math
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from lowmem_dpo.packs.packing import Pack, fill, pack_trees
 from lowmem_dpo.packs.trees import Tree
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.stopping import RunStopped
-from lowmem_dpo.training.gradients import accumulate, pair_logps
+from lowmem_dpo.training.gradients import Metrics, PairStats, accumulate, pair_logps
 from lowmem_dpo.training.health import (
     STEPS_UNTIL_LORA_B_MOVES,
     check_adapter_moves,
@@ -35,7 +36,6 @@ from lowmem_dpo.training.health import (
     check_step_zero,
     describe_non_finite,
 )
-from lowmem_dpo.training.metrics import Metrics, PairStats, peak_memory_bytes
 from lowmem_dpo.training.run import Run
 
 STEPS_TO_PREDICT_FILL = 16
@@ -219,3 +219,15 @@ def predicted_fill(run: Run) -> float:
 def num_sequence_tokens(tree: Tree) -> int:
     """Tokens of both sequences of a pair, the trunk counted twice."""
     return 2 * len(tree.trunk) + len(tree.chosen) + len(tree.rejected)
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Peak memory: allocated on a CUDA device, resident on the CPU; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

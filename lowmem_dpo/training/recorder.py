@@ -1,7 +1,7 @@
 """What a run writes as it goes: metrics, evaluations, checkpoints, adapters, plots."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from lowmem_dpo.records.folder import RunFolder
 from lowmem_dpo.records.plots import draw_plots
 from lowmem_dpo.records.trackers import Trackers
 from lowmem_dpo.settings.groups import RunSettings
+from lowmem_dpo.training.gradients import EXTRA_PER_PAIR, PER_PAIR, Metrics
 from lowmem_dpo.training.health import check_weights_finite
 from lowmem_dpo.training.loop import StepResult, evaluate
-from lowmem_dpo.training.metrics import Metrics, mean_metrics, without_pairs
 from lowmem_dpo.training.run import Run
 
 FEW_STEPS_TO_LOG_ALL = 100
@@ -195,6 +195,37 @@ def leave_later_steps(folder: RunFolder, state: TrainingState, keep_checkpoints:
         )
     # A kill may have come between a checkpoint and the deletion of older ones.
     prune_checkpoints(folder.checkpoints, keep_checkpoints)
+
+
+def mean_metrics(steps: Iterable[Mapping[str, float]]) -> Metrics:
+    """Mean over the pairs of several steps; of the gradient norm, over the steps.
+
+    `num_pairs` is how many pairs that were; the rest is the last step's. Steps that were skipped
+    are counted (`skipped_steps`) and give nothing to the means.
+    """
+    steps = list(steps)
+    result = dict(steps[-1])
+    taken = [step for step in steps if "skipped_steps" not in step]
+    if taken:
+        counts = [step["num_pairs"] for step in taken]
+        weights = [count / max(counts) for count in counts]  # exactly 1 for full batches
+        result["num_pairs"] = sum(counts)
+        for name in (*PER_PAIR, *EXTRA_PER_PAIR):
+            if name in taken[0]:
+                total = sum(w * step[name] for w, step in zip(weights, taken, strict=True))
+                result[name] = total / sum(weights)
+    norms = [step["grad_norm"] for step in taken if "grad_norm" in step]
+    if norms:  # a step whose float16 gradient overflowed has no norm
+        result["grad_norm"] = sum(norms) / len(norms)
+    if skipped := sum(step.get("skipped_steps", 0) for step in steps):
+        result["skipped_steps"] = skipped
+    return result
+
+
+def without_pairs(metrics: Mapping[str, float]) -> Metrics:
+    """The metrics of a skipped step that may be written: not those of its pairs and gradient."""
+    left_out = {*PER_PAIR, *EXTRA_PER_PAIR, "num_pairs", "grad_norm"}
+    return {name: value for name, value in metrics.items() if name not in left_out}
 
 
 def _summary(metrics: Metrics) -> str:

@@ -21,8 +21,8 @@ import torch
 
 from lowmem_dpo import cli
 from lowmem_dpo.reference import fill
+from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training import fit
-from lowmem_dpo.training.trainer import Trainer
 
 assert Trainer  # all that a run would import, so that a fork has it
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")

@@ -5,11 +5,12 @@ import torch
 
 from lowmem_dpo.cli import main
 from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.machine.rate import matmul_rate
 from lowmem_dpo.packs.trees import Tree
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.batches import Batches
-from lowmem_dpo.training.forecast import forward_tokens, matmul_rate
 from lowmem_dpo.training.pairs import Pairs
+from lowmem_dpo.training.run import forward_tokens
+from lowmem_dpo.training.steps import Batches
 from lowmem_dpo.weights import size
 
 PAIRS = [

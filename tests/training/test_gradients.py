@@ -12,11 +12,11 @@ from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import Pack, pack_trees
 from lowmem_dpo.settings.groups import LossSettings
+from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training import gradients
 from lowmem_dpo.training.gradients import pair_logps
 from lowmem_dpo.training.loop import evaluate
 from lowmem_dpo.training.run import Run
-from lowmem_dpo.training.trainer import Trainer
 from tests.conftest import random_pairs
 from tests.training.conftest import read_metrics, read_record, write_rows
 from tests.training.test_identities import (

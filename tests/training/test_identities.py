@@ -25,11 +25,11 @@ from lowmem_dpo.packs.packing import pack_trees, sequence_logps
 from lowmem_dpo.packs.trees import Tree, build_tree, scored_tokens
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training import fit
+from lowmem_dpo.training.gradients import PER_PAIR, Metrics
 from lowmem_dpo.training.loop import evaluate, train_steps
-from lowmem_dpo.training.metrics import PER_PAIR, Metrics
 from lowmem_dpo.training.run import Run
-from lowmem_dpo.training.trainer import Trainer
 from lowmem_dpo.weights.adapters import save_adapter
 from tests.conftest import random_pairs
 from tests.policies import policy_for

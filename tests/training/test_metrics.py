@@ -1,7 +1,8 @@
 import pytest
 
 from lowmem_dpo.records.folder import read_metrics
-from lowmem_dpo.training.metrics import PER_PAIR, mean_metrics
+from lowmem_dpo.training.gradients import PER_PAIR
+from lowmem_dpo.training.recorder import mean_metrics
 
 
 def step(number, loss, num_pairs, **others):

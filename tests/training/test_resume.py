@@ -14,7 +14,7 @@ from lowmem_dpo.files import NoLocksError
 from lowmem_dpo.records.checkpoints import find_damage, list_checkpoints
 from lowmem_dpo.records.folder import RunFolder
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.trainer import Trainer
+from lowmem_dpo.trainer import Trainer
 from tests.training.conftest import environment
 
 EXACT = ("loss", "grad_norm", "learning_rate", "rewards/margins", "logps/chosen", "num_tokens")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.trainer import Trainer
+from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.weights.adapters import ADAPTER_WEIGHTS_FILE, save_adapter
 from tests.conftest import random_pairs
 from tests.policies import policy_for

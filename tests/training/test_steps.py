@@ -1,7 +1,7 @@
 import pytest
 
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.batches import Batches, warn_of_late_settings
+from lowmem_dpo.training.steps import Batches, warn_of_late_settings
 
 EVALUATED = {"eval_fraction": 0.1}
 PATIENT = {**EVALUATED, "eval_steps": 2, "early_stopping_patience": 4}

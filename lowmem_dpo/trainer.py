@@ -100,7 +100,4 @@ class Trainer:
         return generate_text(self.policy.model, self.policy.tokenizer, [ids], settings)[0]
 
     def _with_data(self, data: str | Path | None) -> TrainConfig:
-        data = data if data is not None else self.config.data
-        if data is None:
-            raise ValueError("no data given; set --data to a file of preference pairs")
-        return replace(self.config, data=str(data))
+        return self.config if data is None else replace(self.config, data=str(data))

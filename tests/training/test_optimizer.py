@@ -8,7 +8,7 @@ from lowmem_dpo.records.checkpoints import (
     save_checkpoint,
 )
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.optimizers import make_lr_scheduler, make_optimizer
+from lowmem_dpo.training.steps import make_lr_scheduler, make_optimizer
 
 
 def rates(num_steps: int, **settings) -> list[float]:
