@@ -4,7 +4,6 @@ A name is held against the fields first, so that a wrong one gets the nearest ri
 value becomes one of its field's annotation, and the dataclass checks itself when it is built.
 """
 
-import dataclasses
 import difflib
 import functools
 import re
@@ -15,10 +14,10 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from lowmem_dpo.checks import type_name
-from lowmem_dpo.settings.groups import settings_by_group
+from lowmem_dpo.settings.groups import Settings, settings_by_group
 from lowmem_dpo.settings.other_trainers import is_foreign, to_our_settings, to_our_value
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Settings)
 
 # Names that a newcomer may try and whose nearest name here would be a wrong hint, or none.
 _ALIASES = {
@@ -76,17 +75,17 @@ def to_yaml(config: Any) -> str:
     """The resolved settings as YAML, group by group; `--config` reads it back."""
     import yaml
 
-    fields = [field for _, group in settings_by_group(type(config)) for field in group]
-    values = {field.name: getattr(config, field.name) for field in fields}
+    values = {name: getattr(config, name) for name in _types(type(config))}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _types(cls: type) -> dict[str, Any]:
-    return {field.name: field.type for field in dataclasses.fields(cls)}
+def _types(cls: type[Settings]) -> dict[str, Any]:
+    """The annotation of every field, group by group."""
+    return {field.name: field.type for _, group in settings_by_group(cls) for field in group}
 
 
 def _read_flags(
-    cls: type, words: Iterable[str]
+    cls: type[Settings], words: Iterable[str]
 ) -> tuple[str | None, dict[str, str], dict[str, Any]]:
     """Sort command-line words into settings.
 
@@ -187,9 +186,9 @@ def _yaml_value(text: str) -> Any:
         return text
 
 
-def _check_names(cls: type, names: Iterable[Any], where: str) -> None:
+def _check_names(cls: type[Settings], names: Iterable[Any], where: str) -> None:
     """Refuse names that are no field of `cls`, and name the nearest one."""
-    fields = [field.name for field in dataclasses.fields(cls)]
+    fields = _types(cls)
     for name in map(str, names):
         if name not in fields:
             near = [alias for alias in [_ALIASES.get(name)] if alias in fields]

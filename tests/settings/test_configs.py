@@ -158,7 +158,7 @@ def test_parse_config_reads_template_variables():
         (["--columns", "prompt=question"], "for example '{name: value}'"),
         (["--loss_weights", "0.5"], "loss_weights=[0.5] has no effect with one loss"),
         (["--alpha", "8"], "did you mean lora_alpha?"),
-        (["--print_config=skip_default"], "unknown setting 'print_config'"),
+        (["--print_config=skip_default"], "unknown setting 'print_config'; known: model, "),
         (
             ["--lr_scheduler_type", "constant", "--warmup_ratio", "0.2"],
             "warmup_ratio=0.2 has no effect with lr_scheduler_type=constant",
