@@ -63,8 +63,8 @@ class LaunchSizes:
     num_stages: int
 
 
-# For half operands. They fit shared memory and spill nothing, which tiles of 128 x 256 do (up to 650
-# bytes a thread); none is measured on a card yet.
+# For half operands. They fit shared memory and spill nothing, which tiles of 128 x 256 do (up to
+# 650 bytes a thread); none is measured on a card yet.
 HALF_SIZES = LaunchSizes(128, 128, 64, 128, 64, 8, 3)
 LARGE_CARDS = ((8, 0), (9, 0), (10, 0))  # 163 KiB of shared memory and more: room for a stage more
 FP32_SIZES = LaunchSizes(64, 64, 32, 64, 32, 4, 2)  # exact fp32 products use no tensor cores
