@@ -12,35 +12,19 @@ left out; Liger, Cut Cross-Entropy and PyTorch's chunked head run on CUDA only.
 
 import argparse
 import contextlib
-import ctypes
 import importlib.util
-import re
-import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from _common import (
-    StepClock,
-    add_memory_limit,
-    attempt,
-    commit,
-    device_name,
-    exit_code,
-    hold_memory,
-    peak_mib,
-    reset_peak,
-    write_record,
-)
+from _operations import Row, measure, parse_options, run_table
 from torch import Tensor
 
 from lowmem_dpo_kernels import token_logps, twins
 from lowmem_dpo_kernels.token_logps import check_implementation
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {
     "quick": ["64x32x1000"],
     "cpu": ["512x512x128256", "1024x512x128256"],
@@ -52,7 +36,6 @@ SHAPES = {
 }
 TRL_CHUNK_TOKENS = 8192
 NUM_CHECKED = 64
-COLUMNS = "{:<12} {:<28} {:<18} {:<9} {:>10} {:>10}  {:<24} {}"
 
 
 @dataclass(frozen=True)
@@ -69,23 +52,6 @@ class Case:
         return torch.full_like(self.hidden[:, 0], -100, dtype=torch.int64).scatter(
             0, self.rows, self.targets
         )
-
-
-@dataclass(frozen=True)
-class Result:
-    """One line of the table; None where there is nothing to tell, and failure says why."""
-
-    op: str
-    impl: str
-    shape: str
-    dtype: str
-    ms: float | None
-    peak_mib: float | None
-    device: str
-    commit: str
-    logps_error: float | None
-    grad_error: float | None
-    failure: str
 
 
 Implementation = Callable[[Case], Tensor]
@@ -124,13 +90,7 @@ def trl(case: Case) -> Tensor:
     on_cuda = case.hidden.is_cuda
     hidden = case.hidden[case.rows] if on_cuda else case.hidden
     targets = case.targets if on_cuda else case.everywhere().clamp(min=0)
-    settings = (
-        1.0,
-        TRL_CHUNK_TOKENS,
-        None,
-        1.0,
-        (),
-    )  # temperature, width, soft-cap, scale, outputs
+    settings = (1.0, TRL_CHUNK_TOKENS, None, 1.0, ())  # temperature, width, cap, scale, outputs
     logps = ChunkedLogProbFunction.apply(hidden, case.weight, None, targets, *settings)[0]
     return logps if on_cuda else logps[case.rows]
 
@@ -236,110 +196,33 @@ def is_right(logps_error: float, grad_error: float, dtype: torch.dtype) -> bool:
     return logps_error <= logps_limit and grad_error <= grad_limit
 
 
-def extra_mib(action: Callable[[], object], device: torch.device) -> float | None:
-    """Most memory beyond what was held before, in MiB: the card's, or the process's (on Linux)."""
-    if device.type == "cpu" and sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # or memory that earlier runs freed would be used unseen
-    reset_peak(device)
-    before = peak_mib(device)
-    action()
-    after = peak_mib(device)
-    return None if before is None or after is None else after - before
+def rows_of(shape: str, dtype: torch.dtype, options: argparse.Namespace) -> Iterator[Row]:
+    """Every implementation on one shape."""
+    case = make_case(shape, dtype, options.device)
+    for name, implementation in implementations(options.device).items():
 
+        def run(implementation: Implementation = implementation) -> tuple[Tensor, Tensor]:
+            return step(implementation, case)
 
-def median_ms(action: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median wall time; the card is idle before and after each run."""
-    clock = StepClock(device)
-    for _ in range(repeats):
-        clock.start()
-        action()
-        clock.stop()
-    return statistics.median(clock.steps_ms)
+        def check(run: Callable[[], tuple[Tensor, Tensor]] = run) -> tuple[dict[str, float], bool]:
+            logps_error, grad_error = errors(case, *run())
+            found = {"logps_error": logps_error, "grad_error": grad_error}
+            return found, is_right(logps_error, grad_error, dtype)
 
-
-def measure(
-    name: str, implementation: Implementation, shape: str, case: Case, repeats: int
-) -> Result:
-    """Check, then measure memory, then time."""
-    device, dtype = case.hidden.device, case.hidden.dtype
-    logps_error = grad_error = peak = ms = None
-
-    def check_and_time() -> None:
-        nonlocal logps_error, grad_error, peak, ms
-        logps_error, grad_error = errors(case, *step(implementation, case))
-        if is_right(logps_error, grad_error, dtype):
-            peak = extra_mib(lambda: step(implementation, case), device)
-            ms = median_ms(lambda: step(implementation, case), device, repeats)
-
-    failure = attempt(check_and_time) or ("wrong" if ms is None else "")
-    dtype_name = str(dtype).removeprefix("torch.")
-    where = device_name(device)
-    found = (logps_error, grad_error, failure)
-    return Result("token_logps", name, shape, dtype_name, ms, peak, where, commit(), *found)
-
-
-def print_row(result: Result) -> None:
-    """One line of the table; a wrong result gets its errors in place of a speed."""
-    ms = result.failure.split(":")[0] if result.ms is None else f"{result.ms:.1f}"
-    peak = "-" if result.peak_mib is None else f"{result.peak_mib:.0f}"
-    line = (
-        result.op,
-        result.impl,
-        result.shape,
-        result.dtype,
-        ms,
-        peak,
-        result.device,
-        result.commit,
-    )
-    print(COLUMNS.format(*line), flush=True)
-    if result.failure.startswith("failed"):
-        print(f"  {result.failure}")
-    if result.failure == "wrong":
-        logps_error, grad_error = result.logps_error, result.grad_error
-        print(f"  refused: log-probs off by {logps_error:.1e} nats, gradient by {grad_error:.1e}")
+        yield measure(name, dtype, check, run, options)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run every implementation on every shape and dtype."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    form = "NxDxV, such as 512x512x128256 (positions x hidden x vocabulary)"
+    options = parse_options(arguments, __doc__, SHAPES, form, r"\d+x\d+x\d+", repeats=3)
+    return run_table(
+        "token_logps",
+        ("ms", "peak_mib"),
+        options,
+        options.dtypes or ["float32", "bfloat16"],
+        lambda shape, dtype: rows_of(shape, dtype, options),
     )
-    parser.add_argument(
-        "--shapes", nargs="+", metavar="NxDxV", help="positions x hidden x vocabulary"
-    )
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: float32 and bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--quick", action="store_true", help="one toy shape, one repeat: does it run?"
-    )
-    add_memory_limit(parser)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    shapes = options.shapes or SHAPES["quick" if options.quick else device.type]
-    for shape in shapes:
-        if not re.fullmatch(r"\d+x\d+x\d+", shape):
-            parser.error(f"a shape must be NxDxV, such as 512x512x128256, got {shape}")
-    hold_memory(parser, options, device)
-
-    print(COLUMNS.format("op", "impl", "shape", "dtype", "ms", "peak_mib", "device", "commit"))
-    results = []
-    for shape in shapes:
-        for dtype in options.dtypes or ["float32", "bfloat16"]:
-            case = make_case(shape, DTYPES[dtype], device)
-            for name, implementation in implementations(device).items():
-                result = measure(
-                    name, implementation, shape, case, 1 if options.quick else options.repeats
-                )
-                results.append(result)
-                print_row(result)
-        if options.output:  # after every shape: a crash loses one
-            settings = {name: vars(options)[name] for name in ("repeats", "memory_limit")}
-            rows = [asdict(result) for result in results]
-            write_record(options.output, "token_logps", device, {"shapes": shapes} | settings, rows)
-    return exit_code([result.failure for result in results])
 
 
 if __name__ == "__main__":

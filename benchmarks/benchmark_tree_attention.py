@@ -17,23 +17,13 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from _common import (
-    add_memory_limit,
-    attempt,
-    commit,
-    device_name,
-    exit_code,
-    hold_memory,
-    write_record,
-)
-from benchmark_token_logps import DTYPES, extra_mib, median_ms
+from _operations import Row, measure, parse_options, run_table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -53,7 +43,6 @@ SHAPES = {
 }
 SHAPE = re.compile(r"(\d+)x(\d+)\+(\d+)\+(\d+)x(\d+)/(\d+)x(\d+)(?:w(\d+))?(?:c([\d.]+))?")
 TWIN_SCORES = 2**28  # H N^2, 1 GiB in fp32
-COLUMNS = "{:<15} {:<16} {:<30} {:<9} {:>9} {:>9} {:>9}  {:<24} {}"
 
 
 @dataclass(frozen=True)
@@ -86,31 +75,17 @@ class Case:
     @property
     def settings(self) -> dict[str, float | int | None]:
         """What the kernels and their twin are told."""
-        rule = {"sliding_window": self.sliding_window, "softcap": self.softcap}
-        return {"scale": self.scale} | rule
+        return {
+            "scale": self.scale,
+            "sliding_window": self.sliding_window,
+            "softcap": self.softcap,
+        }
 
     @property
     def sees_all(self) -> bool:
         """Whether plain causal attention would do for every sequence."""
         longest = max(trunk + max(rest) for _, trunk, *rest in self.plan.layout)
         return self.softcap is None and (self.sliding_window or longest) >= longest
-
-
-@dataclass(frozen=True)
-class Result:
-    """One line of the table; None where there is nothing to tell, and failure says why."""
-
-    op: str
-    impl: str
-    shape: str
-    dtype: str
-    ms: float | None
-    tflops: float | None
-    peak_mib: float | None
-    device: str
-    commit: str
-    error: float | None
-    failure: str
 
 
 Implementation = Callable[[Case], Tensor]
@@ -173,13 +148,13 @@ def make_cases(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Ca
     assert match
     *numbers, window, softcap = match.groups()
     trees, trunk, chosen, rejected, *heads = map(int, numbers)
-    rule = (int(window) if window else None, float(softcap) if softcap else None)
+    limits = (int(window) if window else None, float(softcap) if softcap else None)
     length = trunk + chosen + rejected
     layout = [(i * length, trunk, chosen, rejected) for i in range(trees)]
     lengths = [trunk + chosen] * trees + [trunk + rejected] * trees
     starts = itertools.accumulate(lengths, initial=0)
     plain = [(start, length, 0, 0) for start, length in zip(starts, lengths, strict=False)]
-    return tuple(_make_case(some, *heads, dtype, device, rule) for some in (layout, plain))
+    return tuple(_make_case(some, *heads, dtype, device, limits) for some in (layout, plain))
 
 
 def _make_case(
@@ -189,7 +164,7 @@ def _make_case(
     size: int,
     dtype: torch.dtype,
     device: torch.device,
-    rule: tuple[int | None, float | None],
+    limits: tuple[int | None, float | None],
 ) -> Case:
     """Seeded numbers; query, key and value require a gradient."""
     num_tokens = sum(sum(lengths) for _, *lengths in layout)
@@ -202,7 +177,7 @@ def _make_case(
     query, key, value = (
         normal(count).transpose(0, 1).requires_grad_() for count in (heads, key_heads, key_heads)
     )
-    return Case(query, key, value, normal(heads), TreePlan(layout, num_tokens), *rule)
+    return Case(query, key, value, normal(heads), TreePlan(layout, num_tokens), *limits)
 
 
 def needed_flops(case: Case) -> float:
@@ -262,86 +237,37 @@ def _exact(case: Case, rows: slice, lengths: list[int], k: int) -> list[Tensor]:
     return [torch.cat(outs, 1), torch.cat(query_grads), *sums]
 
 
-def measure(
-    name: str, implementation: Implementation, shape: str, case: Case, repeats: int
-) -> Result:
-    """Check, then measure memory, then time."""
-    device, dtype = case.query.device, case.query.dtype
-    error = ms = tflops = peak = None
+def rows_of(shape: str, dtype: torch.dtype, options: argparse.Namespace) -> Iterator[Row]:
+    """Every implementation on one shape."""
+    cases = make_cases(shape, dtype, options.device)
+    limit = 1e-5 if dtype == torch.float32 else 0.02
+    for name, (implementation, case) in implementations(*cases).items():
 
-    def check_and_time() -> None:
-        nonlocal error, peak, ms
-        error = largest_error(case, step(implementation, case))
-        if error <= (1e-5 if dtype == torch.float32 else 0.02):
-            peak = extra_mib(lambda: step(implementation, case), device)
-            ms = median_ms(lambda: step(implementation, case), device, repeats)
+        def run(f: Implementation = implementation, case: Case = case) -> tuple[Tensor, ...]:
+            return step(f, case)
 
-    failure = attempt(check_and_time) or ("wrong" if ms is None else "")
-    if ms is not None:
-        tflops = needed_flops(case) / ms / 1e9
-    dtype_name, where = str(dtype).removeprefix("torch."), device_name(device)
-    numbers = (ms, tflops, peak, where, commit(), error, failure)
-    return Result("tree_attention", name, shape, dtype_name, *numbers)
+        def check(
+            run: Callable[[], tuple[Tensor, ...]] = run, case: Case = case
+        ) -> tuple[dict[str, float], bool]:
+            error = largest_error(case, run())
+            return {"error": error}, error <= limit
 
-
-def print_row(result: Result) -> None:
-    """One line of the table; a wrong result gets its error in place of a speed."""
-    if result.ms is None:
-        numbers = [result.failure.split(":")[0], "-", "-"]
-    else:
-        peak = "-" if result.peak_mib is None else f"{result.peak_mib:.0f}"
-        numbers = [f"{result.ms:.2f}", f"{result.tflops:.3g}", peak]
-    line = (result.op, result.impl, result.shape, result.dtype, *numbers)
-    print(COLUMNS.format(*line, result.device, result.commit), flush=True)
-    if result.failure.startswith("failed"):
-        print(f"  {result.failure}")
-    if result.failure == "wrong":
-        print(f"  refused: off by {result.error:.1e} of its size")
+        row = measure(name, dtype, check, run, options)
+        rate = None if row["ms"] is None else needed_flops(case) / row["ms"] / 1e9
+        yield row | {"tflops": rate}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run every implementation on every shape and dtype."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    form = "TREESxTRUNK+CHOSEN+REJECTEDxH/KxE, such as 8x512+256+256x32/8x128"
+    options = parse_options(arguments, __doc__, SHAPES, form, SHAPE.pattern, repeats=10)
+    return run_table(
+        "tree_attention",
+        ("ms", "tflops", "peak_mib"),
+        options,
+        options.dtypes or ["bfloat16" if options.device.type == "cuda" else "float32"],
+        lambda shape, dtype: rows_of(shape, dtype, options),
     )
-    parser.add_argument(
-        "--shapes", nargs="+", metavar="SHAPE", help="such as 8x512+256+256x32/8x128"
-    )
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, help="default: bfloat16; fp32 on a CPU"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument(
-        "--quick", action="store_true", help="one toy shape, one repeat: does it run?"
-    )
-    add_memory_limit(parser)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    shapes = options.shapes or SHAPES["quick" if options.quick else device.type]
-    for shape in shapes:
-        if not SHAPE.fullmatch(shape):
-            parser.error(f"a shape must be like 8x512+256+256x32/8x128, got {shape}")
-    hold_memory(parser, options, device)
-
-    header = ("op", "impl", "shape", "dtype", "ms", "tflops", "peak_mib", "device", "commit")
-    print(COLUMNS.format(*header))
-    results = []
-    for shape in shapes:
-        for dtype in options.dtypes or ["bfloat16" if device.type == "cuda" else "float32"]:
-            cases = make_cases(shape, DTYPES[dtype], device)
-            for name, (implementation, case) in implementations(*cases).items():
-                repeats = 1 if options.quick else options.repeats
-                results.append(measure(name, implementation, shape, case, repeats))
-                print_row(results[-1])
-        if options.output:  # after every shape: a crash loses one
-            settings = {name: vars(options)[name] for name in ("repeats", "memory_limit")}
-            rows = [asdict(result) for result in results]
-            write_record(
-                options.output, "tree_attention", device, {"shapes": shapes} | settings, rows
-            )
-    return exit_code([result.failure for result in results])
 
 
 if __name__ == "__main__":

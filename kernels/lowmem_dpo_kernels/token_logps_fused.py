@@ -24,7 +24,7 @@ Deterministic: every number is written by one program; no atomics, no locks.
 Shapes: B rows of a block, S width of a slice, D hidden, J tiles of a slice.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -63,34 +63,23 @@ class LaunchSizes:
     num_stages: int
 
 
-# By compute capability, for half operands. They fit shared memory and spill nothing, which tiles
-# of 128 x 256 do (up to 650 bytes a thread); none is measured on a card yet.
-SIZES = {
-    (8, 0): LaunchSizes(128, 128, 64, 128, 64, 8, 4),
-    (8, 6): LaunchSizes(128, 128, 64, 128, 64, 8, 3),
-    (8, 9): LaunchSizes(128, 128, 64, 128, 64, 8, 3),
-    (9, 0): LaunchSizes(128, 128, 64, 128, 64, 8, 4),
-    (10, 0): LaunchSizes(128, 128, 64, 128, 64, 8, 4),
-    (12, 0): LaunchSizes(128, 128, 64, 128, 64, 8, 3),
-}
+# For half operands. They fit shared memory and spill nothing, which tiles of 128 x 256 do (up to
+# 650 bytes a thread); none is measured on a card yet.
+HALF_SIZES = LaunchSizes(128, 128, 64, 128, 64, 8, 3)
+LARGE_CARDS = ((8, 0), (9, 0), (10, 0))  # 163 KiB of shared memory and more: room for a stage more
 FP32_SIZES = LaunchSizes(64, 64, 32, 64, 32, 4, 2)  # exact fp32 products use no tensor cores
 FOLD_ROWS = 128
 
 
 def sizes_for(capability: tuple[int, int], dtype: torch.dtype) -> LaunchSizes:
-    """The table's entry: of the newest card it knows that is no newer than this one.
-
-    Args:
-        capability: The card's compute capability, at least 8.0.
-        dtype: Of the operands.
-    """
+    """What is launched on a card of a compute capability, for operands of a type."""
     if dtype == torch.float32:
         return FP32_SIZES
-    return SIZES[max(known for known in SIZES if known <= capability)]
+    return replace(HALF_SIZES, num_stages=4) if capability in LARGE_CARDS else HALF_SIZES
 
 
 def sizes_of(queries: Tensor) -> LaunchSizes:
-    """The entry for the card that holds `queries`; the interpreter has no card."""
+    """Those for the card that holds `queries`; the interpreter has no card."""
     if not queries.is_cuda:
         return FP32_SIZES
     return sizes_for(torch.cuda.get_device_capability(queries.device), queries.dtype)

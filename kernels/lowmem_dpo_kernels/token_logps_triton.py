@@ -26,7 +26,8 @@ def soft_capped(z, cap):
     """Cap * tanh(z / cap), and its slope."""
     # tanh(x) = 1 - 2 / (e^(2x) + 1), which saturates cleanly where e^(2x) overflows.
     tanh = 1.0 - 2.0 / (tl.exp(2.0 * z / cap) + 1.0)
-    return cap * tanh, 1.0 - tanh * tanh
+    slope = 1.0 - tanh * tanh
+    return cap * tanh, slope
 
 
 @triton.jit(do_not_specialize=["width", "with_weights"])

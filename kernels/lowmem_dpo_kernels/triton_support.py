@@ -34,7 +34,7 @@ def triton_problem() -> str | None:
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether the kernels run on `device`: a CUDA card that is new enough, where Triton compiles."""
+    """Whether kernels run on `device`: a CUDA card that is new enough, where Triton compiles."""
     return (
         device.type == "cuda"
         and triton_problem() is None

@@ -1,19 +1,14 @@
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+from tests.kernels.helpers import import_benchmark
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-        yield importlib.import_module("benchmark_nf4")
+    return import_benchmark("benchmark_nf4")
 
 
 def test_main_quick_prints_a_table_and_writes_json(benchmark, tmp_path, capsys):

@@ -271,12 +271,14 @@ def test_token_logps_logs_its_path_once(caplog):
 
 
 MEASURE_PEAK = """
-import resource, sys, torch
+import resource, sys
+import torch
 from lowmem_dpo_kernels import token_logps
 with_gradient = sys.argv[1] == "True"
-weight = torch.empty(128256, 256).normal_()
+torch.set_num_threads(1)
+weight = torch.empty(128256, 64).normal_()
 def step(num_tokens, weight):
-    hidden = torch.randn(num_tokens, 256, requires_grad=with_gradient)
+    hidden = torch.randn(num_tokens, 64, requires_grad=with_gradient)
     targets = torch.randint(len(weight), (num_tokens,))
     logps = token_logps(hidden, torch.arange(num_tokens), weight, targets)
     if with_gradient:
@@ -289,8 +291,8 @@ print((step(1024, weight) - before) / 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 @pytest.mark.parametrize("with_gradient", [True, False])
-def test_token_logps_needs_less_than_64_mib_for_128k_tokens(request, with_gradient):
-    """The logits alone would take 501 MiB."""
+def test_token_logps_needs_less_than_16_mib_for_128k_tokens(request, with_gradient):
+    """The logits alone would take 501 MiB, a copy of the head 31."""
     kernels = request.config.rootpath / "kernels"
     run = subprocess.run(
         [sys.executable, "-c", MEASURE_PEAK, str(with_gradient)],
@@ -299,7 +301,7 @@ def test_token_logps_needs_less_than_64_mib_for_128k_tokens(request, with_gradie
         text=True,
         check=True,
     )
-    assert float(run.stdout) < 64
+    assert float(run.stdout) < 16
 
 
 @pytest.mark.gpu

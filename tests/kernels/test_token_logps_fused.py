@@ -4,7 +4,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from lowmem_dpo_kernels import token_logps_fused
-from lowmem_dpo_kernels.token_logps_fused import SIZES, sizes_for
+from lowmem_dpo_kernels.token_logps_fused import FP32_SIZES, HALF_SIZES, sizes_for
 from tests.kernels.helpers import CAPABILITIES, import_benchmark
 
 
@@ -33,13 +33,14 @@ def test_fused_logits_are_the_same_code_with_and_without_gradient():
     assert [launch.arguments["with_weights"] for launch in scores] == [1, 0, 0]
 
 
-def test_sizes_for_an_unknown_card_are_those_of_the_one_before():
-    assert set(SIZES) == set(CAPABILITIES)
-    assert sizes_for((8, 7), torch.float16) == SIZES[8, 6]
-    assert sizes_for((12, 1), torch.bfloat16) == SIZES[12, 0]
+def test_sizes_for_half_operands_have_a_stage_more_where_shared_memory_is_large():
+    """An unknown card gets what fits all."""
+    stages = {card: sizes_for(card, torch.float16).num_stages for card in CAPABILITIES}
+    assert stages == {(8, 0): 4, (8, 6): 3, (8, 9): 3, (9, 0): 4, (10, 0): 4, (12, 0): 3}
+    assert sizes_for((12, 1), torch.bfloat16) == HALF_SIZES
 
 
-@pytest.mark.parametrize("sizes", [*SIZES.values(), token_logps_fused.FP32_SIZES])
+@pytest.mark.parametrize("sizes", [HALF_SIZES, FP32_SIZES])
 def test_sizes_divide_what_they_must(sizes):
     """D is a multiple of 64; a step of the second product stays in one tile of logits."""
     assert 64 % sizes.score_step == 0
