@@ -127,6 +127,15 @@ def test_read_rows_names_the_row_that_is_not_utf8(tmp_path, name):
     assert "not valid UTF-8" in refusal(write(tmp_path, name, b'[1,"\xe4'))
 
 
+def test_read_rows_goes_on_behind_a_row_of_a_list_that_is_not_utf8(tmp_path):
+    path = write(tmp_path, "a.json", b'[{"a": "\xc3\xa9"}, {"a": "\xe9"}, 3]')
+    assert [(row.value, row.fault) for row in read_rows(path)] == [
+        ({"a": "é"}, ""),
+        (None, "not valid UTF-8 (byte 7 of the row); save the file as UTF-8"),
+        (3, ""),
+    ]
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize(
     ("name", "text"),
