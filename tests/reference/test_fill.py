@@ -19,9 +19,9 @@ from lowmem_dpo.reference import fill
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.stopping import RunStopped
+from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training import policy, setup
 from lowmem_dpo.training.policy import Policy, cache_directory
-from lowmem_dpo.trainer import Trainer
 from tests.tiny import save_tiny_model
 from tests.training.conftest import environment
 
