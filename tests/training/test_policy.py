@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 from lowmem_dpo import TrainConfig, Trainer
+from lowmem_dpo.model import surgery
 from lowmem_dpo.model.head import Int8Head
 from lowmem_dpo.pipeline.generate import generate
 from lowmem_dpo.settings.configs import GenerateConfig
@@ -83,7 +84,9 @@ def test_fingerprint_names_all_that_can_move_a_last_bit(llama_dir, monkeypatch):
 
 def test_load_policy_takes_torchs_products_where_the_heads_kernels_fail(llama_dir, monkeypatch):
     monkeypatch.setattr(
-        policy, "tried_head", lambda model: replace(model, head_implementation="torch")
+        surgery,
+        "head_that_passed_its_trial",
+        lambda model: replace(model, head_implementation="torch"),
     )
     made = policy_for(TrainConfig(model=str(llama_dir), device="cpu"))
     assert made.model.head_implementation == "torch"
