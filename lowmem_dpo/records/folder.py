@@ -152,7 +152,8 @@ class RunFolder:
     def start(self, settings_yaml: str, resumed_step: int) -> None:
         """Write config.yaml; cut metrics.jsonl back to the step that the run goes on from."""
         replace_file(self.root / "config.yaml", settings_yaml.encode())
-        kept = [row for row in read_metrics(self.metrics) if row["step"] <= resumed_step]
+        rows = read_metrics(self.metrics) if resumed_step else []
+        kept = [row for row in rows if row["step"] <= resumed_step]
         replace_file(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
         if resumed_step:
             with contextlib.suppress(OSError, ValueError):

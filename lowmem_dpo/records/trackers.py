@@ -47,6 +47,9 @@ class Trackers:
         settings: The resolved settings, shown beside the curves.
         resumed_step: Where the run goes on from; 0 at its start.
         run_ids: What `run_ids` was in the run that is resumed.
+
+    Attributes:
+        run_ids: Tracker to the id under which a resumed run goes on with the same curve.
     """
 
     def __init__(
@@ -65,11 +68,8 @@ class Trackers:
                 )
             except Exception as error:
                 _warn_of(name, error)
-
-    @property
-    def run_ids(self) -> dict[str, str]:
-        """Tracker to the id under which a resumed run goes on with the same curve."""
-        return {name: t.run_id for name, t in self._live.items() if t.run_id is not None}
+        ids = {name: tracker.run_id for name, tracker in self._live.items()}
+        self.run_ids = {name: run_id for name, run_id in ids.items() if run_id is not None}
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Send one line of metrics, which holds its `step`."""

@@ -116,6 +116,9 @@ def _score_missing(
 
     Returns:
         The numbers, and why the last of them are not in the cache, if they are not.
+
+    Raises:
+        RunStopped: If some are not finite; names the data rows.
     """
     scored: dict[str, Tensor] = {}
     writer = _ShardWriter(cache, fingerprint)
@@ -124,7 +127,13 @@ def _score_missing(
             for start in range(0, len(missing), WINDOW):
                 for pack in pack_trees(missing[start : start + WINDOW], pack_tokens):
                     logps = _by_tree(pack, score(pack).cpu())
-                    _check_finite(pack, logps)
+                    bad = [t.row for t in pack.trees if not logps[t.digest].isfinite().all()]
+                    if bad:  # such a pair cannot be trained on
+                        raise RunStopped(
+                            f"the reference log-probs of {name_rows(bad)} are not finite: look at "
+                            "these pairs, and at the dtype (float16 overflows where bfloat16 does "
+                            "not)"
+                        )
                     scored.update(logps)
                     writer.add(logps)
                     bar.advance(len(pack.trees))
@@ -173,20 +182,6 @@ class _ShardWriter:
 def rms_difference(a: Tensor, b: Tensor) -> float:
     """Root mean square difference per token, in nats."""
     return (a - b).double().pow(2).mean().sqrt().item() if a.numel() else 0.0
-
-
-def _check_finite(pack: Pack, logps: dict[str, Tensor]) -> None:
-    """Stop at reference log-probs that are not finite: such a pair cannot be trained on.
-
-    Raises:
-        RunStopped: Naming the data rows.
-    """
-    bad = [tree.row for tree in pack.trees if not logps[tree.digest].isfinite().all()]
-    if bad:
-        raise RunStopped(
-            f"the reference log-probs of {name_rows(bad)} are not finite: look at these pairs, "
-            "and at the dtype (float16 overflows where bfloat16 does not)"
-        )
 
 
 def _by_tree(pack: Pack, logps: Tensor) -> dict[str, Tensor]:

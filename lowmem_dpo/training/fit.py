@@ -31,7 +31,6 @@ from lowmem_dpo.training.recorder import Recorder, leave_later_steps
 from lowmem_dpo.training.run import (
     Run,
     check_cpu_time,
-    forward_tokens,
     plan_pack_tokens,
     score_reference,
     self_check,
@@ -40,8 +39,7 @@ from lowmem_dpo.training.steps import (
     Batches,
     check_optimizer,
     new_state,
-    warn_of_few_steps,
-    warn_of_late_settings,
+    warn_of_short_run,
 )
 from lowmem_dpo.version import __version__
 from lowmem_dpo.weights.adapters import load_adapter
@@ -99,10 +97,10 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
         facts = resume_facts(asdict(config)) | {"data_digest": pairs.digest}
         check_resumable(checkpoint, facts)
     if trains:
-        warn_of_few_steps(batches)
-        warn_of_late_settings(config, config.warmup_steps, batches)
-    num_tokens = forward_tokens(pairs, batches, objective, trains=trains)
-    check_cpu_time(source, num_tokens, is_named=config.device != "auto")
+        warn_of_short_run(config, config.warmup_steps, batches)
+    if source.device.type == "cpu":
+        is_named = config.device != "auto"
+        check_cpu_time(source, pairs, batches, objective, trains=trains, is_named=is_named)
 
     dtype = str(source.dtype).removeprefix("torch.")
     say(

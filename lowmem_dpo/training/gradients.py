@@ -73,7 +73,14 @@ class PairStats:
             logps.policy_chosen,
             logps.policy_rejected,
         ]
-        block = dict(zip(PER_PAIR, rows, strict=True)) | _extra_rows(logps, self.objective)
+        block = dict(zip(PER_PAIR, rows, strict=True))
+        # What TRL logs of likelihood terms, and of ORPO's odds.
+        names = [name for name, _ in self.objective.terms]
+        if "sft" in names or "orpo" in names:
+            block["nll_loss"] = logps.nll
+        if "orpo" in names:
+            block["log_odds_chosen"] = log_odds_ratios(logps)
+            block["log_odds_ratio"] = F.logsigmoid(block["log_odds_chosen"])
         self.blocks.append({name: row.detach() for name, row in block.items()})
 
     def bad_pairs(self) -> list[int]:
@@ -92,18 +99,6 @@ class PairStats:
         names = [name for name in self.blocks[0] if name not in without]
         blocks = [torch.stack([block[name] for name in names]) for block in self.blocks]
         return names, torch.cat(blocks, dim=1)
-
-
-def _extra_rows(logps: PairLogps, objective: Objective) -> dict[str, Tensor]:
-    """[P] each: what TRL logs of likelihood terms, and of ORPO's odds."""
-    names = [name for name, _ in objective.terms]
-    rows = {}
-    if "sft" in names or "orpo" in names:
-        rows["nll_loss"] = logps.nll
-    if "orpo" in names:
-        rows["log_odds_chosen"] = log_odds_ratios(logps)
-        rows["log_odds_ratio"] = F.logsigmoid(rows["log_odds_chosen"])
-    return rows
 
 
 @dataclass(frozen=True)

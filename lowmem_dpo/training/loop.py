@@ -108,9 +108,9 @@ def train_steps(run: Run, state: TrainingState, max_grad_norm: float) -> Iterato
 
 def _judge_first_step(run: Run, metrics: Metrics, rms_per_token: float) -> dict[str, Any] | None:
     """Hold the first step, without its likelihood terms, against zero margin."""
-    if not run.has_step_zero:
+    adapter = run.policy.adapter
+    if run.reference is None or adapter is None or adapter.dropout > 0:
         return None
-    assert run.reference is not None
     record, warning = check_step_zero(
         metrics["loss"] - run.objective.nll_weight * metrics.get("nll_loss", 0.0),
         run.objective.zero_margin_loss(),

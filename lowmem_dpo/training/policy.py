@@ -13,6 +13,8 @@ import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -213,17 +215,14 @@ class Policy:
             "tile_rows": TILE_ROWS,
             "matmul_precision": torch.get_float32_matmul_precision(),
             "torch": torch.__version__,
-            "triton": _version("triton") if on_cuda else None,
-            "transformers": _version("transformers"),
-            "bitsandbytes": _version("bitsandbytes"),
+            "triton": _triton_version() if on_cuda else None,
+            "transformers": importlib.metadata.version("transformers"),
+            "bitsandbytes": importlib.metadata.version("bitsandbytes"),
         }
 
 
-def _version(package: str) -> str | None:
-    """The version that is installed; None without the package."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
+def _triton_version() -> str | None:
+    return import_module("triton").__version__ if find_spec("triton") else None
 
 
 def _cpu_name() -> str:

@@ -49,32 +49,36 @@ class Run:
     self_check_rms: float
     reference: Reference | None = None
 
-    @property
-    def has_step_zero(self) -> bool:
-        """Whether policy and reference must agree at the first step."""
-        adapter = self.policy.adapter
-        return self.reference is not None and adapter is not None and adapter.dropout == 0
 
-
-def check_cpu_time(source: Source, num_tokens: int, *, is_named: bool) -> None:
+def check_cpu_time(
+    source: Source,
+    pairs: Pairs,
+    batches: Batches,
+    objective: Objective,
+    *,
+    trains: bool,
+    is_named: bool,
+) -> None:
     """Say how long a large model will take on a CPU, and refuse it if the CPU was not named.
 
     A run on a CPU is for trying things out. Above a billion parameters it takes days, so nobody
     gets it by accident.
 
     Args:
-        source: Model and device.
-        num_tokens: Of the run, as `forward_tokens` counts them.
+        source: The model.
+        pairs: As for `forward_tokens`.
+        batches: As for `forward_tokens`.
+        objective: As for `forward_tokens`.
+        trains: As for `forward_tokens`.
         is_named: Whether the user named the device.
 
     Raises:
         ValueError: If the device was left to choose.
     """
-    if source.device.type != "cpu":
-        return
     size = ModelSize.of(source.config)
     if not size.is_large_for_a_cpu:
         return
+    num_tokens = forward_tokens(pairs, batches, objective, trains=trains)
     rate = matmul_rate(source.dtype)
     time_needed = duration(size.forward_flops(num_tokens) / rate)
     forecast = (

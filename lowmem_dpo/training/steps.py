@@ -52,19 +52,17 @@ class Batches:
             yield order[place * self.batch_size : (place + 1) * self.batch_size]
 
 
-def warn_of_few_steps(batches: Batches) -> None:
-    """Say before a short run starts that it will hardly move the model, and what to change."""
-    if batches.num_steps < FEW_STEPS:
-        steps = "1 step" if batches.num_steps == 1 else f"{batches.num_steps} steps"
-        warn(
-            f"only {steps}: {batches.num_pairs} pairs in batches of {batches.batch_size}; "
-            "for more, lower batch_size or raise num_train_epochs"
-        )
+def warn_of_short_run(run: RunSettings, warmup_steps: int | None, batches: Batches) -> None:
+    """Say before it starts that a run will hardly move the model, or that settings come too late.
 
-
-def warn_of_late_settings(run: RunSettings, warmup_steps: int | None, batches: Batches) -> None:
-    """Say which settings count in more steps than the run has, and what happens instead."""
+    Those count in more steps than the run has; what happens instead is said too.
+    """
     steps = batches.num_steps
+    if steps < FEW_STEPS:
+        warn(
+            f"only {'1 step' if steps == 1 else f'{steps} steps'}: {batches.num_pairs} pairs in "
+            f"batches of {batches.batch_size}; for more, lower batch_size or raise num_train_epochs"
+        )
     settings = {
         "logging_steps": "metrics are written at the last step only",
         "eval_steps": "it is evaluated at the last step only",

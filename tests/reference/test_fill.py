@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem_dpo.training.setup import prepare_run
 
 from lowmem_dpo.model.lora import linear_layers, lora_parameters
 from lowmem_dpo.model.nf4 import Nf4Weight
@@ -20,7 +19,9 @@ from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.trainer import Trainer
-from lowmem_dpo.training import policy, setup
+from lowmem_dpo.training import fit, policy
+from lowmem_dpo.training import run as preparation
+from lowmem_dpo.training.fit import prepare
 from lowmem_dpo.training.policy import Policy, cache_directory
 from tests.tiny import save_tiny_model
 from tests.training.conftest import environment
@@ -44,21 +45,21 @@ def config(llama_dir, pairs_file, tmp_path) -> TrainConfig:
 def forwards(monkeypatch) -> list[bool]:
     """One entry per forward of a backbone: whether a gradient will follow."""
     calls: list[bool] = []
-    load_policy = setup.load_policy
+    load_policy = fit.load_policy
 
-    def load(*arguments):
-        policy = load_policy(*arguments)
+    def load(*arguments, **options):
+        policy = load_policy(*arguments, **options)
         policy.model.backbone.register_forward_hook(
             lambda *_: calls.append(torch.is_grad_enabled())
         )
         return policy
 
-    monkeypatch.setattr(setup, "load_policy", load)
+    monkeypatch.setattr(fit, "load_policy", load)
     return calls
 
 
 def test_warm_cache_leaves_training_steps_without_a_reference_forward(config, forwards, tmp_path):
-    prepare_run(config, config.data)
+    prepare(config)
     forwards.clear()
     trainer = Trainer(config)
     at_step = []
@@ -91,29 +92,29 @@ def test_process_holds_the_base_weights_once(config):
 
 
 def test_cache_serves_another_beta_loss_rate_seed_and_adapter_start(config, capsys):
-    prepare_run(config, config.data)
+    prepare(config)
     capsys.readouterr()
     for change in ({"beta": 0.7}, {"loss_type": "ipo"}, {"learning_rate": 1e-5}, {"seed": 1}):
-        run = prepare_run(replace(config, **change), config.data)
+        run = prepare(replace(config, **change))
         assert run.reference.num_scored == 0
         assert run.reference.recheck_rms == 0.0
 
 
 def test_edited_data_file_costs_only_the_changed_pairs(config):
-    prepare_run(config, config.data)
+    prepare(config)
     path = Path(config.data)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[3]["chosen"] += " and more"
     rows.append({"prompt": "new", "chosen": "a", "rejected": "b"})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert prepare_run(config, config.data).reference.num_scored == 2
+    assert prepare(config).reference.num_scored == 2
 
 
 def test_interrupted_pass_goes_on_where_it_stopped(config, monkeypatch):
     monkeypatch.setattr(fill, "SECONDS_PER_SHARD", 0.0)
     config = replace(config, pack_tokens=128)
     calls = []
-    score = setup.score
+    score = preparation.score
 
     def failing(parts, pack):
         calls.append(len(pack.trees))
@@ -121,11 +122,11 @@ def test_interrupted_pass_goes_on_where_it_stopped(config, monkeypatch):
             raise KeyboardInterrupt
         return score(parts, pack)
 
-    monkeypatch.setattr(setup, "score", failing)
+    monkeypatch.setattr(preparation, "score", failing)
     with pytest.raises(KeyboardInterrupt):
-        prepare_run(config, config.data)
-    monkeypatch.setattr(setup, "score", score)
-    assert prepare_run(config, config.data).reference.num_scored == 13 - sum(calls[:2])
+        prepare(config)
+    monkeypatch.setattr(preparation, "score", score)
+    assert prepare(config).reference.num_scored == 13 - sum(calls[:2])
 
 
 def test_reference_equals_the_policy_at_step_zero_in_any_order_to_the_bit(config):
@@ -155,9 +156,9 @@ def test_reference_of_a_run_from_an_adapter_is_the_base_with_it(config, tmp_path
     first = Trainer(replace(config, learning_rate=1e-2, num_train_epochs=3)).fit()
     start = str(first.output_dir / "adapter")
     second = replace(config, init_adapter=start, output_dir=str(tmp_path / "second"))
-    run = prepare_run(second, second.data)
+    run = prepare(second)
     assert run.reference.num_scored == 13  # the base's numbers are not these
-    bare = prepare_run(config, config.data)
+    bare = prepare(config)
     key = run.pairs.train[0].digest
     assert not torch.allclose(run.reference.logps[key], bare.reference.logps[key], atol=1e-3)
     result = Trainer(second).fit()
@@ -168,14 +169,14 @@ def test_reference_of_a_run_from_an_adapter_is_the_base_with_it(config, tmp_path
 def test_model_may_be_an_adapter_folder(config, tmp_path, capsys):
     first = Trainer(replace(config, learning_rate=1e-2)).fit()
     second = replace(config, model=str(first.output_dir / "best"), output_dir=str(tmp_path / "b"))
-    run = prepare_run(second, second.data)
+    run = prepare(second)
     assert "is an adapter: starting from it" in capsys.readouterr().out
     assert any(p.any() for n, p in lora_parameters(run.policy.model.network).items() if "_b" in n)
 
 
 def tamper(config, amount: float) -> None:
     """Shift the cached numbers of every pair, under valid digests."""
-    run = prepare_run(config, config.data)
+    run = prepare(config)
     cache = ReferenceCache(cache_directory(None), run.policy.identity)
     for path in cache.directory.glob("*.safetensors"):
         path.unlink()
@@ -186,7 +187,7 @@ def tamper(config, amount: float) -> None:
 def test_numbers_that_do_not_belong_to_the_model_stop_the_run(config):
     tamper(config, 0.5)
     with pytest.raises(RunStopped, match="do not belong to this model"):
-        prepare_run(config, config.data)
+        prepare(config)
 
 
 def test_numbers_within_rounding_are_used_with_a_warning(config, capsys):
@@ -204,33 +205,33 @@ def other_numerics(monkeypatch) -> None:
 
 
 def test_another_fingerprint_says_what_differs_and_scores_again(config, monkeypatch, capsys):
-    prepare_run(config, config.data)
+    prepare(config)
     other_numerics(monkeypatch)
     capsys.readouterr()
-    assert prepare_run(config, config.data).reference.num_scored == 13
+    assert prepare(config).reference.num_scored == 13
     printed = capsys.readouterr().out
     assert "scored again" in printed and "-> 9.9" in printed
 
 
 def test_reference_accept_keeps_the_numbers(config, monkeypatch, capsys):
-    prepare_run(config, config.data)
+    prepare(config)
     other_numerics(monkeypatch)
-    run = prepare_run(replace(config, reference="accept"), config.data)
+    run = prepare(replace(config, reference="accept"))
     assert run.reference.num_scored == 0 and not run.reference.same_fingerprint
     assert "kept" in capsys.readouterr().out
 
 
 def test_another_attention_path_is_another_fingerprint(config, monkeypatch):
-    assert prepare_run(config, config.data).reference.same_fingerprint
+    assert prepare(config).reference.same_fingerprint
     monkeypatch.setattr(policy, "attention_path", lambda *arguments: "lowmem_dpo_tree, triton")
-    run = prepare_run(replace(config, reference="accept"), config.data)
+    run = prepare(replace(config, reference="accept"))
     assert run.reference.num_scored == 0 and not run.reference.same_fingerprint
 
 
 def test_cached_micro_batch_size_is_used_again(config):
-    first = prepare_run(replace(config, pack_tokens=448), config.data)
+    first = prepare(replace(config, pack_tokens=448))
     assert first.reference.num_scored == 13
-    again = prepare_run(config, config.data)
+    again = prepare(config)
     assert again.pack_tokens == 448 and again.reference.num_scored == 0
 
 
@@ -292,8 +293,8 @@ def test_a_full_disk_is_said_once_and_training_goes_on_in_memory(config, monkeyp
 def test_a_disk_with_room_again_gets_all_that_was_scored(config, monkeypatch):
     every_shard_fails(monkeypatch, 2)
     config = replace(config, pack_tokens=128)
-    assert prepare_run(config, config.data).reference.cache_error is None
-    assert prepare_run(config, config.data).reference.num_scored == 0
+    assert prepare(config).reference.cache_error is None
+    assert prepare(config).reference.num_scored == 0
 
 
 def test_precompute_fails_if_the_cache_cannot_take_it(config, monkeypatch):
@@ -313,7 +314,7 @@ def test_a_signal_ends_the_pass_after_its_micro_batch_and_keeps_what_was_scored(
     config, monkeypatch, number, capfd
 ):
     config = replace(config, pack_tokens=128)
-    score, scored = setup.score, []
+    score, scored = preparation.score, []
 
     def interrupted(parts, pack):
         result = score(parts, pack)
@@ -322,16 +323,16 @@ def test_a_signal_ends_the_pass_after_its_micro_batch_and_keeps_what_was_scored(
             os.kill(os.getpid(), number)
         return result
 
-    monkeypatch.setattr(setup, "score", interrupted)
+    monkeypatch.setattr(preparation, "score", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare_run(config, config.data)
+        prepare(config)
     assert len(scored) == 2 and "finishing this step" in capfd.readouterr().err
-    monkeypatch.setattr(setup, "score", score)
-    assert prepare_run(config, config.data).reference.num_scored == 13 - sum(scored)
+    monkeypatch.setattr(preparation, "score", score)
+    assert prepare(config).reference.num_scored == 13 - sum(scored)
 
 
 def test_a_reference_that_is_not_finite_names_its_row_and_is_not_cached(config, monkeypatch):
-    score = setup.score
+    score = preparation.score
 
     def poisoned(parts, pack):
         logps = score(parts, pack)
@@ -342,11 +343,11 @@ def test_a_reference_that_is_not_finite_names_its_row_and_is_not_cached(config, 
             start += sum(counts)
         return logps
 
-    monkeypatch.setattr(setup, "score", poisoned)
+    monkeypatch.setattr(preparation, "score", poisoned)
     with pytest.raises(RunStopped, match="reference log-probs of data row 7 are not finite"):
-        prepare_run(config, config.data)
-    monkeypatch.setattr(setup, "score", score)
-    assert prepare_run(config, config.data).reference.num_scored == 13
+        prepare(config)
+    monkeypatch.setattr(preparation, "score", score)
+    assert prepare(config).reference.num_scored == 13
 
 
 SHARING = """
@@ -361,7 +362,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.slow
 def test_two_runs_that_share_a_damaged_cache_do_no_harm(config, tmp_path):
     config = replace(config, pack_tokens=128)
-    run = prepare_run(config, config.data)
+    run = prepare(config)
     cache = ReferenceCache(cache_directory(None), run.policy.identity)
     (shard,) = cache.directory.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-3])
@@ -373,7 +374,7 @@ def test_two_runs_that_share_a_damaged_cache_do_no_harm(config, tmp_path):
     ]
     printed = [process.communicate(timeout=240)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
-    again = prepare_run(config, config.data)
+    again = prepare(config)
     assert again.reference.num_scored == 0
     for digest, logps in run.reference.logps.items():
         assert torch.equal(again.reference.logps[digest], logps)

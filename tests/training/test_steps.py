@@ -1,19 +1,26 @@
 import pytest
 
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.steps import Batches, warn_of_late_settings
+from lowmem_dpo.training import steps
+from lowmem_dpo.training.steps import Batches, warn_of_short_run
 
 EVALUATED = {"eval_fraction": 0.1}
 PATIENT = {**EVALUATED, "eval_steps": 2, "early_stopping_patience": 4}
 
 
+@pytest.fixture
+def no_run_is_short(monkeypatch) -> None:
+    monkeypatch.setattr(steps, "FEW_STEPS", 0)
+
+
 def said(capsys, **settings) -> str:
     config = TrainConfig(batch_size=1, **settings)
-    warn_of_late_settings(config, config.warmup_steps, Batches.of(config, 10))
+    warn_of_short_run(config, config.warmup_steps, Batches.of(config, 10))
     printed = capsys.readouterr()
     return " ".join((printed.out + printed.err).split())
 
 
+@pytest.mark.usefixtures("no_run_is_short")
 @pytest.mark.parametrize(
     ("settings", "change", "line"),
     [
@@ -29,14 +36,20 @@ def said(capsys, **settings) -> str:
         (PATIENT, {"eval_steps": 1}, "early_stopping_patience 4 cannot"),
     ],
 )
-def test_warn_of_late_settings_names_what_the_run_is_too_short_for(capsys, settings, change, line):
+def test_warn_of_short_run_names_what_the_run_is_too_short_for(capsys, settings, change, line):
     warning = said(capsys, **settings)
     assert line in warning and warning.count("warning") == 1
     assert said(capsys, **(settings | change)) == ""
 
 
-def test_warn_of_late_settings_is_silent_about_the_defaults(capsys):
+@pytest.mark.usefixtures("no_run_is_short")
+def test_warn_of_short_run_is_silent_about_the_defaults(capsys):
     assert said(capsys) == ""
+
+
+def test_warn_of_short_run_counts_the_steps_of_a_run_that_hardly_moves(capsys):
+    assert "only 10 steps: 10 pairs in batches of 1; for more, lower batch_size" in said(capsys)
+    assert said(capsys, num_train_epochs=2) == ""
 
 
 @pytest.mark.parametrize(
