@@ -1,4 +1,4 @@
-# make demo | quick | test | lint | check | crash
+# make demo | quick | test | lint | check | crash | docs
 # make TORCH=keep uses the torch that the system's Python has
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +16,7 @@ VENV_FLAGS =
 CONSTRAINTS = constraints.txt
 endif
 
-.PHONY: demo quick test lint check crash format clean
+.PHONY: demo quick test lint check crash docs format clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m lowmem_dpo demo
@@ -39,6 +39,10 @@ check: lint test
 crash: export CRASHES ?= 300
 crash: $(VENV)/.developer
 	$(RUN) -m pytest -q -s tests/training/test_crash.py
+
+# The tables of docs/, from the code.
+docs: $(VENV)/.installed
+	$(RUN) docs/generate.py
 
 format: $(VENV)/.developer
 	$(RUN) -m ruff check --fix .

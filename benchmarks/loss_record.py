@@ -1,9 +1,9 @@
 """Losses of every step on fixed seeds, to the last digit: what a change of structure must keep.
 
-    python benchmarks/loss_record.py --write before.json        # in the checkout before a change
-    python benchmarks/loss_record.py --against before.json      # in the one after it
+    PYTHONPATH=OLD:OLD/kernels python benchmarks/loss_record.py --write before.json
+    python benchmarks/loss_record.py --against before.json
 
-Runs, each through `python -m lowmem_dpo`'s own interface: every loss on a tiny Llama with dropout
+OLD is a checkout of the tree before a change. Runs, each through the public interface: every loss on a tiny Llama with dropout
 and without, every model family in tiles of tokens, an interrupted and resumed run, the demo, and
 three steps of a real model where `--model FOLDER` names one. Of each run the loss and the gradient
 norm of every step, and the digest of the adapter it left. One thread, since sums depend on their
@@ -23,7 +23,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path += [str(ROOT), str(ROOT / "kernels")]  # at the end: PYTHONPATH may name another checkout
 
 LOSSES: dict[str, dict[str, Any]] = {
     "sigmoid": {},
