@@ -62,7 +62,10 @@ def generate_text(
     streamer = (
         TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     )
-    with attention(model, model.family.plain_attention), torch.random.fork_rng(cuda_devices(device)):
+    with (
+        attention(model, model.family.plain_attention),
+        torch.random.fork_rng(cuda_devices(device)),
+    ):
         torch.manual_seed(sampling.seed)
         network: Any = model.network
         output = network.generate(

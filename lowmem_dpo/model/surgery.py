@@ -7,8 +7,6 @@ transformers has them, and norms are replaced before the layers that hold them a
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from lowmem_dpo.model.attention import TREE_ATTENTION
 from lowmem_dpo.model.head import HeadQuantization, head_to_host, quantize_head
 from lowmem_dpo.model.language_model import LanguageModel
