@@ -52,10 +52,9 @@ def make_trainable(
         ValueError: If a target names no layer, the head cannot be quantised, or a layer has a part
             that is not known.
     """
-    device = model.device
     model = quantize_head(model, head_quantization)
     if head_on_host:
-        model = head_to_host(model, device)
+        model = head_to_host(model, model.device)
     add_lora(
         model.network,
         targets=targets,
@@ -67,18 +66,13 @@ def make_trainable(
     )
     model = head_that_passed_its_trial(replace(model, head_implementation=head_kernel))
     replace_norms(model.backbone, model.family)
-    replace_layers(model, inputs_on_host=layer_inputs_on_host, has_dropout=dropout > 0)
-    model.backbone.set_attn_implementation(TREE_ATTENTION)
-    return model
-
-
-def replace_layers(model: LanguageModel, *, inputs_on_host: bool, has_dropout: bool) -> None:
-    """Put a `DecoderLayer` in the place of every layer of transformers."""
     for i, layer in enumerate(model.layers):
         model.layers[i] = DecoderLayer(
             layer,
             model.family,
             residual_multiplier=model.family.residual_multiplier(model.config),
-            inputs_on_host=inputs_on_host,
-            has_dropout=has_dropout,
+            inputs_on_host=layer_inputs_on_host,
+            has_dropout=dropout > 0,
         )
+    model.backbone.set_attn_implementation(TREE_ATTENTION)
+    return model
