@@ -1,11 +1,12 @@
 """Memory inside one decoder layer: what is alive when most is, by what made it.
 
-The layer runner keeps a layer's input and nothing else, so the peak of a step is the inside of one
-layer while it runs again and is differentiated. Here that one layer runs as in training, dense,
+A layer's input waits for the backward pass and nothing else, so the peak of a step is the inside of
+one layer while it runs again and is differentiated. Here that one layer runs as in training, dense,
 with an adapter on every linear, over one causal sequence, and every tensor is followed from its
-making to its end. The tokens are few: bytes a token are the slope between two lengths, which takes
-what does not grow (a dequantised weight, gradients of adapters) out of them. A tile of the MLP is
-such a constant too, and small enough to be one here.
+making to its end: transformers' layer under torch's checkpointing (plain), ours with transformers'
+norms (halves), and ours (halves + norms). The tokens are few: bytes a token are the slope between
+two lengths, which takes what does not grow (a dequantised weight, gradients of adapters) out of
+them. A tile of the MLP is such a constant too, and small enough to be one here.
 
     python benchmarks/layer_memory.py
     python benchmarks/layer_memory.py --shape gemma-2-9b --causes
@@ -17,10 +18,10 @@ shape is divided by `--scale` (bytes are scaled up again). On CUDA the peak is t
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -38,15 +40,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lowmem_dpo.model.fused import fuse_mlps, fuse_norms, tile_layers
+from lowmem_dpo.model.families import family_of
+from lowmem_dpo.model.layer import TILE_ROWS, DecoderLayer
 from lowmem_dpo.model.lora import add_lora, wrap_linears
-from lowmem_dpo.model.runner import LayerRunner
-from lowmem_dpo.model.tiles import TILE_ROWS
+from lowmem_dpo.model.norms import replace_norms
 from lowmem_dpo_kernels import rms_norm
 
 SMALL_TILE_ROWS = 64
 ONE_SEQUENCE = "layer_memory"
-OPS = ("norms", "mlps", "tiles")
+VARIANTS = ("plain", "halves", "halves + norms")
 
 # type, hidden, intermediate, query heads, key heads, head size
 SHAPES = {
@@ -58,10 +60,8 @@ SHAPES = {
 }
 
 
-def make_layer(
-    options: argparse.Namespace, ops: Sequence[str]
-) -> tuple[LayerRunner, PreTrainedModel]:
-    """One decoder layer with its adapter under its runner, and the model it is from."""
+def make_layer(options: argparse.Namespace, variant: str) -> tuple[nn.Module, PreTrainedModel]:
+    """One decoder layer with its adapter, and the model it is from."""
     model_type, hidden, inner, heads, key_heads, head_size = SHAPES[options.shape]
     scale = options.scale
     config = AutoConfig.for_model(
@@ -89,14 +89,21 @@ def make_layer(
         rank_stabilised=False,
         seed=0,
     )
-    if "norms" in ops:
-        fuse_norms(model)
-    if "mlps" in ops:
-        fuse_mlps(model.model.layers)
-    if "tiles" in ops:
-        tile_layers(model.model.layers, has_randomness=False, tile_rows=options.tile_rows)
     model.set_attn_implementation(ONE_SEQUENCE)
-    return LayerRunner(model.model.layers[0], inputs_on_host=False, has_randomness=False), model
+    layer, family = model.model.layers[0], family_of(config)
+    if variant == "plain":
+        return layer, model
+    if variant == "halves + norms":
+        replace_norms(layer, family)
+    halves = DecoderLayer(
+        layer,
+        family,
+        residual_multiplier=1.0,
+        inputs_on_host=False,
+        has_dropout=False,
+        tile_rows=options.tile_rows,
+    )
+    return halves, model
 
 
 def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, **rest: Any) -> Any:
@@ -188,13 +195,14 @@ class Pass:
 
     Args:
         options: Shape, dtype and device.
-        ops: Names of `OPS`.
+        variant: One of `VARIANTS`.
         num_tokens: N.
     """
 
-    def __init__(self, options: argparse.Namespace, ops: Sequence[str], num_tokens: int) -> None:
+    def __init__(self, options: argparse.Namespace, variant: str, num_tokens: int) -> None:
         torch.manual_seed(0)
-        self.layer, model = make_layer(options, ops)
+        self.layer, model = make_layer(options, variant)
+        self.is_plain = variant == "plain"
         shape = (1, num_tokens, model.config.hidden_size)
         self.hidden = torch.randn(shape, dtype=options.dtype, device=options.device)
         self.hidden.requires_grad_()
@@ -208,7 +216,13 @@ class Pass:
 
     def run(self) -> None:
         """Forth and back; the output is gone by then, as in training, its gradient is there."""
-        edge = get_gradient_edge(self.layer(self.hidden, **self.arguments))
+        if self.is_plain:
+            layer = functools.partial(self.layer, **self.arguments)
+            y = checkpoint(layer, self.hidden, use_reentrant=True)
+        else:
+            y = self.layer(self.hidden, **self.arguments)
+        edge = get_gradient_edge(y)
+        del y
         torch.autograd.backward(edge, self.upstream.clone())
 
     def peak(self) -> Peak:
@@ -235,17 +249,18 @@ class Pass:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Stop if the ops change a gradient by more than rounding: no figure of a wrong result."""
+    """Stop if gradients differ by more than rounding: no figure of a wrong result."""
     exact = argparse.Namespace(**vars(options) | {"dtype": torch.float32})
-    plain, fused = (Pass(exact, ops, 100).gradients() for ops in ((), OPS))
-    for got, want in zip(fused, plain, strict=True):
-        if not (got - want).norm() <= 1e-4 * want.norm():
-            raise SystemExit("the ops change the gradients; not measured")
+    plain, *ours = (Pass(exact, variant, 100).gradients() for variant in VARIANTS)
+    for gradients in ours:
+        for got, want in zip(gradients, plain, strict=True):
+            if not (got - want).norm() <= 1e-4 * want.norm():
+                raise SystemExit("the halves change the gradients; not measured")
 
 
-def kilobytes_per_token(options: argparse.Namespace, ops: Sequence[str]) -> dict[str, float]:
+def kilobytes_per_token(options: argparse.Namespace, variant: str) -> dict[str, float]:
     """The peak's slope between N and 2 N tokens, by cause, at the shape's true size."""
-    short, long = (Pass(options, ops, n * options.tokens).peak() for n in (1, 2))
+    short, long = (Pass(options, variant, n * options.tokens).peak() for n in (1, 2))
     factor = options.scale / options.tokens / 1000
     causes = {c: (long.causes[c] - short.causes[c]) * factor for c in long.causes}
     return {f"peak, in {long.where}": (long.total - short.total) * factor} | {
@@ -253,9 +268,9 @@ def kilobytes_per_token(options: argparse.Namespace, ops: Sequence[str]) -> dict
     }
 
 
-def times(options: argparse.Namespace, variants: Sequence[Sequence[str]]) -> list[list[float]]:
+def times(options: argparse.Namespace) -> list[list[float]]:
     """Milliseconds of each variant's runs, in rounds of one run each; the first is left out."""
-    passes = [Pass(options, ops, options.time_tokens) for ops in variants]
+    passes = [Pass(options, variant, options.time_tokens) for variant in VARIANTS]
     clock = StepClock(options.device)
     for _ in range(options.rounds + 1):
         for each in passes:
@@ -291,22 +306,20 @@ def main() -> None:
     """Print the table."""
     options = parse()
     check(options)
-    variants = [(), *((op,) for op in OPS), ("norms", "tiles"), OPS]
     print(f"{options.shape} on {device_name(options.device)}, commit {commit()}")
     if options.rounds:
-        found = times(options, variants)
-        print(f"{'ops':<22} {'ms':>9} {'over none':>10}")
-        for ops, ms in zip(variants, found, strict=True):
+        found = times(options)
+        print(f"{'layer':<22} {'ms':>9} {'over plain':>10}")
+        for variant, ms in zip(VARIANTS, found, strict=True):
             ratio = statistics.median(a / b for a, b in zip(ms, found[0], strict=True))
-            name = " + ".join(ops) or "none"
-            print(f"{name:<22} {statistics.median(ms):>9.1f} {ratio:>10.3f}")
+            print(f"{variant:<22} {statistics.median(ms):>9.1f} {ratio:>10.3f}")
         return
     shrink_blocks()
     options.tile_rows = 2 * options.tokens if options.one_tile else SMALL_TILE_ROWS
-    print(f"{'ops':<22} {'kB a token':>10}")
-    for ops in variants:
-        (where, peak), *causes = kilobytes_per_token(options, ops).items()
-        print(f"{' + '.join(ops) or 'none':<22} {peak:>10.1f}  {where}")
+    print(f"{'layer':<22} {'kB a token':>10}")
+    for variant in VARIANTS:
+        (where, peak), *causes = kilobytes_per_token(options, variant).items()
+        print(f"{variant:<22} {peak:>10.1f}  {where}")
         for name, value in causes if options.causes else ():
             print(f"{'':<22} {value:>10.1f}  {name}")
 

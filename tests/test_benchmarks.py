@@ -69,7 +69,7 @@ def test_train_step_gives_trl_the_same_nf4_weights(train_step):
     assert trl["grad_norm_0"] == pytest.approx(ours["grad_norm_0"], rel=0.01)
 
 
-def test_layer_memory_sees_what_each_op_saves(monkeypatch):
+def test_layer_memory_sees_what_halves_and_norms_save(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(sys, "path", list(sys.path))
     import layer_memory
@@ -79,12 +79,12 @@ def test_layer_memory_sees_what_each_op_saves(monkeypatch):
     monkeypatch.setattr(sys.modules[layer_memory.rms_norm.__module__], "_BLOCK_NUMBERS", 1)
     options.tile_rows = 16
     peaks = []
-    for ops in ((), ("norms",), layer_memory.OPS):
-        peak, *causes = layer_memory.kilobytes_per_token(options, ops).values()
+    for variant in layer_memory.VARIANTS:
+        peak, *causes = layer_memory.kilobytes_per_token(options, variant).values()
         assert causes
         peaks.append(peak)
-    assert peaks[1] < 0.95 * peaks[0]
-    assert peaks[2] < 0.5 * peaks[1]
+    assert peaks[1] < 0.6 * peaks[0]
+    assert peaks[2] < 0.7 * peaks[1]
 
 
 def result(impl: str, **changes: float) -> dict[str, object]:

@@ -37,8 +37,6 @@ from lowmem_dpo.model.mlp import GatedMlp
 TILE_ROWS = 2048
 """Most rows of a tile. A tile's weights are dequantised for it: 5 to 10 % of its products' time."""
 
-RandomState = tuple[Tensor, Tensor | None]
-
 
 class DecoderLayer(nn.Module):
     """A decoder layer that keeps nothing but its input for the backward pass.
@@ -68,18 +66,8 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         _check_parts(layer, family)
-        self.attention = AttentionHalf(
-            layer.get_submodule("self_attn"),
-            _norms(layer, family.attention_norms),
-            residual_multiplier=residual_multiplier,
-            is_parallel=family.is_parallel,
-        )
-        self.token_wise = TokenWiseHalf(
-            GatedMlp(layer.get_submodule("mlp")),
-            _norms(layer, family.mlp_norms),
-            residual_multiplier=residual_multiplier,
-            tile_rows=tile_rows,
-        )
+        self.attention = AttentionHalf(layer, family, residual_multiplier)
+        self.token_wise = TokenWiseHalf(layer, family, residual_multiplier, tile_rows)
         self.inputs_on_host = inputs_on_host
         self.has_dropout = has_dropout
 
@@ -96,28 +84,14 @@ class DecoderLayer(nn.Module):
 
 
 class AttentionHalf(nn.Module):
-    """h = x + norm(attention(norm(x))).
+    """h = x + norm(attention(norm(x))); the arguments are those of `DecoderLayer`."""
 
-    Args:
-        self_attn: The attention module of transformers.
-        norms: Before and after it.
-        residual_multiplier: Factor on what is added to x.
-        is_parallel: Whether the other half reads norm(x).
-    """
-
-    def __init__(
-        self,
-        self_attn: nn.Module,
-        norms: tuple[nn.Module | None, nn.Module | None],
-        *,
-        residual_multiplier: float,
-        is_parallel: bool,
-    ) -> None:
+    def __init__(self, layer: nn.Module, family: Family, residual_multiplier: float) -> None:
         super().__init__()
-        self.norm_before, self.norm_after = norms
-        self.self_attn = self_attn
+        self.norm_before, self.norm_after = _norms(layer, family.attention_norms)
+        self.self_attn = layer.get_submodule("self_attn")
         self.residual_multiplier = residual_multiplier
-        self.is_parallel = is_parallel
+        self.is_parallel = family.is_parallel
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Give h, and what the token-wise half reads: h, or norm(x) in a parallel layer."""
@@ -128,31 +102,19 @@ class AttentionHalf(nn.Module):
 
 
 class TokenWiseHalf(nn.Module):
-    """y = h + norm(mlp(norm(x))), one tile of tokens at a time.
-
-    Args:
-        mlp: The MLP.
-        norms: Before and after it.
-        residual_multiplier: Factor on what is added to h.
-        tile_rows: Most rows of a tile.
-    """
+    """y = h + norm(mlp(norm(h))), tile by tile; the arguments are those of `DecoderLayer`."""
 
     def __init__(
-        self,
-        mlp: GatedMlp,
-        norms: tuple[nn.Module | None, nn.Module | None],
-        *,
-        residual_multiplier: float,
-        tile_rows: int,
+        self, layer: nn.Module, family: Family, residual_multiplier: float, tile_rows: int
     ) -> None:
         super().__init__()
-        self.norm_before, self.norm_after = norms
-        self.mlp = mlp
+        self.norm_before, self.norm_after = _norms(layer, family.mlp_norms)
+        self.mlp = GatedMlp(layer.get_submodule("mlp"))
         self.residual_multiplier = residual_multiplier
         self.tile_rows = tile_rows
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        """Map h and x, [B, N, D] each, to y."""
+        """Map h and what the MLP reads (h too, or norm(x)), [B, N, D] each, to y."""
         tiles = self.tiles(x.shape[1])
         if len(tiles) == 1:
             return h + self._added(x)
@@ -211,7 +173,7 @@ class TokenWiseHalf(nn.Module):
 class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: DecoderLayer, kwargs: dict[str, Any]) -> Tensor:
-        ctx.layer, ctx.kwargs, ctx.device = layer, kwargs, x.device
+        ctx.layer, ctx.kwargs = layer, kwargs
         ctx.random_state = _random_state(x.device) if layer.has_dropout else None
         y = layer.token_wise(*layer.attention(x, **kwargs))
         ctx.x = _to_host(x) if layer.inputs_on_host else x.detach()
@@ -220,10 +182,10 @@ class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, None]:
         layer: DecoderLayer = ctx.layer
-        x = ctx.x.to(ctx.device, non_blocking=True).detach().requires_grad_()
+        x = ctx.x.to(grad_y.device, non_blocking=True).detach().requires_grad_()
         ctx.x = None
         # What is drawn here is drawn in the order of the first run: attention, then tile by tile.
-        with _repeated(ctx.random_state, ctx.device):
+        with _repeated(ctx.random_state, grad_y.device):
             with torch.enable_grad():
                 h, read = layer.attention(x, **ctx.kwargs)
             edges = [get_gradient_edge(t) for t in ((h, read) if read is not h else (h,))]
@@ -273,14 +235,14 @@ def _to_host(x: Tensor) -> Tensor:
     return host.copy_(x.detach(), non_blocking=True)
 
 
-def _random_state(device: torch.device) -> RandomState:
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     """States of the CPU's generator and, on a card, of the card's."""
     on_card = device.type == "cuda"
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_card else None
 
 
 @contextmanager
-def _repeated(state: RandomState | None, device: torch.device) -> Iterator[None]:
+def _repeated(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
     """Inside, the generators repeat what followed `state`; afterwards they go on."""
     if state is None:
         yield

@@ -32,7 +32,7 @@ def score(model: LanguageModel, pack: Pack, **layer_arguments: Any) -> Tensor:
     Returns:
         [T] fp32, in nats, in the order of `pack.rows`.
     """
-    device = model.head_weight.device
+    device = model.device
     embeddings = model.backbone.get_input_embeddings()(pack.input_ids.to(device)[None])
     if torch.is_grad_enabled():
         embeddings.requires_grad_()  # or no layer's backward would run: all before is frozen
@@ -57,7 +57,7 @@ def score_plain(model: LanguageModel, ids: tuple[int, ...]) -> Tensor:
     Returns:
         [L - 1] fp32, in nats.
     """
-    input_ids = torch.tensor(ids, device=model.head_weight.device)
+    input_ids = torch.tensor(ids, device=model.device)
     with attention(model, model.family.plain_attention):
         hidden = model.backbone(input_ids=input_ids[None], use_cache=False).last_hidden_state[0]
     return plain_logps(model, hidden[:-1], input_ids[1:])

@@ -148,7 +148,7 @@ def head_that_passed_its_trial(model: LanguageModel) -> LanguageModel:
     Args:
         model: The model, with the implementation of `token_logps` that is wanted.
     """
-    device = model.head_weight.device
+    device = model.device
     path = token_logps_path(device, model.head_implementation).split(",")[0]
     kernels, trial = f"the output head's {path} kernels", partial(check_head_kernels, model)
     if path == "torch" or passes_trial(trial, kernels, device, "the torch path"):

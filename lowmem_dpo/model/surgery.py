@@ -43,30 +43,21 @@ def prepare_model(
         ValueError: If a target names no layer, the head cannot be quantised, or a layer has a part
             that is not known.
     """
-    device = model.device
     model = quantize_head(model, head_quantization)
     if head_on_host:
-        model = head_to_host(model, device)
+        model = head_to_host(model, model.device)
     if adapter is not None:
         add_lora(model.network, **vars(adapter), seed=seed)
     model = head_that_passed_its_trial(replace(model, head_implementation=head_kernel))
     replace_norms(model.backbone, model.family)
-    replace_layers(
-        model,
-        inputs_on_host=layer_inputs_on_host,
-        has_dropout=adapter is not None and adapter.dropout > 0,
-    )
-    model.backbone.set_attn_implementation(TREE_ATTENTION)
-    return model
-
-
-def replace_layers(model: LanguageModel, *, inputs_on_host: bool, has_dropout: bool) -> None:
-    """Put a `DecoderLayer` in the place of every layer of transformers."""
+    has_dropout = adapter is not None and adapter.dropout > 0
     for i, layer in enumerate(model.layers):
         model.layers[i] = DecoderLayer(
             layer,
             model.family,
             residual_multiplier=model.family.residual_multiplier(model.config),
-            inputs_on_host=inputs_on_host,
+            inputs_on_host=layer_inputs_on_host,
             has_dropout=has_dropout,
         )
+    model.backbone.set_attn_implementation(TREE_ATTENTION)
+    return model

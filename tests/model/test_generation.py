@@ -65,12 +65,12 @@ def test_generate_text_answers_padded_prompts_as_eager_attention_without_a_cache
     policy = load_policy(
         TrainConfig(model=str(folder), device="cpu", quantization="none", max_length=128)
     )
-    model, tokenizer = policy.model.network, policy.tokenizer
+    tokenizer = policy.tokenizer
     prompts = [list(range(70, 70 + length)) for length in (3, 19)]
     sampling = SamplingSettings(max_new_tokens=12, temperature=0)
-    answers = generate_text(model, policy.model, tokenizer, prompts, sampling)
+    answers = generate_text(policy.model, tokenizer, prompts, sampling)
     twin = tiny_model(family, **untied)
-    wanted = [greedy_ids(twin, ids, 12, stop_ids(model, tokenizer)) for ids in prompts]
+    wanted = [greedy_ids(twin, ids, 12, stop_ids(policy.model, tokenizer)) for ids in prompts]
     assert answers == tokenizer.batch_decode(wanted, skip_special_tokens=True)
     assert len(set(wanted[1])) > 3
 
@@ -82,9 +82,9 @@ def test_generate_text_stops_at_every_token_that_generation_config_names(tmp_pat
         content = json.dumps({"eos_token_id": ends})
         (folder / "generation_config.json").write_text(content, encoding="utf-8")
         policy = load_policy(TrainConfig(model=str(folder), device="cpu"))
-        model, parts, tokenizer = policy.model.network, policy.model, policy.tokenizer
+        model, tokenizer = policy.model, policy.tokenizer
         prompt = tokenizer.encode("hello", add_special_tokens=False)
-        text = generate_text(model, parts, tokenizer, [prompt], GREEDY)[0]
+        text = generate_text(model, tokenizer, [prompt], GREEDY)[0]
         return text, stop_ids(model, tokenizer)
 
     eos = byte_tokenizer().eos_token_id

@@ -6,21 +6,19 @@ from lowmem_dpo.model import head as head_module
 from lowmem_dpo.model.head import (
     HostHead,
     Int8Head,
-    Nf4Head,
     check_head,
     head_to_host,
     quantize_head,
 )
-from lowmem_dpo.model.nf4 import quantize_nf4
+from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.weights.folders import load_config
-from lowmem_dpo.weights.loading import LoadedModel, load_model, model_parts
+from lowmem_dpo.weights.loading import load_model
 from lowmem_dpo_kernels import token_logps
 from lowmem_dpo_kernels.heads import SlicedWeight
 from tests.tiny import save_tiny_model
 
 HEADS = {
     "int8": Int8Head,
-    "nf4": Nf4Head,
     "host": lambda weight, bias: HostHead(weight, bias, weight.device),
 }
 
@@ -36,7 +34,7 @@ def make_weight(vocabulary=2500, dim=40, dtype=torch.float32):
 
 
 @pytest.fixture
-def loaded(tmp_path) -> LoadedModel:
+def loaded(tmp_path) -> LanguageModel:
     source = str(save_tiny_model(tmp_path / "model"))
     return load_model(
         source,
@@ -57,13 +55,6 @@ def test_int8_head_rounds_to_127_steps_a_row():
     assert ((dense - weight).abs() <= half_step * 1.0001).all()
     assert torch.equal(dense[7], torch.zeros(40))
     assert head.codes.nbytes + head.scales.nbytes == 2500 * (40 + 4)
-
-
-def test_nf4_head_is_nf4_chunk_by_chunk():
-    weight = make_weight()
-    dense = torch.cat(list(Nf4Head(weight, None).slices(256)))
-    expected = [quantize_nf4(part).dequantize(torch.float32) for part in weight.split(2048)]
-    assert torch.equal(dense, torch.cat(expected))
 
 
 def test_host_head_hands_out_the_weight_itself():
@@ -107,19 +98,18 @@ def test_heads_give_logits_for_sampling(kind):
     torch.testing.assert_close(head(hidden), F.linear(hidden, dense, bias))
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_quantised_heads_refuse_a_damaged_weight(kind):
+def test_a_quantised_head_refuses_a_damaged_weight():
     weight = make_weight()
     weight[2300, 3] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite"):
-        HEADS[kind](weight, None)
+        Int8Head(weight, None)
 
 
 def test_quantize_head_tells_storage_and_identity(loaded):
-    weight = loaded.model.lm_head.weight
+    weight = loaded.network.lm_head.weight
     assert quantize_head(loaded, "none") is loaded
     int8 = quantize_head(loaded, "int8")
-    head = model_parts(int8.model).lm_head_weight
+    head = int8.head_weight
     assert isinstance(head, Int8Head)
     (line,) = [row for row in int8.storage if row.kind == "head"]
     assert (line.count, line.format) == (1, "int8, a scale a row")
@@ -127,19 +117,11 @@ def test_quantize_head_tells_storage_and_identity(loaded):
     assert len({loaded.identity, int8.identity}) == 2
 
 
-def test_quantised_heads_have_identities_of_their_own(loaded):
-    weight, identities = loaded.model.lm_head, {loaded.identity}
-    for method in ("int8", "nf4"):
-        loaded.model.lm_head = weight
-        identities.add(quantize_head(loaded, method).identity)
-    assert len(identities) == 3
-
-
 def test_head_to_host_changes_no_number_and_no_identity(loaded):
-    weight = loaded.model.lm_head.weight
+    weight = loaded.network.lm_head.weight
     moved = head_to_host(loaded, torch.device("cpu"))
     assert moved.identity == loaded.identity
-    assert torch.equal(next(model_parts(moved.model).lm_head_weight.slices(4096)), weight)
+    assert torch.equal(next(moved.head_weight.slices(4096)), weight)
     (line,) = [row for row in moved.storage if row.kind == "head"]
     assert (line.format, line.nbytes) == ("float32, in host memory", weight.nbytes)
 

@@ -340,15 +340,36 @@ def test_adapters_disabled_gives_the_base_and_comes_back():
 
 
 @pytest.mark.parametrize("rank", [0, RANK])
-def test_an_output_that_is_not_read_is_left_out_and_its_gradients_are_right(rank):
+def test_for_gradient_leaves_the_output_out_and_has_the_gradients_of_forward(rank):
     results = []
     for left_out in (False, True):
         layer = make_layer("nf4", rank=rank)
         x = torch.randn(NUM_TOKENS, IN, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        with output_unread(layer if left_out else None):
-            y = layer(x)
-        assert y.isnan().all() == left_out
+        y = (layer.for_gradient if left_out else layer)(x)
+        assert y.isnan().all() == left_out and y.shape == (NUM_TOKENS, OUT)
+        assert y.untyped_storage().nbytes() == (4 if left_out else 4 * y.numel())
         y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
         results.append([x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_for_gradient_computes_no_product_with_the_weight_before_the_backward_pass():
+    layer = make_layer("nf4")
+    layer.weight.dequantize = lambda dtype: pytest.fail("the weight was made dense")
+    layer.for_gradient(torch.randn(NUM_TOKENS, IN, requires_grad=True))
+
+
+def test_for_gradient_draws_the_dropout_of_forward():
+    results = []
+    for left_out in (False, True):
+        layer = make_layer(dropout=0.5)
+        x = torch.ones(NUM_TOKENS, IN, requires_grad=True)
+        torch.manual_seed(4)
+        with dropout_live(layer):
+            y = (layer.for_gradient if left_out else layer)(x)
+        state = torch.get_rng_state()
+        y.backward(torch.ones_like(y))
+        results.append([state, x.grad, layer.lora_a.grad, layer.lora_b.grad])
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)

@@ -1,4 +1,8 @@
 import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -7,6 +11,7 @@ import torch
 from lowmem_dpo.model import nf4
 from lowmem_dpo.model.nf4 import Nf4Weight, quantize_nf4
 
+ROOT = Path(__file__).parents[2]
 SHAPES = [(64, 128), (96, 80), (33, 20), (7, 10), (3, 256)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -132,7 +137,7 @@ def test_quantize_nf4_refuses_what_is_not_finite(value):
 
 
 @pytest.mark.parametrize("fault", ["", "two levels", "one level", "no kernel image"])
-def test_a_kernel_that_differs_from_bitsandbytes_fails_its_trial(fault, monkeypatch, caplog):
+def test_a_kernel_that_differs_from_bitsandbytes_fails_its_trial(fault, monkeypatch, capsys):
     def kernel(weight, dtype):
         if fault == "no kernel image":
             raise RuntimeError(fault)
@@ -141,8 +146,9 @@ def test_a_kernel_that_differs_from_bitsandbytes_fails_its_trial(fault, monkeypa
 
     monkeypatch.setattr(Nf4Weight, "_dequantize_by_kernel", kernel)
     assert nf4._kernels_agree(torch.device("cpu"), torch.float32) == (not fault)
-    assert ("bitsandbytes is used" in caplog.text) == bool(fault)
-    assert fault in caplog.text
+    said = capsys.readouterr().out
+    assert ("bitsandbytes is used" in said) == bool(fault)
+    assert fault in said
 
 
 @pytest.mark.parametrize("agrees", [False, True])
@@ -157,3 +163,18 @@ def test_a_kernel_is_used_on_a_card_if_it_passes_its_trial(agrees, monkeypatch):
     nf4._has_kernel.cache_clear()
     assert found == [agrees, agrees]
     assert asked == [case]
+
+
+def test_nf4_is_imported_without_bitsandbytes():
+    code = """
+import sys
+sys.modules["bitsandbytes"] = None
+from lowmem_dpo.model.lora import LoraLinear
+from lowmem_dpo.model.nf4 import BLOCK, Nf4Weight
+"""
+    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "kernels"))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr

@@ -14,10 +14,10 @@ RULES = [
 ]
 
 
-def make_parts(weight, bias=None, logit_scale=1.0, logit_softcap=None):
+def make_model(weight, bias=None, logit_scale=1.0, logit_softcap=None):
     return SimpleNamespace(
-        lm_head_weight=weight,
-        lm_head_bias=bias,
+        head_weight=weight,
+        head_bias=bias,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
     )
@@ -35,9 +35,9 @@ def test_plain_head_equals_the_reference_in_value_and_gradient(vocabulary, rule)
         settings["bias"] = torch.randn(vocabulary, generator=generator, dtype=torch.float64)
     expected = twins.token_logps(hidden, torch.arange(6), weight, targets, **settings)
     (gradients,) = torch.autograd.grad(expected.sum(), hidden)
-    parts = make_parts(weight, **settings)
-    torch.testing.assert_close(plain_logps(parts, hidden.detach(), targets), expected.detach())
-    torch.testing.assert_close(plain_gradients(parts, hidden.detach(), targets), gradients)
+    model = make_model(weight, **settings)
+    torch.testing.assert_close(plain_logps(model, hidden.detach(), targets), expected.detach())
+    torch.testing.assert_close(plain_gradients(model, hidden.detach(), targets), gradients)
 
 
 def test_plain_head_reads_a_head_that_is_no_tensor():
@@ -47,14 +47,14 @@ def test_plain_head_reads_a_head_that_is_no_tensor():
     dense = torch.cat([part.clone() for part in head.slices(WIDTH)])
     hidden, targets = torch.randn(4, 8), torch.tensor([0, WIDTH, 3 * WIDTH - 1, 5])
     for function in (plain_logps, plain_gradients):
-        found = function(make_parts(head), hidden, targets)
-        assert torch.equal(found, function(make_parts(dense), hidden, targets))
+        found = function(make_model(head), hidden, targets)
+        assert torch.equal(found, function(make_model(dense), hidden, targets))
 
 
 def test_plain_head_computes_half_numbers_in_fp32():
     weight, hidden = torch.randn(100, 8).bfloat16(), torch.randn(3, 8).bfloat16()
     targets = torch.tensor([1, 2, 3])
-    found = plain_logps(make_parts(weight), hidden, targets)
+    found = plain_logps(make_model(weight), hidden, targets)
     assert found.dtype == torch.float32
     exact = twins.token_logps(hidden, torch.arange(3), weight, targets)
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)

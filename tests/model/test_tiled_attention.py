@@ -64,9 +64,9 @@ def test_tiled_attention_keeps_its_inputs_alone_for_the_backward_pass():
 @pytest.mark.parametrize("num_heads", [8, 64])
 def test_tiles_cover_every_query_once_within_the_bound_of_scores(window, num_heads):
     num_queries, num_keys = 5_000, 8_000
-    rule = tiled._Rule(num_keys - num_queries, 1.0, window, None)
+    segment = tiled._Segment(num_keys - num_queries, 1.0, window, None)
     end = 0
-    for rows, keys in rule.tiles(num_queries, num_keys, num_heads):
+    for rows, keys in segment.tiles(num_queries, num_keys, num_heads):
         assert rows.start == end and rows.stop > end
         end = rows.stop
         assert keys.stop == num_keys - num_queries + rows.stop

@@ -5,6 +5,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from lowmem_dpo.model.lora import LoraLinear, add_lora, lora_parameters, wrap_linears
+from lowmem_dpo.model.mlp import GatedMlp
 
 HIDDEN, INNER, NUM_TOKENS = 24, 40, 6
 
@@ -36,28 +37,40 @@ class Mlp(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-def gradients(mlp, dtype):
+def gradients(function, mlp, dtype=torch.float32):
+    """Output of a function, and gradients of its input and of the adapters of an MLP."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(1, NUM_TOKENS, HIDDEN, generator=generator).to(dtype).requires_grad_()
-    out = mlp(x)
+    out = function(x)
     out.backward(torch.randn(out.shape, generator=generator).to(dtype))
     return [out.detach(), x.grad, *(p.grad for p in lora_parameters(mlp).values())]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("in_one", [False, True])
-@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh", "relu", "gelu", "gelu_new"])
 def test_gated_mlp_has_the_bits_of_the_plain_one(act, in_one, dtype):
-    want = gradients(Mlp(act, in_one), dtype)
-    mlp = Mlp(act, in_one)
-    fused = GatedMlp(mlp, gate_activation(mlp))
+    plain, mlp = Mlp(act, in_one), GatedMlp(Mlp(act, in_one))
+    assert (mlp.activation is None) == (act not in ("silu", "gelu_pytorch_tanh"))
+    want = gradients(plain, plain, dtype)
     assert len(want) == 2 + 2 * (2 if in_one else 3)
-    for got, plain in zip(gradients(fused, dtype), want, strict=True):
-        assert torch.equal(got, plain)
+    for got, expected in zip(gradients(mlp, mlp, dtype), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu_new"])
+def test_for_gradient_gives_nan_with_the_gradients_of_forward(act):
+    mlp = GatedMlp(Mlp(act))
+    want = gradients(mlp, mlp)
+    mlp.zero_grad()
+    got = gradients(mlp.for_gradient, mlp)
+    assert got[0].isnan().all() and got[0].shape == want[0].shape
+    for ours, expected in zip(got[1:], want[1:], strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_gated_mlp_keeps_gate_and_up_and_the_inputs_of_its_linears():
-    mlp, kept = Mlp(), {}
+    mlp, kept = GatedMlp(Mlp()), {}
     x = torch.randn(1, NUM_TOKENS, HIDDEN, requires_grad=True)
 
     def keep(tensor):
@@ -65,23 +78,19 @@ def test_gated_mlp_keeps_gate_and_up_and_the_inputs_of_its_linears():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        GatedMlp(mlp, "silu")(x)
+        mlp(x)
     wide = [t for t in kept.values() if t.shape[-1] == INNER and t.numel() == NUM_TOKENS * INNER]
     assert len(wide) == 3  # gate, up and their product, which the down projection reads
 
 
-@pytest.mark.parametrize("act", ["relu", "gelu", "gelu_new"])
-def test_gate_activation_knows_no_other_functions(act):
-    assert gate_activation(Mlp(act)) is None
-
-
-def test_gate_activation_knows_no_other_mlps():
+def test_gated_mlp_refuses_an_mlp_without_a_gate():
     plain = nn.Module()
     plain.up_proj, plain.down_proj, plain.act_fn = nn.Identity(), nn.Identity(), ACT2FN["silu"]
-    assert gate_activation(plain) is None
+    with pytest.raises(AttributeError, match="gate_proj"):
+        GatedMlp(plain)
 
 
 def test_gated_mlp_takes_the_linears_as_they_are():
     mlp = Mlp()
     linears = [m for m in mlp.modules() if isinstance(m, LoraLinear)]
-    assert [m for m in GatedMlp(mlp, "silu").modules() if isinstance(m, LoraLinear)] == linears
+    assert [m for m in GatedMlp(mlp).modules() if isinstance(m, LoraLinear)] == linears
