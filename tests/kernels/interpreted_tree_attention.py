@@ -90,9 +90,10 @@ def test_tree_attention_matches_float64_with_one_setting_alone(settings):
 
 def test_tree_attention_with_a_window_beyond_the_pack_has_the_bits_of_none():
     """Up to 2^31 - 1, which a position may not be added to."""
-    expected = ours(make_inputs(), FORESTS["tail"])
-    for window in (NUM_TOKENS, 2**31 - 1):
-        found = ours(make_inputs(), FORESTS["tail"], sliding_window=window)
+    inputs = make_inputs(num_tokens=16)
+    expected = ours(inputs, [(0, 5, 3, 4)])
+    for window in (16, 2**31 - 1):
+        found = ours(inputs, [(0, 5, 3, 4)], sliding_window=window)
         assert all_equal(found, expected)
 
 
@@ -171,13 +172,13 @@ def test_tree_attention_writes_all_of_its_results(settings):
 
 
 def test_tree_attention_takes_a_strided_gradient_from_above():
-    inputs = make_inputs()
-    expected = ours(inputs, FORESTS["tail"])
+    inputs, layout = make_inputs(num_tokens=16), [(0, 5, 3, 4)]
+    expected = ours(inputs, layout)
     upstream = inputs[3].transpose(0, 1).contiguous().transpose(0, 1)
-    found = ours((*inputs[:3], upstream), FORESTS["tail"])
+    found = ours((*inputs[:3], upstream), layout)
     assert all_equal(found, expected)
     columns = inputs[3].transpose(1, 2).contiguous().transpose(1, 2)  # no unit stride
-    found = ours((*inputs[:3], columns), FORESTS["tail"])
+    found = ours((*inputs[:3], columns), layout)
     assert all_equal(found, expected)
 
 
