@@ -1,7 +1,9 @@
 """What several tests of the kernels share: cases of an output head, and code compiled for cards."""
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -61,6 +63,17 @@ def relative_error(actual, expected):
 def all_equal(results, others):
     """Whether tensors have the same bits, pair by pair."""
     return all(torch.equal(one, other) for one, other in zip(results, others, strict=True))
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, what `torch.empty` and its like return is full of NaN: what is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).new_empty(5).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class SlicedHead:

@@ -8,7 +8,7 @@ import torch
 
 from lowmem_dpo_kernels import TreePlan, tree_attention, tree_attention_triton, twins
 from lowmem_dpo_kernels.tree_attention_triton import TileSize, TileSizes
-from tests.kernels.helpers import all_equal
+from tests.kernels.helpers import all_equal, poisoned_memory
 
 SETTINGS = [
     {},
@@ -90,9 +90,10 @@ def test_tree_attention_matches_float64_with_one_setting_alone(settings):
 
 def test_tree_attention_with_a_window_beyond_the_pack_has_the_bits_of_none():
     """Up to 2^31 - 1, which a position may not be added to."""
-    expected = ours(make_inputs(), FORESTS["tail"])
-    for window in (NUM_TOKENS, 2**31 - 1):
-        found = ours(make_inputs(), FORESTS["tail"], sliding_window=window)
+    inputs = make_inputs(num_tokens=16)
+    expected = ours(inputs, [(0, 5, 3, 4)])
+    for window in (16, 2**31 - 1):
+        found = ours(inputs, [(0, 5, 3, 4)], sliding_window=window)
         assert all_equal(found, expected)
 
 
@@ -138,14 +139,14 @@ def test_tree_attention_has_the_same_bits_without_gradient():
     assert torch.equal(without, ours(inputs, FORESTS["tail"])[0])
 
 
-def test_tree_attention_writes_zeros_behind_the_last_tree_whatever_is_there(monkeypatch):
-    poisoned_memory(monkeypatch)
+def test_tree_attention_writes_zeros_behind_the_last_tree_whatever_is_there():
     inputs = make_inputs()
     clean = ours(inputs, FORESTS["tail"])
     for tensor in inputs[:3]:
         tensor[:, 47:] = torch.nan
     inputs[3][47:] = torch.nan
-    out, *grads = ours(inputs, FORESTS["tail"])
+    with poisoned_memory():
+        out, *grads = ours(inputs, FORESTS["tail"])
     assert torch.equal(out, clean[0]) and not out[47:].any()
     for grad, expected in zip(grads, clean[1:], strict=True):
         assert torch.equal(grad, expected) and not grad[:, 47:].any()
@@ -163,35 +164,21 @@ def test_tree_attention_keeps_nan_in_its_tree(settings):
         assert torch.equal(grad[:, :12], expected[:, :12])
 
 
-def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN: what a kernel does not write shows."""
-
-    def poisoned(allocate):
-        def function(*arguments, **settings):
-            memory = allocate(*arguments, **settings)
-            return memory.fill_(torch.nan) if memory.is_floating_point() else memory
-
-        return function
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-
-
-def test_tree_attention_writes_all_of_its_results(monkeypatch):
-    poisoned_memory(monkeypatch)
-    layout = FORESTS["empty-branches"]
-    for settings in SETTINGS[:2]:
-        assert not any(x.isnan().any() for x in ours(make_inputs(), layout, **settings))
+@pytest.mark.parametrize("settings", SETTINGS[:2], ids=str)
+def test_tree_attention_writes_all_of_its_results(settings):
+    with poisoned_memory():
+        results = ours(make_inputs(), FORESTS["empty-branches"], **settings)
+    assert not any(x.isnan().any() for x in results)
 
 
 def test_tree_attention_takes_a_strided_gradient_from_above():
-    inputs = make_inputs()
-    expected = ours(inputs, FORESTS["tail"])
+    inputs, layout = make_inputs(num_tokens=16), [(0, 5, 3, 4)]
+    expected = ours(inputs, layout)
     upstream = inputs[3].transpose(0, 1).contiguous().transpose(0, 1)
-    found = ours((*inputs[:3], upstream), FORESTS["tail"])
+    found = ours((*inputs[:3], upstream), layout)
     assert all_equal(found, expected)
     columns = inputs[3].transpose(1, 2).contiguous().transpose(1, 2)  # no unit stride
-    found = ours((*inputs[:3], columns), FORESTS["tail"])
+    found = ours((*inputs[:3], columns), layout)
     assert all_equal(found, expected)
 
 

@@ -44,14 +44,16 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("op, capability, label", COMPILED)
+@pytest.mark.parametrize("op, capability, label", COMPILED, ids=str)
 def test_kernels_compile_fit_and_have_no_atomics(op, capability, label):
     for launch in compile_launches(op, capability, label):
         assert kernel_resources.fits(kernel_resources.resources(launch, capability))
         assert not re.search(r"\b(atom|red)\.", launch.ptx)
 
 
-@pytest.mark.parametrize("op, capability, label", [c for c in COMPILED if c[0] == "tree_attention"])
+@pytest.mark.parametrize(
+    "op, capability, label", [c for c in COMPILED if c[0] == "tree_attention"], ids=str
+)
 def test_tree_attention_takes_the_registers_on_record(op, capability, label):
     if RECORD["versions"]["triton"] != triton.__version__:
         pytest.skip("the record was made by another Triton, and so another ptxas")
@@ -82,6 +84,7 @@ def test_record_of_resources_has_every_case_of_the_table():
 @pytest.mark.parametrize(
     "op, capability, label",
     [c for c in COMPILED if c[0] in ("tree_attention", "token_logps_fused")],
+    ids=str,
 )
 def test_products_use_tensor_cores_save_those_of_fp32(op, capability, label):
     """Tensor cores would round the operands of fp32."""
@@ -92,7 +95,7 @@ def test_products_use_tensor_cores_save_those_of_fp32(op, capability, label):
         assert all("cp.async" in launch.ptx for launch in products)  # loads run ahead
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 def test_rows_of_weights_leave_16_bytes_at_a_time(capability):
     for label in ("bf16", "fp32, bias, cap"):
         (launch,) = compile_launches("token_logps", capability, label)

@@ -13,6 +13,7 @@ from tests.kernels.helpers import (
     exact_logps_and_grad,
     logps_and_grad,
     make_head_case,
+    poisoned_memory,
     relative_error,
 )
 
@@ -205,11 +206,8 @@ def test_token_logps_says_once_that_float16_overflowed(caplog, overflows):
 def test_token_logps_reads_no_uninitialised_memory(dtype):
     inputs, settings, upstream = make_case(dtype, **VARIANTS["all"])
     expected = logps_and_grad(token_logps, inputs, settings, upstream)
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
-    try:
+    with poisoned_memory():
         actual = logps_and_grad(token_logps, inputs, settings, upstream)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert all_equal(actual, expected)
 
 

@@ -41,7 +41,7 @@ def scalars(launch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
+@pytest.mark.parametrize("capability", [(8, 0), (12, 0)], ids=str)
 def test_token_logps_runs_the_same_code_with_and_without_gradient(launches_of, capability, dtype):
     """Other code may sum a row in another order; only `with_weights` may tell the runs apart."""
     with_gradient = launches_of(capability, dtype, with_gradient=True)
