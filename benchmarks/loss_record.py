@@ -3,11 +3,12 @@
     PYTHONPATH=OLD:OLD/kernels python benchmarks/loss_record.py --write before.json
     python benchmarks/loss_record.py --against before.json
 
-OLD is a checkout of the tree before a change. Runs, each through the public interface: every loss on a tiny Llama with dropout
-and without, every model family in tiles of tokens, an interrupted and resumed run, the demo, and
-three steps of a real model where `--model FOLDER` names one. Of each run the loss and the gradient
-norm of every step, and the digest of the adapter it left. One thread, since sums depend on their
-number; the digits belong to a processor and to library versions, and are compared on one machine.
+OLD is a checkout of the tree before a change. Runs, each through the public interface: every loss
+on a tiny Llama with dropout and without, every model family in tiles of tokens, an interrupted and
+resumed run, the demo, and three steps of a real model where `--model FOLDER` names one. Of each run
+the loss and the gradient norm of every step, and the digest of the adapter it left. One thread,
+since sums depend on their number; the digits belong to a processor and to library versions, and are
+compared on one machine.
 """
 
 import argparse

@@ -10,8 +10,8 @@ import lowmem_dpo.model.attention as model_attention
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.packs.trees import build_tree
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.policy import load_policy
 from tests.model.test_scoring import packed_loss, take_gradients, token_pairs
+from tests.policies import policy_for
 from tests.tiny import save_tiny_model
 
 
@@ -33,7 +33,7 @@ def kernel_calls(monkeypatch):
 def test_model_with_kernels_equals_the_portable_path(family, tmp_path, monkeypatch, kernel_calls):
     """Loss and adapter gradients, under windows and soft-caps, with views of a fused product."""
     directory = save_tiny_model(tmp_path / "model", family)
-    policy = load_policy(
+    policy = policy_for(
         TrainConfig(model=str(directory), dtype="float32", quantization="none", device="cpu")
     )
     for name, parameter in lora_parameters(policy.model.network).items():

@@ -13,7 +13,7 @@ from lowmem_dpo.model.generation import (
 )
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.groups import SamplingSettings
-from lowmem_dpo.training.policy import load_policy
+from tests.policies import policy_for
 from tests.tiny import FAMILIES, save_tiny_model, tiny_model
 
 CONFIG = LlamaConfig(vocab_size=10)
@@ -62,7 +62,7 @@ def greedy_ids(model, ids, num_tokens, ends):
 def test_generate_text_answers_padded_prompts_as_eager_attention_without_a_cache(tmp_path, family):
     untied = {"tie_word_embeddings": False}  # a random tied model repeats its last token
     folder = save_tiny_model(tmp_path / "model", family, **untied)
-    policy = load_policy(
+    policy = policy_for(
         TrainConfig(model=str(folder), device="cpu", quantization="none", max_length=128)
     )
     tokenizer = policy.tokenizer
@@ -81,7 +81,7 @@ def test_generate_text_stops_at_every_token_that_generation_config_names(tmp_pat
     def answer(ends: list[int]) -> tuple[str, list[int]]:
         content = json.dumps({"eos_token_id": ends})
         (folder / "generation_config.json").write_text(content, encoding="utf-8")
-        policy = load_policy(TrainConfig(model=str(folder), device="cpu"))
+        policy = policy_for(TrainConfig(model=str(folder), device="cpu"))
         model, tokenizer = policy.model, policy.tokenizer
         prompt = tokenizer.encode("hello", add_special_tokens=False)
         text = generate_text(model, tokenizer, [prompt], GREEDY)[0]

@@ -5,7 +5,6 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from lowmem_dpo.model.second_run import output_unread
 from torch import nn
 
 from lowmem_dpo.model.lora import (

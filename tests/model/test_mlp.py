@@ -1,6 +1,5 @@
 import pytest
 import torch
-from lowmem_dpo.model.gated_mlp import GatedMlp, gate_activation
 from torch import nn
 from transformers.activations import ACT2FN
 

@@ -11,7 +11,7 @@ from lowmem_dpo.model.scoring import attention, score, score_plain
 from lowmem_dpo.packs.packing import pack_trees, sequence_logps
 from lowmem_dpo.packs.trees import build_tree
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.policy import load_policy
+from tests.policies import policy_for
 from tests.tiny import FAMILIES, save_tiny_model
 
 REFERENCE = (-30.0, -31.5)  # any numbers do: they only shift the margins
@@ -80,7 +80,7 @@ def policy(request, tmp_path: Path):
     extra = {"attention_bias": True} if request.param == "llama" else {}
     directory = save_tiny_model(tmp_path / "model", request.param, **extra)
     config = TrainConfig(model=str(directory), quantization="nf4", lora_r=4, max_length=128)
-    policy = load_policy(config)
+    policy = policy_for(config)
     torch.manual_seed(3)
     for name, parameter in lora_parameters(policy.model.network).items():
         if name.endswith("lora_b"):  # or lora_a would have no gradient to compare

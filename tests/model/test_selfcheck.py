@@ -6,14 +6,14 @@ from lowmem_dpo.model.selfcheck import check_head_kernels, check_packing, head_t
 from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.packs.trees import build_tree
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.policy import load_policy
 from tests.model.test_scoring import token_pairs
+from tests.policies import policy_for
 from tests.tiny import FAMILIES, save_tiny_model
 
 
 def make_policy(directory, family="llama", **settings):
     model = save_tiny_model(directory / "model", family)
-    return load_policy(TrainConfig(model=str(model), device="cpu", max_length=128, **settings))
+    return policy_for(TrainConfig(model=str(model), device="cpu", max_length=128, **settings))
 
 
 def wrong_head(monkeypatch, fault):

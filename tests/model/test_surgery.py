@@ -8,20 +8,13 @@ from lowmem_dpo.model.attention import TREE_ATTENTION
 from lowmem_dpo.model.head import HostHead, Int8Head
 from lowmem_dpo.model.language_model import LanguageModel, StorageRow
 from lowmem_dpo.model.layer import DecoderLayer
-from lowmem_dpo.model.lora import lora_layers, wrap_linears
+from lowmem_dpo.model.lora import AdapterSpec, lora_layers, wrap_linears
 from lowmem_dpo.model.norms import FusedRmsNorm
 from lowmem_dpo.model.scoring import attention
-from lowmem_dpo.model.surgery import make_trainable
+from lowmem_dpo.model.surgery import prepare_model
 from tests.tiny import FAMILIES, tiny_model
 
-ADAPTER = {
-    "targets": "all",
-    "rank": 4,
-    "alpha": 8.0,
-    "dropout": 0.0,
-    "rank_stabilised": False,
-    "seed": 0,
-}
+ADAPTER = AdapterSpec(rank=4, alpha=8.0, dropout=0.0, targets="all", rank_stabilised=False)
 IDS = torch.arange(30, 50)[None]
 
 
@@ -39,19 +32,18 @@ def hidden_states(network):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_make_trainable_changes_no_bit_of_what_transformers_computes(family, dtype):
+def test_prepare_model_changes_no_bit_of_what_transformers_computes(family, dtype):
     plain = tiny_model(family).to(dtype)
-    model = make_trainable(loaded(family, dtype), **ADAPTER)
+    model = prepare_model(loaded(family, dtype), ADAPTER)
     with attention(model, model.family.plain_attention):
         plain.set_attn_implementation(model.family.plain_attention)
         assert torch.equal(hidden_states(model.network), hidden_states(plain))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_make_trainable_replaces_layers_and_norms_and_sets_attention(dropout):
-    model = make_trainable(
-        loaded(), **{**ADAPTER, "targets": ["q_proj"], "dropout": dropout}, head_kernel="torch"
-    )
+def test_prepare_model_replaces_layers_and_norms_and_sets_attention(dropout):
+    adapter = replace(ADAPTER, targets=["q_proj"], dropout=dropout)
+    model = prepare_model(loaded(), adapter, head_kernel="torch")
     assert all(isinstance(layer, DecoderLayer) for layer in model.layers)
     assert all(layer.has_dropout == (dropout > 0) for layer in model.layers)
     assert not any(layer.inputs_on_host for layer in model.layers)
@@ -66,20 +58,26 @@ def test_make_trainable_replaces_layers_and_norms_and_sets_attention(dropout):
     assert model.head_implementation == "torch"
 
 
-def test_make_trainable_tries_the_head_that_it_has_put_in(monkeypatch):
+def test_prepare_model_tries_the_head_that_it_has_put_in(monkeypatch):
     def trial(model):
         assert isinstance(model.head_weight, Int8Head) and model.head_implementation == "auto"
         return replace(model, head_implementation="torch")
 
     monkeypatch.setattr(surgery, "head_that_passed_its_trial", trial)
     before = loaded()
-    model = make_trainable(before, **ADAPTER, head_quantization="int8")
+    model = prepare_model(before, ADAPTER, head_quantization="int8")
     assert model.head_implementation == "torch"
     assert model.identity != before.identity
     assert model.storage[0].format.startswith("int8")
 
 
-def test_make_trainable_moves_the_head_to_the_host():
-    model = make_trainable(loaded(), **ADAPTER, head_on_host=True, layer_inputs_on_host=True)
+def test_prepare_model_moves_the_head_to_the_host():
+    model = prepare_model(loaded(), ADAPTER, head_on_host=True, layer_inputs_on_host=True)
     assert isinstance(model.head_weight, HostHead)
     assert all(layer.inputs_on_host for layer in model.layers)
+
+
+def test_prepare_model_without_an_adapter_leaves_nothing_to_train():
+    model = prepare_model(loaded())
+    assert not lora_layers(model.network) and not any(layer.has_dropout for layer in model.layers)
+    assert not [p for p in model.network.parameters() if p.requires_grad]
