@@ -19,7 +19,6 @@ versions, dtype, micro-batch size). Numbers of the same fingerprint are reproduc
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +28,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from lowmem_dpo.console import warn
 from lowmem_dpo.files import remove_stale_parts, replace_file
-
-logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 STALE_SECONDS = 3600.0  # no shard takes that long to write: what is older, a kill has left
@@ -155,11 +153,11 @@ def _read_whole(path: Path) -> bytes | None:
         if _is_whole(content := aside.read_bytes(), path):
             aside.replace(path)
             return content
-        logger.warning("%s is damaged and set aside; its pairs are scored again", path)
+        warn(f"{path} is damaged and set aside; its pairs are scored again")
     except FileNotFoundError:  # another run has just set it aside
         pass
     except OSError as error:  # unreadable, or in a folder that cannot be written
-        logger.warning("%s is left out: %s; its pairs are scored again", path, error.strerror)
+        warn(f"{path} is left out: {error.strerror}; its pairs are scored again")
     return None
 
 
