@@ -4,23 +4,22 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from _common import StepClock, peak_mib, reset_peak
 from _random_models import random_model
+from _runs import run_on
 
+from lowmem_dpo.data.encoding import TokenPair
 from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
-from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.lora import LoraLinear
+from lowmem_dpo.model.lora import AdapterSpec, LoraLinear
+from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.surgery import prepare_model
-from lowmem_dpo.packs.trees import TokenPair, build_tree
-from lowmem_dpo.reference.cache import ReferenceCache
+from lowmem_dpo.packs.packing import pack_trees
+from lowmem_dpo.packs.trees import build_tree
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.loop import train_steps
-from lowmem_dpo.training.pairs import Pairs
 from lowmem_dpo.training.policy import Policy
-from lowmem_dpo.training.run import Run, plan_pack_tokens, score_reference
-from lowmem_dpo.training.steps import Batches, new_state
-from lowmem_dpo.weights.adapters import AdapterSpec
 
 
 def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> dict[str, Any]:
@@ -48,14 +47,7 @@ def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> d
     )
     policy = random_policy(options, config)
     trees = [build_tree(pair) for pair in pairs]
-    cache = ReferenceCache(scratch, policy.identity)
-    sizes = {"batch_size": len(trees), "seed": config.seed}
-    pack_tokens = plan_pack_tokens(trees, policy, cache, **sizes)
-    reference = score_reference(trees, policy, cache, pack_tokens)
-    batches, objective = Batches.of(config, len(trees)), Objective.of(config)
-    data = Pairs(trees, [], "", {})
-    dpo_run = Run(policy, data, batches, objective, pack_tokens, 0.0, reference)
-    state = new_state(config, policy.model, batches.num_steps)
+    dpo_run, state = run_on(trees, policy, config, config, scratch)
 
     clock, metrics = StepClock(options.device), []
     reset_peak(options.device)
@@ -68,7 +60,9 @@ def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> d
 
     reference_clock = StepClock(options.device)
     reference_clock.start()
-    score_reference(trees, policy, ReferenceCache(scratch / "again", {}), pack_tokens)
+    with torch.no_grad():
+        for pack in pack_trees(trees, dpo_run.pack_tokens):
+            score(policy.model, pack)
     reference_clock.stop()
     return {
         "steps_ms": clock.steps_ms,

@@ -19,14 +19,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from _runs import run_on
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lowmem_dpo.data.encoding import TokenPair
-from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.model.scoring import attention
 from lowmem_dpo.packs.trees import Tree, build_tree
-from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.groups import (
     AdapterSettings,
     LossSettings,
@@ -34,13 +33,9 @@ from lowmem_dpo.settings.groups import (
     OptimizerSettings,
 )
 from lowmem_dpo.training.loop import train_steps
-from lowmem_dpo.training.pairs import Pairs
 from lowmem_dpo.training.policy import Policy, Source, load_policy
-from lowmem_dpo.training.run import Run, score_reference
-from lowmem_dpo.training.steps import Batches, new_state
 from lowmem_dpo.weights.folders import load_config
 
-PACK_TOKENS = 1024
 VOCABULARY, LENGTH, BETA = 8, 4, 1.0
 CPU = torch.device("cpu")
 
@@ -164,14 +159,9 @@ def train_and_compare(
     )
     rewards = 0.7 * table[torch.arange(LENGTH), ids[:, 1:]].sum(1)
     trees = draw_pairs(reference, rewards, ids, pairs)
-    data = Pairs(trees, [], "", {})
-    batches = Batches.of(settings, len(trees))
-    score = score_reference(
-        trees, policy, ReferenceCache(cache, {"rank": rank, "q": quantization}), PACK_TOKENS
+    run, state = run_on(
+        trees, policy, LossSettings(beta=BETA), settings, cache / f"{rank}-{quantization}", 1024
     )
-    objective = Objective.of(LossSettings(beta=BETA))
-    run = Run(policy, data, batches, objective, PACK_TOKENS, 0.0, score)
-    state = new_state(settings, policy.model, batches.num_steps)
     for _ in train_steps(run, state, settings.max_grad_norm):
         pass
     return compare(answer_logps(policy, ids), reference, rewards)

@@ -1,0 +1,48 @@
+"""A run on given pairs, ready for its first step, without a file of pairs or an output folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.packs.trees import Tree
+from lowmem_dpo.records.checkpoints import TrainingState
+from lowmem_dpo.reference.cache import ReferenceCache
+from lowmem_dpo.settings.groups import LossSettings, OptimizerSettings
+from lowmem_dpo.training.pairs import Pairs
+from lowmem_dpo.training.policy import Policy
+from lowmem_dpo.training.run import Run, plan_pack_tokens, score_reference
+from lowmem_dpo.training.steps import Batches, new_state
+
+
+def run_on(
+    trees: Sequence[Tree],
+    policy: Policy,
+    losses: LossSettings,
+    optimizer: OptimizerSettings,
+    scratch: Path,
+    pack_tokens: int | None = None,
+) -> tuple[Run, TrainingState]:
+    """Plan, score the reference, make an optimizer.
+
+    Args:
+        trees: The pairs.
+        policy: As it starts.
+        losses: What is minimised.
+        optimizer: How.
+        scratch: Receives the reference cache.
+        pack_tokens: Tokens of a micro-batch; by default as a run would choose them.
+    """
+    cache = ReferenceCache(scratch, policy.identity)
+    pack_tokens = plan_pack_tokens(
+        trees,
+        policy,
+        cache,
+        batch_size=optimizer.batch_size,
+        seed=optimizer.seed,
+        wanted=pack_tokens,
+    )
+    reference = score_reference(trees, policy, cache, pack_tokens)
+    batches = Batches.of(optimizer, len(trees))
+    pairs = Pairs(list(trees), [], "", {})
+    run = Run(policy, pairs, batches, Objective.of(losses), pack_tokens, 0.0, reference)
+    return run, new_state(optimizer, policy.model, batches.num_steps)
