@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import errors
 
-from lowmem_dpo.model import hub
+from lowmem_dpo.weights import hub
 from lowmem_dpo.weights.hub import (
     check_download,
     check_space,

@@ -17,12 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowmem_dpo.files import lock_file, unlock_file
-from lowmem_dpo.model import loading, quantized_copy
-from lowmem_dpo.weights.folders import load_config
-from lowmem_dpo.weights.loading import load_model
+from lowmem_dpo.weights import loading, quantized_copy
 from lowmem_dpo.weights.quantized_copy import CopyWriter
 from lowmem_dpo.weights.safetensors_files import StoredTensor
 from tests.tiny import FAMILIES
+from tests.weights.loading_lines import load_and_listen
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 MADE = "the next start reads the copy"
@@ -43,12 +42,11 @@ def cache(tmp_path):
 
 
 def load(folder, cache, dtype=torch.float32, **options):
-    return load_model(
-        str(folder),
-        config=load_config(str(folder), max_length=64),
+    return load_and_listen(
+        folder,
+        max_length=64,
         quantization="nf4",
         dtype=dtype,
-        device="cpu",
         cache_dir=cache,
         **options,
     )
@@ -56,7 +54,7 @@ def load(folder, cache, dtype=torch.float32, **options):
 
 def content(loaded):
     """Every number of a model."""
-    tensors = [*loaded.model.named_parameters(), *loaded.model.named_buffers()]
+    tensors = [*loaded.network.named_parameters(), *loaded.network.named_buffers()]
     return {name: tensor.clone() for name, tensor in tensors}
 
 
@@ -114,7 +112,7 @@ def test_second_load_of_every_family_is_the_first_to_the_bit(tiny_checkpoint, ca
     first, second = load(folder, cache), load(folder, cache)
     assert USED in second.notes[0]
     assert_same(second, first)
-    assert torch.equal(logits(second.model), logits(first.model))
+    assert torch.equal(logits(second.network), logits(first.network))
 
 
 def test_a_source_that_is_replaced_while_it_is_read_leaves_no_copy(
@@ -170,7 +168,7 @@ def test_copy_is_a_checkpoint_for_transformers(base, cache):
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
     assert theirs.dtype == torch.bfloat16
-    difference = logits(ours.model) - logits(theirs)
+    difference = logits(ours.network) - logits(theirs)
     assert difference.pow(2).mean().sqrt() < 0.01 * logits(theirs).std()
 
 
@@ -178,7 +176,7 @@ def test_copy_can_be_named_as_the_model(base, cache):
     first = load(base, cache)
     loaded = load(only_copy(cache), None)
     assert "taken as it is" in loaded.notes[0]
-    assert torch.equal(logits(loaded.model), logits(first.model))
+    assert torch.equal(logits(loaded.network), logits(first.network))
 
 
 def test_copy_keeps_the_configs_of_the_source(base, cache):
@@ -190,7 +188,7 @@ def test_copy_keeps_the_configs_of_the_source(base, cache):
     assert config.pop("quantization_config")["bnb_4bit_quant_type"] == "nf4"
     assert config == json.loads((base / "config.json").read_text(encoding="utf-8"))
     assert json.loads((copy / "generation_config.json").read_text(encoding="utf-8")) == ends
-    assert load(base, cache).model.generation_config.eos_token_id == [3, 5]
+    assert load(base, cache).network.generation_config.eos_token_id == [3, 5]
 
 
 def test_copy_belongs_to_its_source_and_quantiser(base, cache, tiny_checkpoint, monkeypatch):
