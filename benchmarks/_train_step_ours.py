@@ -22,7 +22,7 @@ from lowmem_dpo.training.loop import train_steps
 from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
 from lowmem_dpo.training.policy import Policy, make_policy
 from lowmem_dpo.training.setup import Pairs, Run, plan_pack_tokens, score_reference
-from lowmem_dpo.weights.adapters import AdapterSettings
+from lowmem_dpo.weights.adapters import AdapterSpec
 from lowmem_dpo.weights.loading import LoadedModel
 
 
@@ -93,7 +93,7 @@ def random_policy(options: argparse.Namespace, config: TrainConfig) -> Policy:
         dtype=options.dtype,
         device=options.device,
     )
-    adapter = AdapterSettings(config.lora_r, config.lora_alpha, 0.0, "all", rank_stabilised=False)
+    adapter = AdapterSpec(config.lora_r, config.lora_alpha, 0.0, "all", rank_stabilised=False)
     loaded = LoadedModel(model, storage=[], identity="random")
     return make_policy(
         loaded,

@@ -34,7 +34,7 @@ from lowmem_dpo.training.loop import train_steps
 from lowmem_dpo.training.optimizers import make_optimizer, make_schedule
 from lowmem_dpo.training.policy import Policy, make_policy
 from lowmem_dpo.training.setup import Pairs, Run, score_reference
-from lowmem_dpo.weights.adapters import AdapterSettings
+from lowmem_dpo.weights.adapters import AdapterSpec
 from lowmem_dpo.weights.folders import load_config
 from lowmem_dpo.weights.loading import load_model
 
@@ -112,7 +112,7 @@ def load(directory: Path, *, rank: int, quantization: Any) -> Policy:
         dtype=torch.float32,
         device=CPU,
     )
-    adapter = AdapterSettings(rank, float(rank), 0.0, "all", False)
+    adapter = AdapterSpec(rank, float(rank), 0.0, "all", False)
     return make_policy(loaded, None, adapter, CPU, torch.float32, seed=0, layer_inputs="device")  # type: ignore[arg-type]
 
 

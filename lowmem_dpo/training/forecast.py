@@ -5,13 +5,11 @@ by accident: the CPU must be named.
 """
 
 import math
-import time
 from collections.abc import Sequence
-
-import torch
 
 from lowmem_dpo.console import duration, say
 from lowmem_dpo.losses.types import couples_pairs, needs_reference
+from lowmem_dpo.machine.rate import matmul_rate
 from lowmem_dpo.packs.trees import Tree
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.batches import Schedule
@@ -20,7 +18,6 @@ from lowmem_dpo.weights.size import ModelSize
 
 # The pass itself, its recomputation and the gradient of its inputs; the weights are frozen.
 FORWARDS_OF_A_STEP = 3
-PROBE_SECONDS = 0.3
 
 
 def check_cpu_time(
@@ -73,14 +70,3 @@ def forward_tokens(
         forwards = FORWARDS_OF_A_STEP + couples_pairs(config)  # which score a step's pairs twice
         tokens += math.ceil(forwards * epochs * tokens_per_epoch)
     return tokens
-
-
-def matmul_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a matrix product on this CPU, measured now."""
-    left, right = torch.ones(256, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
-    torch.mm(left, right)  # the first one starts threads
-    count, begun = 0, time.perf_counter()
-    while time.perf_counter() - begun < PROBE_SECONDS or not count:
-        torch.mm(left, right)
-        count += 1
-    return 2 * left.numel() * right.shape[1] * count / (time.perf_counter() - begun)

@@ -36,7 +36,7 @@ from lowmem_dpo.model.tiles import TILE_ROWS
 from lowmem_dpo.reference.cache import Fingerprint
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.weights.adapters import (
-    AdapterSettings,
+    AdapterSpec,
     adapter_digest,
     load_adapter,
     other_base_storage,
@@ -77,7 +77,7 @@ class Policy:
 
     model: LanguageModel
     tokenizer: PreTrainedTokenizerBase
-    adapter: AdapterSettings
+    adapter: AdapterSpec
     source: str = ""
     init_adapter: str | None = None
     chat_template: str | None = None
@@ -166,7 +166,7 @@ class Source:
     init_adapter: str | None
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    adapter: AdapterSettings
+    adapter: AdapterSpec
     device: torch.device
     dtype: torch.dtype
 
@@ -279,7 +279,7 @@ def _warn_of_other_targets(
 def make_policy(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
-    adapter: AdapterSettings,
+    adapter: AdapterSpec,
     *,
     seed: int,
     layer_inputs: str,
@@ -335,9 +335,9 @@ def _warn_of_other_storage(adapter: Path, storage: dict[str, str]) -> None:
         )
 
 
-def _adapter_settings(config: TrainConfig, init_adapter: str | None) -> AdapterSettings:
+def _adapter_settings(config: TrainConfig, init_adapter: str | None) -> AdapterSpec:
     """The run's adapter: as the settings say, or as the starting adapter is."""
-    wanted = AdapterSettings(
+    wanted = AdapterSpec(
         rank=config.lora_r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,

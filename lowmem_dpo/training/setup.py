@@ -33,7 +33,7 @@ from lowmem_dpo.training.policy import (
     load_policy,
     read_source,
 )
-from lowmem_dpo.weights.loading import storage_table
+from lowmem_dpo.weights.storage import storage_table
 
 # Activations of one layer at this size fit small cards; larger micro-batches gain little.
 PACK_TOKENS_LIMIT = 4096

@@ -58,7 +58,7 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True)
-class AdapterSettings:
+class AdapterSpec:
     """What an adapter is, its values aside.
 
     Attributes:
@@ -77,7 +77,7 @@ class AdapterSettings:
 
 
 def save_adapter(
-    directory: Path, model: nn.Module, *, base_model: str, settings: AdapterSettings
+    directory: Path, model: nn.Module, *, base_model: str, settings: AdapterSpec
 ) -> None:
     """Write the adapter of a model as PEFT does, in fp32.
 
@@ -135,7 +135,7 @@ def other_base_storage(directory: Path, storage: Mapping[str, str]) -> dict[str,
     }
 
 
-def read_adapter_config(directory: Path) -> AdapterSettings:
+def read_adapter_config(directory: Path) -> AdapterSpec:
     """What kind of adapter a folder holds, once it is known to be plain LoRA.
 
     Raises:
@@ -147,7 +147,7 @@ def read_adapter_config(directory: Path) -> AdapterSettings:
     _refuse_variants(directory, config)
     layers = _stored_layers(directory)
     try:
-        settings = AdapterSettings(
+        settings = AdapterSpec(
             rank=int(config["r"]),
             alpha=float(config["lora_alpha"]),
             dropout=float(config.get("lora_dropout") or 0.0),

@@ -1,13 +1,10 @@
-import time
-
 import pytest
-import torch
 
 from lowmem_dpo.cli import main
-from lowmem_dpo.model import size
 from lowmem_dpo.packs.trees import Tree
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.forecast import forward_tokens, matmul_rate
+from lowmem_dpo.training.forecast import forward_tokens
+from lowmem_dpo.weights import size
 
 PAIRS = [
     Tree(0, (1,) * 50, (2,) * 25, (3,) * 25, 50, 50),
@@ -29,12 +26,6 @@ def test_forward_tokens_counts_the_reference_once_and_three_passes_a_step():
     assert tokens(loss_type="aot", batch_size=2) == 200 + 4 * 200
     assert tokens(PAIRS[:1]) == 300 + 3 * 200
     assert tokens(PAIRS[:1], only_reference=True) == 300
-
-
-def test_matmul_rate_counts_the_products_of_the_time_measured(monkeypatch):
-    clock = iter([0.0, 0.1, 0.2, 0.4, 0.4])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    assert matmul_rate(torch.float32) == 2 * (2 * 256 * 2048 * 2048) / 0.4
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from torch import nn
 
 from lowmem_dpo.model.lora import add_lora, lora_layers, lora_parameters
 from lowmem_dpo.weights.adapters import (
-    AdapterSettings,
+    AdapterSpec,
     adapter_digest,
     load_adapter,
     other_base_storage,
@@ -19,7 +19,7 @@ from lowmem_dpo.weights.folders import load_config, resolve_source
 from lowmem_dpo.weights.loading import load_model
 from tests.tiny import FAMILIES
 
-SETTINGS = AdapterSettings(rank=3, alpha=6.0, dropout=0.1, targets="all", rank_stabilised=False)
+SETTINGS = AdapterSpec(rank=3, alpha=6.0, dropout=0.1, targets="all", rank_stabilised=False)
 IDS = torch.arange(24).view(2, 12)
 
 
@@ -96,7 +96,7 @@ def test_save_adapter_loads_in_peft_with_equal_logits(
 ):
     peft = pytest.importorskip("peft")
     folder, theirs = tiny_checkpoint(family)
-    settings = AdapterSettings(3, 6.0, 0.1, targets, rank_stabilised)
+    settings = AdapterSpec(3, 6.0, 0.1, targets, rank_stabilised)
     ours = trained(folder, settings)
     save_adapter(tmp_path / "adapter", ours, base_model=str(folder), settings=settings)
     save_base_storage(tmp_path / "adapter", {"quantization": "none"})
@@ -143,7 +143,7 @@ def test_load_adapter_reads_what_peft_writes(
 
 def test_save_and_load_adapter_give_the_same_bits(saved):
     base, model, directory = saved
-    assert read_adapter_config(directory) == AdapterSettings(
+    assert read_adapter_config(directory) == AdapterSpec(
         rank=3,
         alpha=6.0,
         dropout=0.1,

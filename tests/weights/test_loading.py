@@ -16,7 +16,7 @@ from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.lora import LoraLinear, linear_layers, lora_parameters
 from lowmem_dpo.model.nf4 import Nf4Weight, quantize_nf4
 from lowmem_dpo.weights import loading
-from lowmem_dpo.weights.loading import storage_table
+from lowmem_dpo.weights.storage import storage_table
 from tests.tiny import FAMILIES
 from tests.weights.loading_lines import load_and_listen
 
