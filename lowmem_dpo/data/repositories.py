@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lowmem_dpo.data.hub_errors import class_names, hub_refusal
 from lowmem_dpo.data.rows import READERS, Row, drop_nulls, printable_line, read_rows
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -125,11 +126,11 @@ def _dataset_rows(title: str, name: str, dataset: Any) -> Iterator[Row]:
 
 def _in_words(name: str, error: Exception) -> str:
     """What went wrong with a data set, and what helps."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if refusal := hub_refusal(name, f"https://huggingface.co/datasets/{name}", error):
+        return f"cannot read the data set {name}: {refusal}"
+    kinds = class_names(error)
     reason = printable_line(str(error.__cause__ or error), 200)
-    if kinds & {"GatedRepoError"} or "gated" in reason:
-        help_ = "accept its terms on the hub, then `hf auth login`"
-    elif kinds & {"DatasetNotFoundError", "RepositoryNotFoundError"}:
+    if kinds & {"DatasetNotFoundError", "RepositoryNotFoundError"}:
         help_ = "check the name; for a private one `hf auth login`"
     elif kinds & {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "TimeoutError"}:
         help_ = "no such folder here, and the hub cannot be reached; check the path, or go online"

@@ -43,7 +43,7 @@ from lowmem_dpo.training.steps import (
 )
 from lowmem_dpo.version import __version__
 from lowmem_dpo.weights.adapters import load_adapter
-from lowmem_dpo.weights.loading import storage_table
+from lowmem_dpo.weights.storage import storage_table
 
 StepCallback = Callable[[StepResult], Any]
 

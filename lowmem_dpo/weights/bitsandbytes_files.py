@@ -21,18 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from lowmem_dpo.model.nf4 import BLOCK, BLOCK2, Nf4Weight, dynamic_code
 from lowmem_dpo.weights.safetensors_files import StoredTensor
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
 _STATE = ".quant_state.bitsandbytes__"
 _LEVELS, _SCALES, _SCALES2, _CODE2 = "quant_map", "absmax", "nested_absmax", "nested_quant_map"
-# The offset is known only once the weight is quantised, the length of its text even later.
-_STATE_BYTES = 256
 
 
 def check_quantization_config(source: str, raw: Mapping[str, Any]) -> None:
@@ -83,6 +78,13 @@ def check_kept_quantised(source: str, quantization: str) -> None:
         )
 
 
+def _nf4_levels() -> Tensor:
+    """[16] fp32, on the CPU."""
+    from bitsandbytes import functional  # takes seconds; who loads no 4-bit model does without
+
+    return functional.get_4bit_type("nf4", device="cpu")
+
+
 @dataclass(frozen=True)
 class StoredNf4:
     """Where a quantised weight lies.
@@ -121,7 +123,7 @@ class StoredNf4:
             return stored.read(None if device.type == "cpu" else buffer).to(device)
 
         levels = self.parts[_LEVELS].read()
-        if not torch.allclose(levels, bnb.get_4bit_type("nf4", device="cpu"), rtol=0, atol=1e-5):
+        if not torch.allclose(levels, _nf4_levels(), rtol=0, atol=1e-5):
             raise _unfit(self.name, self.codes.path, "its levels are not those of NF4")
         packed, absmax = moved(self.codes).view(torch.uint8).view(-1), moved(self.parts[_SCALES])
         if self.offset is None:
@@ -198,7 +200,7 @@ def _checked(
     numel = math.prod(state["shape"])
     blocks = -(-numel // BLOCK)
     double = "nested_offset" in state
-    wanted: Layout = {
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         _LEVELS: (torch.float32, (16,)),
         _SCALES: (torch.uint8 if double else torch.float32, (blocks,)),
     }
@@ -214,20 +216,6 @@ def _checked(
 
 def _unfit(name: str, path: Path, why: str) -> ValueError:
     return ValueError(f"{name} of {path} is damaged ({why}); download or copy it again")
-
-
-def nf4_layout(name: str, shape: tuple[int, ...]) -> Layout:
-    """Type and shape of each tensor that `nf4_tensors` makes of a weight, by its full name."""
-    numel = math.prod(shape)
-    blocks = -(-numel // BLOCK)
-    return {
-        name: (torch.uint8, (numel // 2, 1)),
-        f"{name}.{_SCALES}": (torch.uint8, (blocks,)),
-        f"{name}.{_LEVELS}": (torch.float32, (16,)),
-        f"{name}.{_SCALES2}": (torch.float32, (-(-blocks // BLOCK2),)),
-        f"{name}.{_CODE2}": (torch.float32, (256,)),
-        f"{name}{_STATE}nf4": (torch.uint8, (_STATE_BYTES,)),
-    }
 
 
 def nf4_tensors(name: str, weight: Nf4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -251,15 +239,14 @@ def nf4_tensors(name: str, weight: Nf4Weight, dtype: torch.dtype) -> dict[str, T
         "nested_dtype": "float32",
         "nested_offset": weight.offset.item(),
     }
-    text = json.dumps(state).encode().ljust(_STATE_BYTES)  # JSON may end in spaces
-    assert len(text) == _STATE_BYTES
+    text = bytearray(json.dumps(state).encode())
     return {
         name: weight.packed.view(-1, 1),
         f"{name}.{_SCALES}": weight.absmax,
-        f"{name}.{_LEVELS}": bnb.get_4bit_type("nf4", device="cpu"),
+        f"{name}.{_LEVELS}": _nf4_levels(),
         f"{name}.{_SCALES2}": weight.absmax2,
-        f"{name}.{_CODE2}": dynamic_code(torch.device("cpu")),
-        f"{name}{_STATE}nf4": torch.frombuffer(bytearray(text), dtype=torch.uint8),
+        f"{name}.{_CODE2}": dynamic_code(torch.device("cpu")).clone(),  # no file takes one twice
+        f"{name}{_STATE}nf4": torch.frombuffer(text, dtype=torch.uint8),
     }
 
 

@@ -12,10 +12,11 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from lowmem_dpo.data.hub_errors import one_line
 from lowmem_dpo.model.families import FAMILIES
 from lowmem_dpo.model.positions import LAYER_TYPES, rope_limit, rope_settings
 from lowmem_dpo.weights.bitsandbytes_files import check_quantization_config
-from lowmem_dpo.weights.hub import download_config, download_model, download_small_files, one_line
+from lowmem_dpo.weights.hub import download_config, download_model, download_small_files
 
 SUPPORTED_MODEL_TYPES = tuple(FAMILIES)
 

@@ -15,20 +15,17 @@ from typing import TypeVar
 from huggingface_hub import (
     HfApi,
     constants,
-    get_token,
     hf_hub_download,
     snapshot_download,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
-    DisabledRepoError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
+
+from lowmem_dpo.data.hub_errors import causes, hub_refusal, one_line
 
 _SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 _MODEL_FILES = ["*.safetensors", *_SMALL_FILES]
@@ -186,38 +183,17 @@ def _ask(model_id: str, question: Callable[[], Answer]) -> Answer:
 
 def explain(model_id: str, error: Exception) -> str:
     """What an error of the hub means for the user, and what to do about it."""
-    causes = _causes(error)
-    page = f"{constants.ENDPOINT}/{model_id}"
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+    chain = causes(error)
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
         return f"HF_HUB_OFFLINE is set, and {_not_in_cache(model_id)}; unset it for a download"
-    if isinstance(error, GatedRepoError):
-        return f"{model_id} is gated: accept its terms on {page}, {_token_advice()}"
-    if isinstance(error, DisabledRepoError):
-        return f"{model_id} was disabled by Hugging Face ({page}); choose another model"
+    if refusal := hub_refusal(model_id, f"{constants.ENDPOINT}/{model_id}", error):
+        return refusal
     if isinstance(error, RepositoryNotFoundError):
         return _not_found(model_id)
     if isinstance(error, RemoteEntryNotFoundError):
         return _without_config(model_id)
-    if isinstance(error, HfHubHTTPError):
-        return _refused(model_id, error)
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
-        return _refused(model_id, error.__cause__)
-    reason = one_line(causes[-1])
+    reason = one_line(chain[-1])
     return f"Hugging Face cannot be reached ({reason}), and {_not_in_cache(model_id)}"
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """An error and what it came from, down to the first."""
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    return chain
-
-
-def _token_advice() -> str:
-    if get_token() is None:
-        return "then set HF_TOKEN to a token of that account (or run `hf auth login`)"
-    return "with the account whose token is in use (HF_TOKEN), which must be allowed to read it"
 
 
 def _not_found(model_id: str) -> str:
@@ -245,15 +221,6 @@ def _without_config(model_id: str) -> str:
     )
 
 
-def _refused(model_id: str, error: HfHubHTTPError) -> str:
-    status = error.response.status_code
-    if status == 401:
-        return f"Hugging Face refuses the token in use for {model_id}; renew or unset HF_TOKEN"
-    if status == 429:
-        return "Hugging Face refuses more requests for now (429); wait, or set HF_TOKEN"
-    return f"Hugging Face does not give {model_id}: {one_line(error)}"
-
-
 def _not_in_cache(model_id: str) -> str:
     cached = _cached_models()
     nearest = difflib.get_close_matches(model_id, cached, n=_NUM_SHOWN, cutoff=0.0)
@@ -267,8 +234,3 @@ def _cached_models() -> list[str]:
     """Ids of the models in the hub's cache."""
     names = (path.name for path in Path(constants.HF_HUB_CACHE).glob("models--*") if path.is_dir())
     return sorted(name.removeprefix("models--").replace("--", "/", 1) for name in names)
-
-
-def one_line(error: BaseException) -> str:
-    """The text of an error, its line breaks made spaces."""
-    return " ".join(str(error).split())

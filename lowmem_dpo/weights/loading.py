@@ -12,27 +12,26 @@ What was quantised goes to disk at the same time, in the format of bitsandbytes'
 
 import copy
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lowmem_dpo.console import say
-from lowmem_dpo.model.language_model import LanguageModel, StorageRow
+from lowmem_dpo.console import say, size
+from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.lora import LoraLinear, linear_layers, wrap_linears
 from lowmem_dpo.model.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4
 from lowmem_dpo.weights.bitsandbytes_files import (
-    Layout,
     StoredNf4,
     check_kept_quantised,
     group_nf4,
-    nf4_layout,
     nf4_tensors,
 )
 from lowmem_dpo.weights.folders import answer_ends, model_folder
@@ -50,6 +49,8 @@ from lowmem_dpo.weights.safetensors_files import (
     read_headers,
     weight_files,
 )
+from lowmem_dpo.weights.size import NF4_BYTES
+from lowmem_dpo.weights.storage import storage_rows
 
 Quantization = Literal["nf4", "none"]
 Weights = Mapping[str, StoredTensor | StoredNf4]
@@ -57,7 +58,6 @@ Weights = Mapping[str, StoredTensor | StoredNf4]
 _LAYERS_PATH = "model.layers"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _TABLE_SUFFIX = "rotary_emb.inv_freq"  # stored by old releases; computed from config.json instead
-_LINEAR_KINDS = {"self_attn": "attention linears", "mlp": "mlp linears"}
 
 
 def load_model(
@@ -91,32 +91,27 @@ def load_model(
     sources = [folder / "config.json", *files]
     stamps = [file_stamp(path) for path in sources]
     stored = group_nf4(read_headers(files))
-    as_stored = any(isinstance(weight, StoredNf4) for weight in stored.values())
-    if as_stored:
+    comes_quantised = any(isinstance(weight, StoredNf4) for weight in stored.values())
+    if comes_quantised:
         check_kept_quantised(source, quantization)
-    quantise = quantization == "nf4" and not as_stored
-    notes, own_head = [], config.tie_word_embeddings and _has_own_head(stored)
+    quantise = quantization == "nf4" and not comes_quantised
+    own_head = config.tie_word_embeddings and _has_own_head(stored)
     if own_head:  # transformers decides in the same way
         config = copy.deepcopy(config)
         config.tie_word_embeddings = False
-        notes.append(
+        say(
             f"model: {source} stores a head of its own, which is used, although its "
             "config.json says that it is the embedding (tie_word_embeddings)"
         )
-
-    def identify() -> str:
-        return _identity(sources, quantization, quantise, own_head, cache_dir)
-
-    identity, model = identify(), None
+    identify = partial(_identity, sources, quantization, quantise, own_head, cache_dir)
+    identity = identify()
     kept = copy_folder(cache_dir, identity) if quantise and quantized_copy and cache_dir else None
-    if kept is not None and os.path.isdir(kept):  # Path.is_dir raises where one may not look
-        model, note = _read_copied(kept, source, config, dtype, device)
-        notes.append(note)
-    if model is None:
-        model = _empty_model(config, dtype)
-        weights = _matched(source, model, stored)
-        with _copy_writer(kept, model, weights) as writer:
-            _fill(model, weights, source, dtype, device, quantise, writer)
+    network = _read_copied(kept, source, config, dtype, device) if kept else None
+    if network is None:
+        network = _empty_model(config, dtype)
+        weights = _matched(source, network, stored)
+        with _copy_writer(kept, network, weights) as writer:
+            _fill(network, weights, source, dtype, device, quantise, writer)
             # A stamp may change without the content: when a link to the file is made.
             if stamps != [file_stamp(path) for path in sources] and identify() != identity:
                 raise ValueError(
@@ -124,76 +119,61 @@ def load_model(
                     "start again once nothing writes to them"
                 )
             if writer is not None:
-                notes += _finished(writer, folder)
-    if as_stored:
-        notes.append(_as_stored_note(source, model, quantized_copy))
+                _finish_copy(writer, folder)
+    if comes_quantised:
+        _say_as_stored(source, network, quantized_copy)
     if ends := answer_ends(folder):
-        model.generation_config.eos_token_id = ends
-    for note in notes:
-        say(note)
-    return LanguageModel(model.eval(), identity, _storage_rows(model))
+        network.generation_config.eos_token_id = ends
+    return LanguageModel(network.eval(), identity, storage_rows(network))
 
 
 def _read_copied(
-    copy: Path, source: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[PreTrainedModel | None, str]:
-    """The model from its quantised copy, or None if that is damaged; and what to tell the user."""
+    folder: Path, source: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel | None:
+    """The model from its quantised copy; None if there is none, or a damaged one."""
+    if not os.path.isdir(folder):  # Path.is_dir raises where one may not look
+        return None
     try:
         model = _empty_model(config, dtype)
-        weights = _matched(source, model, group_nf4(read_copy(copy)))
+        weights = _matched(source, model, group_nf4(read_copy(folder)))
         _fill(model, weights, source, dtype, device, quantise=False, writer=None)
-        return model, f"model: read from its quantised copy {copy} ({_mib(copy)})"
     except (OSError, ValueError) as error:
-        note = f"model: quantised again; its copy cannot be used and is removed: {error}"
-    remove_copy(copy)
-    return None, note
+        say(f"model: quantised again; its copy cannot be used and is removed: {error}")
+        remove_copy(folder)
+        return None
+    say(f"model: read from its quantised copy {folder} ({size(copy_bytes(folder))})")
+    return model
 
 
 def _copy_writer(
-    copy: Path | None, model: PreTrainedModel, weights: Weights
+    folder: Path | None, model: PreTrainedModel, weights: Weights
 ) -> AbstractContextManager[CopyWriter | None]:
     """What makes the quantised copy while the model is filled."""
-    if copy is None:
+    if folder is None:
         return nullcontext()
-    layout: Layout = {}
-    for name, stored in weights.items():
-        assert isinstance(stored, StoredTensor), "a model that comes quantised needs no copy"
-        if _is_linear(model, name):
-            layout |= nf4_layout(name, stored.shape)
-        else:
-            layout[name] = (stored.dtype, stored.shape)
-    return closing(CopyWriter(copy, layout))
+    num_bytes = sum(
+        NF4_BYTES * math.prod(weight.shape) if _is_linear(model, name) else weight.buffer_bytes
+        for name, weight in weights.items()
+    )
+    return closing(CopyWriter(folder, weights, int(num_bytes)))
 
 
-def _finished(writer: CopyWriter, folder: Path) -> list[str]:
-    """Complete the quantised copy; what to tell the user of it."""
-    if writer.finish(folder):
-        place = f"{writer.folder} ({_mib(writer.folder)})"
-        return [f"model: quantised; the next start reads the copy {place}"]
-    return [f"model: {writer.note}"] if writer.note else []
+def _finish_copy(writer: CopyWriter, source_folder: Path) -> None:
+    """Complete the quantised copy, and say what came of it."""
+    if writer.finish(source_folder):
+        place = f"{writer.folder} ({size(copy_bytes(writer.folder))})"
+        say(f"model: quantised; the next start reads the copy {place}")
+    elif writer.note:
+        say(f"model: {writer.note}")
 
 
-def _mib(folder: Path) -> str:
-    return f"{copy_bytes(folder) / 2**20:,.0f} MiB"
-
-
-def _as_stored_note(source: str, model: PreTrainedModel, quantized_copy: bool) -> str:
-    """What to tell the user of a model that came quantised."""
+def _say_as_stored(source: str, model: PreTrainedModel, quantized_copy: bool) -> None:
+    """Say that a model came quantised, and what of it did not."""
     layers = linear_layers(model).values()
     dense = sum(not isinstance(layer.weight, Nf4Weight) for layer in layers)
-    note = f"model: {source} is quantised already and taken as it is"
-    if dense:
-        note += f"; {dense} of its {len(layers)} linears are not, and stay so"
-    return note + ("" if quantized_copy else "; quantized_copy has no effect")
-
-
-def storage_table(rows: list[StorageRow]) -> Table:
-    """What is stored how, and how large."""
-    table = Table("tensors", "count", "stored as", "MiB")
-    for row in rows:
-        table.add_row(row.kind, str(row.count), row.format, f"{row.nbytes / 2**20:,.1f}")
-    table.add_row("total", "", "", f"{sum(row.nbytes for row in rows) / 2**20:,.1f}")
-    return table
+    left = f"; {dense} of its {len(layers)} linears are not, and stay so" if dense else ""
+    unused = "" if quantized_copy else "; quantized_copy has no effect"
+    say(f"model: {source} is quantised already and taken as it is{left}{unused}")
 
 
 def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -230,7 +210,7 @@ def _matched(
     ):
         if names:
             raise ValueError(
-                f"the weights of {source} {problem} {_some(names)}; "
+                f"the weights of {source} {problem} {_first_and_count(names)}; "
                 "they do not belong to its config.json"
             )
     for name, tensor in wanted.items():
@@ -256,7 +236,8 @@ def _has_own_head(stored: Weights) -> bool:
     return not same_kind or head.content_digest() != embedding.content_digest()
 
 
-def _some(names: set[str]) -> str:
+def _first_and_count(names: set[str]) -> str:
+    """Names for a message: the first, and how many more there are."""
     first, *others = sorted(names)
     return first + (f" and {len(others)} more" if others else "")
 
@@ -310,9 +291,10 @@ def _fill(
             direct = stays(name, stored)
             tensor = stored.read(None if direct else buffer)
             value = tensor.to(device=device, dtype=dtype, copy=not direct)
-            tensors = {name: tensor}
+            # The writer keeps it until its layer is whole; the buffer's content will not last.
+            tensors = {name: tensor if direct or writer is None else tensor.clone()}
         if writer is not None:
-            writer.add(tensors)
+            writer.add(name, tensors)
         _put(model, name, value)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -342,7 +324,9 @@ def _check_complete(source: str, model: PreTrainedModel) -> None:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     empty = {name for name, tensor in tensors if tensor.is_meta}
     if empty:
-        raise ValueError(f"{source} cannot be loaded: {_some(empty)} is not filled from its files")
+        raise ValueError(
+            f"{source} cannot be loaded: {_first_and_count(empty)} is not filled from its files"
+        )
 
 
 def _identity(
@@ -359,38 +343,3 @@ def _identity(
     if own_head:
         lines.append("head not tied")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _storage_rows(model: PreTrainedModel) -> list[StorageRow]:
-    """Every tensor, counted by kind and format; a tied head takes no memory of its own."""
-    sizes: dict[tuple[str, str], list[int]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, Nf4Weight):
-            kind = _LINEAR_KINDS.get(path.split(".")[-3], "other linears")
-            text = "nf4, double quantised" if module.is_double else "nf4"
-            sizes.setdefault((kind, text), []).append(module.nbytes)
-            continue
-        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                kind, text, nbytes = _describe(model, path, module, leaf, tensor)
-                sizes.setdefault((kind, text), []).append(nbytes)
-    return [StorageRow(kind, len(each), text, sum(each)) for (kind, text), each in sizes.items()]
-
-
-def _describe(
-    model: PreTrainedModel, path: str, module: nn.Module, leaf: str, tensor: Tensor
-) -> tuple[str, str, int]:
-    text = str(tensor.dtype).removeprefix("torch.")
-    if module is model.lm_head and tensor is model.model.embed_tokens.weight:
-        return "head", "tied to the embedding", 0
-    if module is model.lm_head:
-        return "head", text, tensor.nbytes
-    if module is model.model.embed_tokens:
-        return "embedding" if leaf == "weight" else "embedding scale", text, tensor.nbytes
-    if module is model.model.rotary_emb:
-        return "rotary tables", text, tensor.nbytes
-    if leaf == "bias":
-        return "biases", text, tensor.nbytes
-    if isinstance(module, LoraLinear):
-        return _LINEAR_KINDS.get(path.split(".")[-2], "other linears"), text, tensor.nbytes
-    return "norms", text, tensor.nbytes

@@ -1,38 +1,44 @@
 """The quantised model on disk, so that a base is quantised once and not at every start.
 
     CACHE/models/IDENTITY/
-      model.safetensors       the weights, in bitsandbytes' checkpoint format
+      model-00001-of-...      the weights, in bitsandbytes' checkpoint format: a file for each
+                              decoder layer, and one for each tensor outside of them
+      model.safetensors.index.json   which tensor is in which file
       digests.json            SHA-256 of each tensor
       config.json, ...        those of the source, for other programs
 
-The copy is written while the source is loaded, a tensor at a time: all sizes are known in advance,
-so the header comes first and each tensor goes to its place. What is not quantised keeps the
-source's numbers, whatever the run computes in. The folder gets its name when it is whole, and every
-tensor is held against its digest when it is read; so nothing is flushed to the disk by force. A
-copy that cannot be written or read costs a line and the time to quantise, never the run.
+The copy is written while the source is loaded: a layer goes to its file when its last tensor was
+quantised. Until then its tensors are those of the model itself, so that they take no memory of
+their own. What is not quantised keeps the source's numbers, whatever the run computes in. The
+folder gets its name when it is whole, and every tensor is held against its digest when it is read;
+so nothing is flushed to the disk by force. A copy that cannot be written or read costs a line and
+the time to quantise, never the run. Copies of earlier releases are one file, model.safetensors.
 """
 
-import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lowmem_dpo.files import lock_file, recover, unlock_file
-from lowmem_dpo.weights.bitsandbytes_files import Layout, nf4_config
+from lowmem_dpo.weights.bitsandbytes_files import nf4_config
 from lowmem_dpo.weights.folders import GENERATION_CONFIG_FILE, read_json
 from lowmem_dpo.weights.safetensors_files import (
-    DTYPE_NAMES,
-    WEIGHTS_FILE,
+    INDEX_FILE,
     StoredTensor,
-    read_header,
+    read_headers,
+    weight_files,
 )
 
 COPIES_FOLDER = "models"
@@ -53,7 +59,7 @@ def read_copy(folder: Path) -> dict[str, StoredTensor]:
         ValueError: If the copy is damaged.
     """
     digests = read_json(folder / TENSOR_DIGESTS_FILE)
-    tensors = read_header(folder / WEIGHTS_FILE)
+    tensors = read_headers(weight_files(folder))
     if digests.keys() != tensors.keys():
         raise ValueError(f"{folder / TENSOR_DIGESTS_FILE} does not belong to the weights beside it")
     return {name: replace(t, digest=str(digests[name])) for name, t in tensors.items()}
@@ -69,6 +75,16 @@ def remove_copy(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _layer_of(name: str) -> str:
+    """The decoder layer that a weight belongs to, or the weight itself where there is none."""
+    match = re.match(r"model\.layers\.\d+\b", name)
+    return match[0] if match else name
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
 class CopyWriter:
     """A quantised copy in the making; where that fails it says why, and takes no more.
 
@@ -76,26 +92,32 @@ class CopyWriter:
 
     Args:
         folder: Of the copy, from `copy_folder`.
-        layout: Type and shape of each tensor to come, by name.
+        names: Of all the weights to come, as the model calls them.
+        num_bytes: About what they will take.
 
     Attributes:
         note: Why there will be no copy; None while there may be one.
     """
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(self, folder: Path, names: Iterable[str], num_bytes: int) -> None:
         self.folder = folder
         self.note: str | None = None
         self._part = folder.with_name(f".{folder.name}.part")
-        self._places: dict[str, tuple[int, int]] = {}
+        self._is_open = False
+        self._missing = Counter(map(_layer_of, names))  # weights that a file waits for
+        files = enumerate(self._missing, start=1)
+        end = f"of-{len(self._missing):05}.safetensors"
+        self._files = {layer: f"model-{number:05}-{end}" for number, layer in files}
+        self._waiting: dict[str, dict[str, Tensor]] = {layer: {} for layer in self._missing}
+        self._places: dict[str, str] = {}
         self._digests: dict[str, str] = {}
-        self._file: IO[bytes] | None = None
         self._lock: IO[bytes] | None = None
         try:
-            self._open(layout)
+            self._open(num_bytes + _RESERVE_BYTES)
         except OSError as error:
             self._give_up(error)
 
-    def _open(self, layout: Layout) -> None:
+    def _open(self, needed_bytes: int) -> None:
         copies = self.folder.parent
         copies.mkdir(parents=True, exist_ok=True)
         self._lock = lock_file(copies / ".lock")
@@ -105,39 +127,42 @@ class CopyWriter:
         if self.folder.exists():  # another run made it meanwhile
             return
         recover(copies, "")  # nobody else is writing: we hold the lock
-        header, self._places = _lay_out(layout)
-        needed = max(sum(place) for place in self._places.values()) + _RESERVE_BYTES
-        free = shutil.disk_usage(copies).free
-        if free < needed:
+        free_bytes = shutil.disk_usage(copies).free
+        if free_bytes < needed_bytes:
             self.note = (
-                f"no quantised copy is made: {copies} has {free / 2**30:.1f} GiB free, "
-                f"{needed / 2**30:.1f} GiB are needed"
+                f"no quantised copy is made: {copies} has {free_bytes / 2**30:.1f} GiB free, "
+                f"{needed_bytes / 2**30:.1f} GiB are needed"
             )
             return
         self._part.mkdir()
-        self._file = (self._part / WEIGHTS_FILE).open("wb")
-        self._file.write(header)
+        self._is_open = True
 
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write some of the tensors.
+    def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take a weight, and write its layer if that is whole now.
 
         Args:
-            tensors: By name, on any device, of the layout's type and size.
+            name: Of the weight in the model.
+            tensors: What is stored of it, by full name, on any device; they must not change before
+                the last weight of their layer was added.
         """
-        for name, tensor in tensors.items():
-            if self._file is not None:
-                flat = tensor.detach().cpu().reshape(-1).view(torch.uint8)
-                try:
-                    self._write(self._file, name, memoryview(flat.numpy()))  # type: ignore[arg-type]
-                except OSError as error:
-                    self._give_up(error)
+        if not self._is_open:
+            return
+        layer = _layer_of(name)
+        self._waiting[layer] |= tensors
+        self._missing[layer] -= 1
+        if not self._missing[layer]:
+            try:
+                self._write(self._files[layer], self._waiting.pop(layer))
+            except (OSError, SafetensorError) as error:
+                self._give_up(error)
 
-    def _write(self, file: IO[bytes], name: str, data: memoryview) -> None:
-        start, nbytes = self._places[name]
-        assert data.nbytes == nbytes, name
-        self._digests[name] = hashlib.sha256(data).hexdigest()
-        file.seek(start)
-        file.write(data)
+    def _write(self, file: str, tensors: dict[str, Tensor]) -> None:
+        tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            flat = tensor.reshape(-1).view(torch.uint8)
+            self._digests[name] = hashlib.sha256(flat.numpy()).hexdigest()  # type: ignore[arg-type]
+            self._places[name] = file
+        save_file(tensors, self._part / file, {"format": "pt"})
 
     def finish(self, source: Path) -> bool:
         """Give the copy its name, once every tensor was added.
@@ -148,11 +173,11 @@ class CopyWriter:
         Returns:
             Whether this made a copy.
         """
-        if self._file is None:
+        if not self._is_open:
             return False
-        assert self._digests.keys() == self._places.keys()
+        assert not self._waiting, "a weight was not added"
         try:
-            self._file.close()
+            _write_json(self._part / INDEX_FILE, {"metadata": {}, "weight_map": self._places})
             _write_json(self._part / "config.json", nf4_config(read_json(source / "config.json")))
             if (source / GENERATION_CONFIG_FILE).is_file():
                 shutil.copyfile(
@@ -166,39 +191,15 @@ class CopyWriter:
 
     def close(self) -> None:
         """Drop what was not finished and let other processes write."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # what was buffered may not fit on the disk
-                self._file.close()
-            self._file = None
+        if self._is_open:
+            self._is_open = False
+            self._waiting.clear()
             shutil.rmtree(self._part, ignore_errors=True)
         if self._lock is not None:
             unlock_file(self._lock)
             self._lock = None
 
-    def _give_up(self, error: OSError) -> None:
-        self.note = (
-            f"no quantised copy is made: cannot write to {self.folder.parent}: {error.strerror}"
-        )
+    def _give_up(self, error: OSError | SafetensorError) -> None:
+        reason = error.strerror if isinstance(error, OSError) else error
+        self.note = f"no quantised copy is made: cannot write to {self.folder.parent}: {reason}"
         self.close()
-
-
-def _lay_out(layout: Layout) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The header of a safetensors file, and start and size of each tensor in the file.
-
-    Wide types come first and the header is a multiple of 8 bytes, so that all are aligned.
-    """
-    entries, places, end = {}, {}, 0
-    for name in sorted(layout, key=lambda name: (-layout[name][0].itemsize, name)):
-        dtype, shape = layout[name]
-        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": (start, end)}
-        places[name] = (start, end - start)
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-    first = 8 + len(text)
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: (first + start, size) for name, (start, size) in places.items()}
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")

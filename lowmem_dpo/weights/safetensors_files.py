@@ -31,7 +31,6 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "U8": torch.uint8,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PIECE_BYTES = 2**24
 _MAX_HEADER_BYTES = 100_000_000
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 LARGE_FOR_A_CPU = 1_000_000_000
 # Half a byte a code, and the scales of its block, rounded up.
-_NF4_BYTES, _HALF_BYTES = 0.55, 2
+NF4_BYTES, _HALF_BYTES = 0.55, 2
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ModelSize:
     @property
     def nf4_bytes(self) -> int:
         """About what the quantised model takes: linears in 4 bits, the rest in 16."""
-        return int(_NF4_BYTES * self.linears + _HALF_BYTES * (self.total - self.linears))
+        return int(NF4_BYTES * self.linears + _HALF_BYTES * (self.total - self.linears))
 
     def forward_flops(self, num_tokens: int) -> float:
         """Of the matrix products of a forward pass, every token through the head."""

@@ -75,7 +75,10 @@ class GatedRepoError(Exception):
             datasets.exceptions.DatasetNotFoundError("Dataset 'a/b'\ndoesn't exist"),
             "check the name",
         ),
-        (GatedRepoError("403 Client Error"), "accept its terms on the hub, then `hf auth login`"),
+        (
+            GatedRepoError("403 Client Error"),
+            "accept its terms on https://huggingface.co/datasets/owner/name",
+        ),
         (ConnectionError("Couldn't reach 'a/b' on the Hub"), "the hub cannot be reached"),
         (RuntimeError("Dataset scripts are no longer supported"), "code from a data set is never"),
         (ValueError("BuilderConfig 'x' not found. Available: ['en']"), "check dataset_config"),

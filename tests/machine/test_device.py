@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 import torch
 
+from lowmem_dpo.machine import device
 from lowmem_dpo.machine.cards import Card, Machine, NvidiaCards
 from lowmem_dpo.machine.device import resolve_device, resolve_dtype, unusable_cards
-from lowmem_dpo.model import device
 
 BARE = Machine(system="linux", torch_version="2.13.0+cu130", cuda_build="13.0")
 RTX = NvidiaCards(("NVIDIA GeForce RTX 3060",), "580.65.06")

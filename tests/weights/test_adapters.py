@@ -36,7 +36,7 @@ def load_base(folder):
         dtype=torch.float32,
         device="cpu",
     )
-    return loaded.model
+    return loaded.network
 
 
 def give_adapter(model, settings, seed=0):

@@ -7,13 +7,12 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lowmem_dpo.model import loading
 from lowmem_dpo.model.lora import add_lora, linear_layers
 from lowmem_dpo.model.nf4 import Nf4Weight
+from lowmem_dpo.weights import loading
 from lowmem_dpo.weights.bitsandbytes_files import check_quantization_config, group_nf4
-from lowmem_dpo.weights.folders import load_config
-from lowmem_dpo.weights.loading import load_model
 from lowmem_dpo.weights.safetensors_files import read_header
+from tests.weights.loading_lines import load_and_listen
 
 # Rows of whole blocks: bitsandbytes' own CPU kernel is wrong where blocks straddle rows.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -53,12 +52,11 @@ def bnb_checkpoint(tiny_checkpoint, tmp_path):
 
 
 def load(folder, dtype=torch.float32, **options):
-    return load_model(
-        str(folder),
-        config=load_config(str(folder), max_length=64),
+    return load_and_listen(
+        folder,
+        max_length=64,
         quantization=options.pop("quantization", "nf4"),
         dtype=dtype,
-        device="cpu",
         **options,
     )
 
@@ -113,8 +111,8 @@ def test_load_model_computes_what_transformers_does_from_the_same_files(
 ):
     folder = bnb_checkpoint("qwen2", double=double, skip=skip)
     theirs = load_by_transformers(folder)
-    assert not torch.equal(logits(theirs), logits(load(folder.parent / "base").model))
-    torch.testing.assert_close(logits(load(folder).model), logits(theirs), rtol=0, atol=1e-6)
+    assert not torch.equal(logits(theirs), logits(load(folder.parent / "base").network))
+    torch.testing.assert_close(logits(load(folder).network), logits(theirs), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -122,7 +120,7 @@ def test_load_model_computes_what_transformers_does_from_the_same_files(
 def test_load_model_takes_codes_and_scales_as_they_are(bnb_checkpoint, double, dtype):
     folder = bnb_checkpoint(double=double, dtype=dtype)
     tensors = load_file(folder / "model.safetensors")
-    layers = linear_layers(load(folder, dtype).model)
+    layers = linear_layers(load(folder, dtype).network)
     assert len(layers) == 14
     for name, layer in layers.items():
         assert torch.equal(layer.weight.packed, tensors[f"{name}.weight"].view(-1))
@@ -134,7 +132,7 @@ def test_load_model_takes_codes_and_scales_as_they_are(bnb_checkpoint, double, d
 def test_load_model_in_half_precision_is_near_transformers(bnb_checkpoint):
     folder = bnb_checkpoint("qwen3", dtype=torch.bfloat16)
     theirs = load_by_transformers(folder)
-    difference = logits(load(folder, torch.bfloat16).model) - logits(theirs)
+    difference = logits(load(folder, torch.bfloat16).network) - logits(theirs)
     assert difference.pow(2).mean().sqrt() < 0.01 * logits(theirs).std()
 
 
@@ -146,13 +144,13 @@ def test_load_model_in_half_precision_is_near_transformers(bnb_checkpoint):
 def test_load_model_reads_other_arrangements(bnb_checkpoint, changes):
     folder = bnb_checkpoint(**changes)
     theirs = load_by_transformers(folder)
-    torch.testing.assert_close(logits(load(folder).model), logits(theirs), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(load(folder).network), logits(theirs), rtol=0, atol=1e-6)
 
 
 def test_load_model_leaves_modules_in_16_bit_and_says_so(bnb_checkpoint):
     folder = bnb_checkpoint(dtype=torch.bfloat16, skip=["lm_head", "q_proj", "model.layers.1.mlp"])
     loaded = load(folder, torch.float16)
-    layers = linear_layers(loaded.model)
+    layers = linear_layers(loaded.network)
     dense = {name for name in layers if not isinstance(layers[name].weight, Nf4Weight)}
     assert dense == {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"} | {
         f"model.layers.1.mlp.{leaf}_proj" for leaf in ("gate", "up", "down")
@@ -172,7 +170,7 @@ def test_load_model_names_single_quantisation_in_the_storage_table(bnb_checkpoin
 
 
 def test_adapters_go_on_layers_left_in_16_bit_too(bnb_checkpoint):
-    model = load(bnb_checkpoint(skip=["lm_head", "q_proj"])).model
+    model = load(bnb_checkpoint(skip=["lm_head", "q_proj"])).network
     names = add_lora(
         model, targets="all", rank=2, alpha=2.0, dropout=0.0, rank_stabilised=False, seed=0
     )
@@ -186,7 +184,7 @@ def test_load_model_dequantises_a_head_in_4_bits(bnb_checkpoint):
     folder = bnb_checkpoint(skip=["q_proj"])
     tensors = load_file(folder / "model.safetensors")
     assert tensors["lm_head.weight"].dtype == torch.uint8
-    head = load(folder).model.lm_head.weight
+    head = load(folder).network.lm_head.weight
     assert torch.equal(head, dequantised_by_bitsandbytes(tensors, "lm_head.weight"))
     assert not head.requires_grad
 
@@ -195,11 +193,11 @@ def test_load_model_uses_the_table_of_codes_that_is_stored(bnb_checkpoint):
     folder = bnb_checkpoint()
     name = f"{Q_PROJ}.weight"
     rewrite(folder, lambda tensors: tensors[f"{name}.nested_quant_map"].mul_(1.25))
-    weight = linear_layers(load(folder).model)[Q_PROJ].weight
+    weight = linear_layers(load(folder).network)[Q_PROJ].weight
     expected = dequantised_by_bitsandbytes(load_file(folder / "model.safetensors"), name)
     assert weight.code is not None
     assert torch.equal(weight.dequantize(torch.float32), expected)
-    assert linear_layers(load(folder).model)[Q_PROJ.replace("q_", "k_")].weight.code is None
+    assert linear_layers(load(folder).network)[Q_PROJ.replace("q_", "k_")].weight.code is None
 
 
 def test_identity_of_a_quantised_model_is_that_of_its_files(bnb_checkpoint, monkeypatch):

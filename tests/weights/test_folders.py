@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from lowmem_dpo.weights import folders
 from lowmem_dpo.weights.folders import (
     SUPPORTED_MODEL_TYPES,
     answer_ends,
@@ -163,14 +164,14 @@ def test_load_config_of_an_id_asks_for_config_json_alone(monkeypatch, tmp_path):
         asked.append(repo)
         return tmp_path / "m" / "config.json"
 
-    monkeypatch.setattr(source, "download_config", download)
+    monkeypatch.setattr(folders, "download_config", download)
     assert load_config("some/model").hidden_size == 32
     assert asked == ["some/model"]
 
 
 def test_load_tokenizer_and_model_folder_of_an_id_download_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(source, "download_small_files", lambda repo: tmp_path / repo)
-    monkeypatch.setattr(source, "download_model", lambda repo: tmp_path / repo)
+    monkeypatch.setattr(folders, "download_small_files", lambda repo: tmp_path / repo)
+    monkeypatch.setattr(folders, "download_model", lambda repo: tmp_path / repo)
     (tmp_path / "some" / "model").mkdir(parents=True)
     write_tokenizer(tmp_path / "some" / "model")
     assert load_tokenizer("some/model")("hello")["input_ids"] == [1]

@@ -2,10 +2,11 @@ import errno
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from lowmem_dpo.model import hub
+from lowmem_dpo.weights import hub
 from lowmem_dpo.weights.hub import (
     check_download,
     check_space,
@@ -36,7 +37,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
 def hub_cache(tmp_path, monkeypatch) -> Path:
     """An own cache, no token, and a hub that answers nothing."""
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(hub, "get_token", lambda: None)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     for name in ("hf_hub_download", "snapshot_download", "HfApi"):
         monkeypatch.setattr(hub, name, answer(ConnectionError("no network in tests")))
     return tmp_path / "hub"
@@ -87,7 +88,7 @@ def test_download_config_names_the_page_to_accept_and_the_token(monkeypatch):
     gated = http_error(errors.GatedRepoError, 401)
     message = asked_for(monkeypatch, gated)
     assert "https://huggingface.co/meta/llama" in message and "set HF_TOKEN" in message
-    monkeypatch.setattr(hub, "get_token", lambda: "hf_x")
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
     message = asked_for(monkeypatch, gated)
     assert "account whose token is in use (HF_TOKEN)" in message and "hf_x" not in message
 

@@ -17,12 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowmem_dpo.files import lock_file, unlock_file
-from lowmem_dpo.model import loading, quantized_copy
-from lowmem_dpo.weights.folders import load_config
-from lowmem_dpo.weights.loading import load_model
+from lowmem_dpo.weights import loading, quantized_copy
 from lowmem_dpo.weights.quantized_copy import CopyWriter
 from lowmem_dpo.weights.safetensors_files import StoredTensor
 from tests.tiny import FAMILIES
+from tests.weights.loading_lines import load_and_listen
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 MADE = "the next start reads the copy"
@@ -43,12 +42,11 @@ def cache(tmp_path):
 
 
 def load(folder, cache, dtype=torch.float32, **options):
-    return load_model(
-        str(folder),
-        config=load_config(str(folder), max_length=64),
+    return load_and_listen(
+        folder,
+        max_length=64,
         quantization="nf4",
         dtype=dtype,
-        device="cpu",
         cache_dir=cache,
         **options,
     )
@@ -56,7 +54,7 @@ def load(folder, cache, dtype=torch.float32, **options):
 
 def content(loaded):
     """Every number of a model."""
-    tensors = [*loaded.model.named_parameters(), *loaded.model.named_buffers()]
+    tensors = [*loaded.network.named_parameters(), *loaded.network.named_buffers()]
     return {name: tensor.clone() for name, tensor in tensors}
 
 
@@ -71,6 +69,15 @@ def assert_same(loaded, other):
 def only_copy(cache):
     (copy,) = (cache / "models").iterdir()
     return copy
+
+
+def shards(copy):
+    """The files of weights, in the order they were written."""
+    return sorted(copy.glob("*.safetensors"))
+
+
+def copied_tensors(copy):
+    return {name: tensor for path in shards(copy) for name, tensor in load_file(path).items()}
 
 
 def is_clean(cache):
@@ -114,7 +121,7 @@ def test_second_load_of_every_family_is_the_first_to_the_bit(tiny_checkpoint, ca
     first, second = load(folder, cache), load(folder, cache)
     assert USED in second.notes[0]
     assert_same(second, first)
-    assert torch.equal(logits(second.model), logits(first.model))
+    assert torch.equal(logits(second.network), logits(first.network))
 
 
 def test_a_source_that_is_replaced_while_it_is_read_leaves_no_copy(
@@ -156,7 +163,7 @@ def test_a_source_that_is_only_linked_to_while_it_is_read_is_no_other(
 def test_copy_holds_the_sources_own_numbers(base, cache):
     load(base, cache, torch.float16)
     source = load_file(base / "model.safetensors")
-    copied = load_file(only_copy(cache) / "model.safetensors")
+    copied = copied_tensors(only_copy(cache))
     for name, tensor in source.items():
         if name in copied and copied[name].dtype != torch.uint8:
             assert copied[name].dtype == torch.bfloat16 and torch.equal(copied[name], tensor)
@@ -170,7 +177,7 @@ def test_copy_is_a_checkpoint_for_transformers(base, cache):
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
     assert theirs.dtype == torch.bfloat16
-    difference = logits(ours.model) - logits(theirs)
+    difference = logits(ours.network) - logits(theirs)
     assert difference.pow(2).mean().sqrt() < 0.01 * logits(theirs).std()
 
 
@@ -178,7 +185,48 @@ def test_copy_can_be_named_as_the_model(base, cache):
     first = load(base, cache)
     loaded = load(only_copy(cache), None)
     assert "taken as it is" in loaded.notes[0]
-    assert torch.equal(logits(loaded.model), logits(first.model))
+    assert torch.equal(logits(loaded.network), logits(first.network))
+
+
+def test_copy_has_a_file_for_each_layer_and_tensor_outside_of_them(base, cache):
+    load(base, cache)
+    names = [set(load_file(path)) for path in shards(only_copy(cache))]
+    layers = [{name.split(".")[2] for name in file if ".layers." in name} for file in names]
+    assert sorted(map(len, layers)) == [0, 0, 0, 1, 1]
+    outside = [file for file, numbers in zip(names, layers, strict=True) if not numbers]
+    assert {"model.norm.weight"} in outside and {"lm_head.weight"} in outside
+    index = json.loads((only_copy(cache) / "model.safetensors.index.json").read_text("utf-8"))
+    assert index["weight_map"].keys() == set().union(*names)
+
+
+def test_copy_of_an_earlier_release_is_read(base, cache):
+    first = load(base, cache)
+    copy = only_copy(cache)
+    tensors = copied_tensors(copy)
+    for path in [*shards(copy), copy / "model.safetensors.index.json"]:
+        path.unlink()
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    loaded = load(base, cache)
+    assert USED in loaded.notes[0]
+    assert_same(loaded, first)
+
+
+def test_copy_of_a_source_in_any_order_is_the_same(base, cache, tmp_path):
+    """Every layer's weights far apart, and in a number format that is not computed in."""
+    plain = load(base, None)
+    tensors = load_file(base / "model.safetensors")
+    by_leaf = sorted(tensors, key=lambda name: name.split(".")[-2:])
+    weight_map = {name: f"model-{i:05}.safetensors" for i, name in enumerate(by_leaf)}
+    for name, file in weight_map.items():
+        save_file({name: tensors[name]}, base / file)
+    (base / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": weight_map}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    load(base, cache)
+    loaded = load(base, cache)
+    assert USED in loaded.notes[0]
+    ours, theirs = content(loaded), content(plain)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_copy_keeps_the_configs_of_the_source(base, cache):
@@ -190,7 +238,7 @@ def test_copy_keeps_the_configs_of_the_source(base, cache):
     assert config.pop("quantization_config")["bnb_4bit_quant_type"] == "nf4"
     assert config == json.loads((base / "config.json").read_text(encoding="utf-8"))
     assert json.loads((copy / "generation_config.json").read_text(encoding="utf-8")) == ends
-    assert load(base, cache).model.generation_config.eos_token_id == [3, 5]
+    assert load(base, cache).network.generation_config.eos_token_id == [3, 5]
 
 
 def test_copy_belongs_to_its_source_and_quantiser(base, cache, tiny_checkpoint, monkeypatch):
@@ -216,20 +264,22 @@ def test_flipped_bytes_are_found_said_and_mended(base, cache):
     load(base, cache)
     copy = only_copy(cache)
     rng = random.Random(0)
-    weights, digests = copy / "model.safetensors", copy / "digests.json"
-    header_bytes = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
-    size = weights.stat().st_size
-    places = [(weights, rng.randrange(header_bytes, size)) for _ in range(12)]
-    places += [(weights, 0), (weights, 9), (weights, header_bytes), (weights, size - 1)]
-    places += [(weights, rng.randrange(8, header_bytes)) for _ in range(12)]
-    places += [(digests, rng.randrange(digests.stat().st_size)) for _ in range(8)]
+    digests, index = copy / "digests.json", copy / "model.safetensors.index.json"
+    places = [(path, rng.randrange(path.stat().st_size)) for path in (digests, index) * 8]
+    for weights in shards(copy):
+        header_bytes = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+        size = weights.stat().st_size
+        places += [(weights, rng.randrange(header_bytes, size)) for _ in range(3)]
+        places += [(weights, 0), (weights, 9), (weights, header_bytes), (weights, size - 1)]
+        places += [(weights, rng.randrange(8, header_bytes)) for _ in range(3)]
+    headers = {p: 8 + int.from_bytes(p.read_bytes()[:8], "little") for p in shards(copy)}
     for path, place in places:
         data = bytearray(path.read_bytes())
         data[place] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
         loaded = load(base, cache)
         assert_same(loaded, plain)
-        if path == weights and place >= header_bytes:
+        if path in headers and place >= headers[path]:
             assert AGAIN in loaded.notes[0] and MADE in loaded.notes[1]
             assert "\n" not in "".join(loaded.notes)
     assert load(base, cache).notes[0].count(USED) == 1
@@ -238,13 +288,14 @@ def test_flipped_bytes_are_found_said_and_mended(base, cache):
 @pytest.mark.parametrize(
     "harm",
     [
-        lambda copy: (copy / "model.safetensors").unlink(),
+        lambda copy: shards(copy)[1].unlink(),
+        lambda copy: (copy / "model.safetensors.index.json").unlink(),
         lambda copy: (copy / "digests.json").unlink(),
         lambda copy: (copy / "digests.json").write_text("{}", encoding="utf-8"),
-        lambda copy: os.truncate(copy / "model.safetensors", 20_000),
+        lambda copy: os.truncate(shards(copy)[1], 2_000),
         lambda copy: [path.unlink() for path in copy.iterdir()],
     ],
-    ids=["no weights", "no digests", "empty digests", "cut off", "empty folder"],
+    ids=["no layer", "no index", "no digests", "empty digests", "cut off", "empty folder"],
 )
 def test_incomplete_copy_is_replaced(base, cache, harm):
     first = load(base, cache)
@@ -259,10 +310,11 @@ def test_disk_that_fills_up_costs_the_copy_and_not_the_load(base, cache):
     resource = pytest.importorskip("resource")
     plain = load(base, None)
     load(base, cache)
-    size = (only_copy(cache) / "model.safetensors").stat().st_size
+    sizes = [path.stat().st_size for path in shards(only_copy(cache))]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     rng = random.Random(1)
-    for limit in [rng.randrange(4096, size) for _ in range(8)] + [size - 1]:
+    limits_to_try = [rng.randrange(min(sizes) // 2, max(sizes)) for _ in range(8)]
+    for limit in [*limits_to_try, max(sizes) - 1]:
         shutil.rmtree(only_copy(cache))
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))  # a write beyond it fails
         try:
@@ -317,8 +369,8 @@ def test_copy_that_another_process_finished_first_is_kept(base, cache):
     load(base, cache)
     copy = only_copy(cache)
     before = {path.name: path.stat().st_ino for path in copy.iterdir()}
-    with closing(CopyWriter(copy, {"a": (torch.float32, (2,))})) as writer:
-        writer.add({"a": torch.zeros(2)})
+    with closing(CopyWriter(copy, ["a"], num_bytes=8)) as writer:
+        writer.add("a", {"a": torch.zeros(2)})
         assert not writer.finish(base) and writer.note is None
     assert {path.name: path.stat().st_ino for path in copy.iterdir()} == before
     assert USED in load(base, cache).notes[0]
@@ -352,8 +404,7 @@ KILLED = """
     def killed(self, *args):
         write(self, *args)
         calls.append(1)
-        if len(calls) == 40:
-            self._file.flush()
+        if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
     CopyWriter._write = killed

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowmem_dpo.model import checkpoint
+from lowmem_dpo.weights import safetensors_files
 from lowmem_dpo.weights.safetensors_files import (
     file_digest,
     read_header,
@@ -151,7 +151,7 @@ def test_content_digest_is_that_of_the_bytes_and_notices_a_short_file(tmp_path, 
     path = tmp_path / "model.safetensors"
     tensors = {"a": torch.arange(9.0), "b": torch.arange(5.0)}
     save_file(tensors, path)
-    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 7)
+    monkeypatch.setattr(safetensors_files, "_PIECE_BYTES", 7)
     header = read_header(path)
     for name, tensor in tensors.items():
         expected = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
@@ -162,9 +162,9 @@ def test_content_digest_is_that_of_the_bytes_and_notices_a_short_file(tmp_path, 
 
 def test_file_digest_reads_a_file_once_until_it_changes(tmp_path, monkeypatch):
     read = []
-    digest = checkpoint.hashlib.file_digest
+    digest = safetensors_files.hashlib.file_digest
     monkeypatch.setattr(
-        checkpoint.hashlib, "file_digest", lambda *args: (read.append(1), digest(*args))[1]
+        safetensors_files.hashlib, "file_digest", lambda *args: (read.append(1), digest(*args))[1]
     )
     path, cache = tmp_path / "a", tmp_path / "cache"
     path.write_bytes(b"1")
