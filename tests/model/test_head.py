@@ -38,7 +38,7 @@ def loaded(tmp_path) -> LanguageModel:
     source = str(save_tiny_model(tmp_path / "model"))
     return load_model(
         source,
-        config=load_config(source, max_length=64),
+        config=load_config(source),
         quantization="none",
         dtype=torch.float32,
         device="cpu",

@@ -15,16 +15,15 @@ class Loaded(LanguageModel):
     notes: list[str] = field(default_factory=list)
 
 
-def load_and_listen(folder, *, max_length, **options):
+def load_and_listen(folder, **options):
     """A model of a folder, on the CPU.
 
     Args:
         folder: The checkpoint.
-        max_length: Of the run's rows, which decides on the rotary tables.
         options: As `load_model` takes them.
     """
     lines = []
     with mock.patch.object(loading, "say", lines.append):
-        config = load_config(str(folder), max_length=max_length)
+        config = load_config(str(folder))
         model = loading.load_model(str(folder), config=config, device="cpu", **options)
     return Loaded(**vars(model), notes=lines)

@@ -31,7 +31,7 @@ def logits(model):
 def load_base(folder):
     loaded = load_model(
         str(folder),
-        config=load_config(str(folder), max_length=128),
+        config=load_config(str(folder)),
         quantization="none",
         dtype=torch.float32,
         device="cpu",

@@ -54,7 +54,6 @@ def bnb_checkpoint(tiny_checkpoint, tmp_path):
 def load(folder, dtype=torch.float32, **options):
     return load_and_listen(
         folder,
-        max_length=64,
         quantization=options.pop("quantization", "nf4"),
         dtype=dtype,
         **options,

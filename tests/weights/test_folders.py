@@ -11,6 +11,7 @@ from lowmem_dpo.weights import folders
 from lowmem_dpo.weights.folders import (
     SUPPORTED_MODEL_TYPES,
     answer_ends,
+    check_max_length,
     load_config,
     load_tokenizer,
     model_folder,
@@ -53,7 +54,7 @@ def refusal(call, *args, **kwargs):
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
 def test_load_config_reads_every_supported_type(tmp_path, model_type):
     folder = write_config(tmp_path / "m", model_type=model_type, architectures=None)
-    assert load_config(folder, max_length=10**6).model_type == model_type
+    assert load_config(folder).model_type == model_type
 
 
 def test_every_supported_type_is_among_the_families_that_are_tested():
@@ -107,15 +108,17 @@ def test_load_config_takes_position_encodings_that_do_not_depend_on_neighbours(t
     assert config.rope_parameters["rope_type"] == rope_type
 
 
-def test_load_config_takes_longrope_up_to_where_its_frequencies_change(tmp_path):
+def test_check_max_length_takes_longrope_up_to_where_its_frequencies_change(tmp_path):
     folder = tmp_path / "m"
     tiny_model("phi3-longrope").config.save_pretrained(folder)
-    assert rope_limit(load_config(str(folder), max_length=256)) == 256
-    assert "max_length is 257, set it to 256 or less" in refusal(
-        load_config, str(folder), max_length=257
-    )
-    assert "unlimited" in refusal(load_config, str(folder))
-    assert rope_limit(load_config(write_config(tmp_path / "llama"))) is None
+    config = load_config(str(folder))
+    assert rope_limit(config) == 256
+    check_max_length("phi", config, 256)
+    with pytest.raises(ValueError, match="max_length is 257, set it to 256 or less"):
+        check_max_length("phi", config, 257)
+    llama = load_config(write_config(tmp_path / "llama"))
+    assert rope_limit(llama) is None
+    check_max_length("llama", llama, 10**6)
 
 
 PHI3_CODE = {

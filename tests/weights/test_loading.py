@@ -20,13 +20,10 @@ from lowmem_dpo.weights.storage import storage_table
 from tests.tiny import FAMILIES
 from tests.weights.loading_lines import load_and_listen
 
-MAX_LENGTH = 128  # in the range where longrope has one set of frequencies
-
 
 def load(folder, quantization="none", dtype=torch.float32, cache_dir=None):
     return load_and_listen(
         folder,
-        max_length=MAX_LENGTH,
         quantization=quantization,
         dtype=dtype,
         cache_dir=cache_dir,

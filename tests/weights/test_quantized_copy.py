@@ -44,7 +44,6 @@ def cache(tmp_path):
 def load(folder, cache, dtype=torch.float32, **options):
     return load_and_listen(
         folder,
-        max_length=64,
         quantization="nf4",
         dtype=dtype,
         cache_dir=cache,
