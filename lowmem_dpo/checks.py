@@ -4,6 +4,7 @@ A check raises ValueError with the setting, what it got and how to mend it.
 """
 
 import dataclasses
+import math
 import os
 import sys
 from typing import Any, Literal, get_args, get_origin
@@ -13,27 +14,67 @@ _PATHS = {"model", "data", "eval_data", "output_dir", "init_adapter", "resume", 
 _PATHS |= {"adapter", "prompts"}
 
 
-def check_types(config: Any) -> None:
-    """Hold every value against its annotation, for configs built in Python."""
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Where a number must lie: above or at_least this, below or at_most that."""
+
+    above: float = -math.inf
+    at_least: float = -math.inf
+    below: float = math.inf
+    at_most: float = math.inf
+
+
+# What stands beside a field as its metadata: rules in words, and the bounds that they mean.
+POSITIVE = {"must be > 0": Bounds(above=0)}
+NOT_NEGATIVE = {"must be >= 0": Bounds(at_least=0)}
+SHARE = {"must be in [0, 1)": Bounds(at_least=0, below=1)}
+COUNT = {"must be at least 1": Bounds(at_least=1)}
+COUNT_OR_NONE = {"must be at least 1, or left out": Bounds(at_least=1)}
+
+
+def check_values(config: Any) -> None:
+    """Hold every value against its field's type and bounds, and bring it into shape.
+
+    Paths become text, and whole numbers floats where a float is asked for. Where one name or a list
+    is asked for, another text than the default becomes the list of the names in it.
+    """
     for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
+        value, kinds = getattr(config, f.name), get_args(f.type) or (f.type,)
         if f.name in _PATHS:
-            value = _path_text(f.name, value)
-            object.__setattr__(config, f.name, value)
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
+            if isinstance(value, str) and not value.strip():
+                raise ValueError(f"{f.name} is empty; give a path, or leave it out")
         if get_origin(f.type) is Literal:
-            choices = get_args(f.type)
-            if value not in choices:
-                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+            if value not in kinds:
+                raise ValueError(f"{f.name} must be one of {', '.join(kinds)}, got {value!r}")
             continue
-        kinds = tuple(get_origin(kind) or kind for kind in get_args(f.type) or (f.type,))
-        if get_origin(f.type) is dict:
-            kinds = (dict,)
-        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-            object.__setattr__(config, f.name, _finite(f.name, value))
+        if f.type == str | list[str] and isinstance(value, str) and value != f.default:
+            value = [name.strip() for name in value.strip("[] ").split(",") if name.strip()]
+        kinds = (dict,) if get_origin(f.type) is dict else tuple(get_origin(k) or k for k in kinds)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if float in kinds and is_number:
+            if not abs(value) <= sys.float_info.max:  # of an int too, and of nan
+                raise ValueError(f"{f.name} must be a finite number, got {str(value)[:20]}")
+            value = float(value)
         elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ValueError(f"{f.name} must be {type_name(f.type)}, got {value!r}")
-        elif isinstance(value, float):
-            _finite(f.name, value)
+        for rule, bounds in f.metadata.items() if value is not None else ():
+            is_above = value > bounds.above and value >= bounds.at_least
+            if not (is_above and value < bounds.below and value <= bounds.at_most):
+                hint = "" if f.default is None else f"; the usual value is {f.default}"
+                raise ValueError(f"{f.name} {rule}, got {value}{hint}")
+        object.__setattr__(config, f.name, value)
+
+
+def check_unused(config: Any, cause: str, *names: str) -> None:
+    """Refuse settings that were changed although the value of `cause` leaves them no effect."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    for name in names:
+        value = getattr(config, name)
+        if value != defaults[name]:
+            raise ValueError(
+                f"{name}={value} has no effect with {cause}={getattr(config, cause)}; leave one out"
+            )
 
 
 def type_name(annotation: Any) -> str:
@@ -43,55 +84,3 @@ def type_name(annotation: Any) -> str:
     if get_args(annotation):
         return str(annotation).replace("typing.", "")
     return annotation.__name__
-
-
-def _path_text(name: str, value: Any) -> Any:
-    """A path as text; what is no path is left for the check of types."""
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if isinstance(value, str) and not value.strip():
-        raise ValueError(f"{name} is empty; give a path, or leave it out")
-    return value
-
-
-def _finite(name: str, value: float) -> float:
-    if not abs(value) <= sys.float_info.max:  # of an int too, and of nan
-        raise ValueError(f"{name} must be a finite number, got {str(value)[:20]}")
-    return float(value)
-
-
-def check(config: Any, name: str, holds: bool, rule: str) -> None:
-    """Refuse a value that breaks its rule, naming the usual value."""
-    if not holds:
-        usual = _default(config, name)
-        hint = "" if usual is None else f"; the usual value is {usual}"
-        raise ValueError(f"{name} {rule}, got {getattr(config, name)}{hint}")
-
-
-def check_unused(config: Any, cause: str, *names: str) -> None:
-    """Refuse settings that were changed although the value of `cause` leaves them no effect."""
-    for name in names:
-        value = getattr(config, name)
-        if value != _default(config, name):
-            raise ValueError(
-                f"{name}={value} has no effect with {cause}={getattr(config, cause)}; leave one out"
-            )
-
-
-def _default(config: Any, name: str) -> Any:
-    return next(f.default for f in dataclasses.fields(config) if f.name == name)
-
-
-def split_names(config: Any, name: str) -> None:
-    """Turn "q_proj,v_proj" into a list, and the word "all" in any list into "all"."""
-    value = getattr(config, name)
-    if isinstance(value, str) and value != "all":
-        value = split_list(value)
-    if not value:
-        raise ValueError(f"{name} is empty; use all, or names such as q_proj,v_proj")
-    object.__setattr__(config, name, value)
-
-
-def split_list(text: str) -> list[str]:
-    """The names in "a,b" or "[a, b]"."""
-    return [part.strip() for part in text.strip("[] ").split(",") if part.strip()]

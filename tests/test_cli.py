@@ -364,7 +364,7 @@ def test_generate_refuses_a_bad_file_of_prompts(tmp_path, llama_dir, capsys):
     for content, said in (
         (
             b"one\n\nz\xff\n",
-            "p.txt, line 3: not valid UTF-8 (byte 1 of the line); save the file as",
+            "p.txt, line 3: not valid UTF-8 (byte 1 of the row); save the file as",
         ),
         ("one".encode("utf-16-le"), "p.txt, line 1: holds NUL bytes, as UTF-16 does"),
         (b" \n", "p.txt holds no prompts; write one a line"),

@@ -5,17 +5,24 @@ value becomes one of its field's annotation, and the dataclass checks itself whe
 """
 
 import difflib
-import functools
 import re
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+import yaml
+
 from lowmem_dpo.checks import type_name
 from lowmem_dpo.settings.groups import Settings, settings_by_group
-from lowmem_dpo.settings.other_trainers import is_foreign, to_our_settings, to_our_value
+from lowmem_dpo.settings.other_trainers import (
+    NAMES_WITH_THEIR_VALUES,
+    is_foreign,
+    to_our_settings,
+    to_our_value,
+)
 
 Config = TypeVar("Config", bound=Settings)
 
@@ -42,60 +49,56 @@ def parse_config(cls: type[Config], words: list[str]) -> Config:
     Raises:
         ValueError: If the file cannot be read, a name is unknown or a value does not fit its field.
     """
-    path, own, foreign = _read_flags(cls, words)
-    where = "" if path is None else f"{path}: "
+    path, flags, foreign = _read_flags(cls, words)
+    types = {field.name: field.type for field in fields(cls)}
     mapping = {} if path is None else _read_mapping(path)
-    types = _types(cls)
-    flags = {name: _flag_value(name, types[name], text) for name, text in own.items()}
     given = mapping | flags | foreign
-    blamed = "" if own or foreign else where  # with flags about, the file may not be to blame
+    where = "" if path is None else f"{path}: "
+    blamed = "" if flags or foreign else where  # with flags about, the file may not be to blame
+    notes: list[str] = []
     try:
-        mapping, notes = to_our_settings(mapping, set(types), given)
-    except ValueError as error:
-        raise ValueError(f"{blamed}{error}") from None
-    theirs, more_notes = to_our_settings(foreign, set(types), given)
-    for name in theirs.keys() & flags.keys():
-        raise ValueError(f"--{name} and another trainer's flag for it are both given")
-    mapping |= theirs
-    _check_names(cls, mapping, where)
-    try:
+        if mapping:
+            mapping, notes = to_our_settings(mapping, set(types), given)
+        if foreign:
+            theirs, more_notes = to_our_settings(foreign, set(types), given)
+            for name in theirs.keys() & flags.keys():
+                raise ValueError(f"--{name} and another trainer's flag for it are both given")
+            mapping, notes = mapping | theirs, notes + more_notes
+        for name in mapping:
+            if name not in types:
+                blamed = where  # a flag's name has been looked at
+                raise ValueError(_unknown(cls, str(name)))
         values = {name: _field_value(name, types[name], value) for name, value in mapping.items()}
         config = cls(**(values | flags))
     except ValueError as error:
         raise ValueError(f"{blamed}{error}") from None
-    if notes or more_notes:
+    if notes:
         from lowmem_dpo.console import note
 
-        for line in dict.fromkeys([*notes, *more_notes]):
+        for line in dict.fromkeys(notes):
             note(line)
     return config
 
 
 def to_yaml(config: Any) -> str:
     """The resolved settings as YAML, group by group; `--config` reads it back."""
-    import yaml
-
-    values = {name: getattr(config, name) for name in _types(type(config))}
+    groups = [group for _, group in settings_by_group(type(config))]
+    values = {field.name: getattr(config, field.name) for group in groups for field in group}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _types(cls: type[Settings]) -> dict[str, Any]:
-    """The annotation of every field, group by group."""
-    return {field.name: field.type for _, group in settings_by_group(cls) for field in group}
 
 
 def _read_flags(
     cls: type[Settings], words: Iterable[str]
-) -> tuple[str | None, dict[str, str], dict[str, Any]]:
+) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
     """Sort command-line words into settings.
 
     Returns:
-        The settings file, or None; our flags, each spelt as its field, with their text; other
-        trainers' flags, with the value that their text has in YAML.
+        The settings file, or None; our flags, each spelt and with a value as its field has it;
+        other trainers' flags, with the value that their text has in YAML.
     """
-    types = _types(cls)
+    types = {field.name: field.type for field in fields(cls)}
     path: str | None = None
-    own: dict[str, str] = {}
+    own: dict[str, Any] = {}
     foreign: dict[str, Any] = {}
     rest = list(words)
     while rest:
@@ -105,8 +108,8 @@ def _read_flags(
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
         of_other_trainer = name not in types and is_foreign(name)
-        if name != "config" and not of_other_trainer:
-            _check_names(cls, [name], "")
+        if name != "config" and name not in types and not of_other_trainer:
+            raise ValueError(_unknown(cls, name))
         if not equals:
             may_stand_alone = types.get(name) is bool or of_other_trainer
             if rest and not rest[0].startswith("--"):
@@ -121,88 +124,71 @@ def _read_flags(
             path = text
         elif of_other_trainer:
             foreign[name] = _yaml_value(text)
+        elif text in ("null", "~") and NoneType in get_args(types[name]):
+            own[name] = None  # null unsets a setting that may be left out
         else:
-            own[name] = text
+            value = to_our_value(name, text) if name in NAMES_WITH_THEIR_VALUES else text
+            own[name] = _field_value(name, types[name], value)
     return path, own, foreign
 
 
-def _flag_value(name: str, annotation: Any, text: str) -> Any:
-    """The value of one of our flags; null unsets a setting that may be left out."""
-    if text in ("null", "~") and NoneType in get_args(annotation):
-        return None
-    return _field_value(name, annotation, to_our_value(name, text))
-
-
 def _field_value(name: str, annotation: Any, value: Any) -> Any:
-    """A value as its field takes it; what does not fit is refused by name."""
-    try:
-        return _as_declared(annotation, value)
-    except ValueError:
-        example = "; for example '{name: value}'" if get_origin(annotation) is dict else ""
-        got = " ".join(str(value).split())
-        raise ValueError(f"{name} must be {type_name(annotation)}, got {got}{example}") from None
-
-
-def _as_declared(annotation: Any, value: Any) -> Any:
-    """Turn a flag's text, or a value from a file, into one of the annotation.
+    """Turn a flag's text, or a value from a file, into one of its field's annotation.
 
     Where text is asked for it stays as it is, also if it looks like a number. Other text is read as
     YAML: that of a flag, or in a file what YAML 1.1 takes for text, such as 1e-4. A list may lack
     its brackets.
 
     Raises:
-        ValueError: If the value cannot be one.
+        ValueError: If the value cannot be one; it names the field.
     """
-    origin, kinds = get_origin(annotation), get_args(annotation)
+    given, origin, kinds = value, get_origin(annotation), get_args(annotation)
     if origin is UnionType:
         for kind in kinds:
             with suppress(ValueError):
-                return _as_declared(kind, value)
+                return _field_value(name, kind, value)
     if isinstance(value, str) and origin is not Literal and annotation not in (str, Any, NoneType):
         value = _yaml_value(f"[{value}]" if origin is list and value[:1] != "[" else value)
         if isinstance(value, str) and annotation in (int, float):
-            return annotation(value)
+            with suppress(ValueError):
+                return annotation(value)
     if origin is list and isinstance(value, list):
-        return [_as_declared(kinds[0], item) for item in value]
+        return [_field_value(name, kinds[0], item) for item in value]
     if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _as_declared(kinds[1], item) for key, item in value.items()}
+        return value
     if origin is Literal:
         fits = value in kinds
     else:
         is_whole_number = annotation is float and type(value) is int
         fits = annotation is Any or type(value) is annotation or is_whole_number
     if not fits:
-        raise ValueError
+        example = "; for example '{name: value}'" if origin is dict else ""
+        got = " ".join(str(given).split())
+        raise ValueError(f"{name} must be {type_name(annotation)}, got {got}{example}")
     return value
 
 
 def _yaml_value(text: str) -> Any:
     """What a text means in YAML; itself, where it is none."""
-    import yaml
-
     try:
-        return yaml.load(text, _strict_loader())
+        return yaml.load(text, _StrictLoader)
     except yaml.YAMLError:
         return text
 
 
-def _check_names(cls: type[Settings], names: Iterable[Any], where: str) -> None:
-    """Refuse names that are no field of `cls`, and name the nearest one."""
-    fields = _types(cls)
-    for name in map(str, names):
-        if name not in fields:
-            near = [alias for alias in [_ALIASES.get(name)] if alias in fields]
-            near = near or difflib.get_close_matches(name, fields, n=1, cutoff=0.65)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
-            raise ValueError(f"{where}unknown setting {name!r}; {hint}")
+def _unknown(cls: type[Settings], name: str) -> str:
+    """That a name is no field of `cls`, and the nearest one."""
+    known = [field.name for _, group in settings_by_group(cls) for field in group]
+    near = [alias for alias in [_ALIASES.get(name)] if alias in known]
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.65)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    return f"unknown setting {name!r}; {hint}"
 
 
 def _read_mapping(path: str) -> dict[str, Any]:
     """The names and values of a settings file."""
-    import yaml
-
     try:
-        mapping = yaml.load(Path(path).read_text(encoding="utf-8"), _strict_loader())
+        mapping = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
         raise ValueError(f"cannot read the settings file {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -215,28 +201,25 @@ def _read_mapping(path: str) -> dict[str, Any]:
     return mapping
 
 
-@functools.cache
-def _strict_loader() -> Any:
+class _StrictLoader(yaml.SafeLoader):
     """A safe YAML loader that refuses what would be read otherwise than it was meant."""
-    import yaml
 
-    class StrictLoader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for name in names:
-                if names.count(name) > 1:
-                    raise yaml.constructor.ConstructorError(
-                        problem=f"{name} is given twice", problem_mark=node.start_mark
-                    )
-            return super().construct_mapping(node, deep)
-
-        def construct_yaml_int(self, node: Any) -> Any:
-            if re.fullmatch(r"[-+]?0[0-9_]+|.*:.*", node.value):  # octal, sexagesimal
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"{node.value} means another number in YAML; write it plainly",
-                    problem_mark=node.start_mark,
+                    problem=f"{name} is given twice", problem_mark=node.start_mark
                 )
-            return super().construct_yaml_int(node)
+        return super().construct_mapping(node, deep)
 
-    StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_yaml_int)
-    return StrictLoader
+    def construct_yaml_int(self, node: Any) -> Any:
+        if re.fullmatch(r"[-+]?0[0-9_]+|.*:.*", node.value):  # octal, sexagesimal
+            raise yaml.constructor.ConstructorError(
+                problem=f"{node.value} means another number in YAML; write it plainly",
+                problem_mark=node.start_mark,
+            )
+        return super().construct_yaml_int(node)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)

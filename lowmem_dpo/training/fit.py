@@ -13,8 +13,8 @@ import torch
 
 from lowmem_dpo.console import ProgressBar, duration, say, warn
 from lowmem_dpo.data.rendering import build_renderer
-from lowmem_dpo.losses.checks import unusual_values
 from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.losses.types import unusual_values
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.records.checkpoints import load_checkpoint, read_record
 from lowmem_dpo.records.folder import RunFolder, check_resumable, resume_facts
