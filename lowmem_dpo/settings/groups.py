@@ -190,7 +190,7 @@ class OptimizerSettings(SeedSettings):
     max_steps: int | None = field(default=None, metadata=COUNT_OR_NONE)
     """Number of optimizer steps; overrides num_train_epochs."""
     batch_size: int = field(default=16, metadata=COUNT)
-    """Pairs per optimizer step. How they are split into micro-batches is the plan's business."""
+    """Pairs per optimizer step; a run splits them into micro-batches by itself."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """Shape of the learning rate after warm-up."""
     warmup_ratio: float = field(default=0.1, metadata=SHARE)
@@ -259,7 +259,7 @@ class MemorySettings(Settings):
     head_weight: Literal["device", "host"] = "device"
     """Where the output head stays: device, or pinned host memory, streamed in slices (CUDA)."""
     head_kernel: Literal["auto", "torch", "triton", "fused"] = "auto"
-    """How the head is computed; auto knows the card. fused writes no logits at all (CUDA)."""
+    """How the head is computed: auto chooses by the card; fused never writes logits (CUDA)."""
 
     def check(self) -> None:
         """Refuse a limit that is no size."""
@@ -284,11 +284,11 @@ class RunSettings(OutputSettings):
     save_steps: int | None = field(default=None, metadata=COUNT_OR_NONE)
     """Steps between checkpoints, with save_strategy steps."""
     keep_checkpoints: int = field(default=2, metadata=COUNT)
-    """Newest checkpoints to keep."""
+    """How many checkpoints to keep, the newest."""
     resume: str | None = None
     """auto (output_dir's newest good checkpoint; without one, afresh) or a checkpoint."""
     reference: Literal["auto", "accept"] = "auto"
-    """Cached reference numbers of another numerics fingerprint: score again (auto) or accept."""
+    """Cached log-probs of the reference from another card or version: score again, or accept."""
     report_to: str | list[str] = "none"
     """Experiment trackers beside metrics.jsonl: none, tensorboard, wandb, trackio, or a list."""
 
