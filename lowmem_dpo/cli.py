@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
-from lowmem_dpo.settings.groups import Settings
+from lowmem_dpo.settings.fields import Settings, parse_config, to_yaml
 from lowmem_dpo.settings.help import full_help, short_help
-from lowmem_dpo.settings.parsing import parse_config, to_yaml
 from lowmem_dpo.version import __version__
 
 USAGE = """\

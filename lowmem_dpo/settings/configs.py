@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem_dpo.losses.types import losses_of
+from lowmem_dpo.settings.fields import parse_config
 from lowmem_dpo.settings.groups import (
     AdapterSettings,
     DataSettings,
@@ -18,7 +19,6 @@ from lowmem_dpo.settings.groups import (
     SeedSettings,
     TemplateSettings,
 )
-from lowmem_dpo.settings.parsing import parse_config
 
 
 @dataclass(frozen=True)

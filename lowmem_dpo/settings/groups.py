@@ -3,40 +3,28 @@
 A verb's config inherits the groups that it needs (`configs`), so a setting is declared once, and
 its flag, YAML key, help text and line in the docs come from its field. Whoever works on a subject
 takes its group, never a whole config. A group that exists is valid: a field's bounds stand beside
-it (`checks.Bounds`), a group's `check` holds its combinations, and both say how to mend what is
+it (`fields.Bounds`), a group's `check` holds its combinations, and both say how to mend what is
 wrong. Whether a file exists or a card is there is no matter of settings and is checked where it is
 used.
 """
 
-import inspect
 import re
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lowmem_dpo.checks import (
+from lowmem_dpo.losses.types import check_loss_settings
+from lowmem_dpo.settings.fields import (
     COUNT,
     COUNT_OR_NONE,
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
     Bounds,
+    Settings,
     check_unused,
-    check_values,
 )
-from lowmem_dpo.losses.types import check_loss_settings
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What every group and config shares: values as they are declared, and every group's check."""
-
-    def __post_init__(self) -> None:
-        check_values(self)
-        for group in reversed(type(self).__mro__):
-            if "check" in vars(group):
-                vars(group)["check"](self)
 
 
 @dataclass(frozen=True)
@@ -176,7 +164,11 @@ class LossSettings(Settings):
     reference_free: bool = False
     """Leave the reference out (a uniform one). Less stable; there is no step-zero check then."""
 
-    check = check_loss_settings  # what each loss reads is written there
+    def check(self) -> None:
+        """Refuse unknown losses, what none of them reads, and what has no meaning together."""
+        check_unused(self, "loss_type", *check_loss_settings(self))
+        if self.f_divergence_type != "alpha_divergence":
+            check_unused(self, "f_divergence_type", "f_alpha_divergence_coef")
 
 
 @dataclass(frozen=True)
@@ -335,17 +327,6 @@ class SamplingSettings(SeedSettings):
         """Refuse what greedy decoding does not read."""
         if self.temperature == 0:
             check_unused(self, "temperature", "top_p", "top_k", "seed")
-
-
-def settings_by_group(config: type[Settings]) -> list[tuple[type[Settings], list[Field[Any]]]]:
-    """A config's fields under the class that declares them: its own first, then group by group."""
-    by_name = {f.name: f for f in fields(config)}
-    groups = []
-    for cls in config.__mro__:
-        declared = [by_name.pop(name) for name in inspect.get_annotations(cls) if name in by_name]
-        if declared:
-            groups.append((cls, declared))
-    return groups
 
 
 def parse_bytes(text: str) -> int:

@@ -21,7 +21,7 @@ from lowmem_dpo.records.folder import RunFolder, check_resumable, resume_facts
 from lowmem_dpo.records.trackers import Trackers, check_installed
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.settings.parsing import to_yaml
+from lowmem_dpo.settings.fields import to_yaml
 from lowmem_dpo.stopping import Interrupt
 from lowmem_dpo.training.health import check_adapter_moves
 from lowmem_dpo.training.loop import StepResult, predicted_fill, train_steps

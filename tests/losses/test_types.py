@@ -5,7 +5,7 @@ from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.pairs import PairLogps
 from lowmem_dpo.losses.types import unusual_values
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.settings.parsing import parse_config, to_yaml
+from lowmem_dpo.settings.fields import parse_config, to_yaml
 
 MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
 

@@ -2,29 +2,26 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lowmem_dpo.checks import (
+from lowmem_dpo.settings.fields import (
     COUNT,
     COUNT_OR_NONE,
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
     Bounds,
+    Settings,
     check_unused,
-    check_values,
 )
 
 
 @dataclass(frozen=True)
-class Values:
+class Values(Settings):
     rate: float = field(default=0.5, metadata=POSITIVE)
     decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
     share: float = field(default=0.25, metadata=SHARE)
     rank: int = field(default=16, metadata=COUNT | {"must be at most 64": Bounds(at_most=64)})
     steps: int | None = field(default=None, metadata=COUNT_OR_NONE)
     names: str | list[str] = "all"
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
 
 @pytest.mark.parametrize(
@@ -39,13 +36,13 @@ class Values:
         ("steps", 0, "steps must be at least 1, or left out, got 0"),
     ],
 )
-def test_check_values_refuses_what_is_out_of_bounds(name, value, rule):
+def test_settings_refuse_what_is_out_of_bounds(name, value, rule):
     with pytest.raises(ValueError) as error:
         Values(**{name: value})
     assert str(error.value) == rule
 
 
-def test_check_values_takes_what_lies_on_a_bound_that_is_within():
+def test_settings_take_what_lies_on_a_bound_that_is_within():
     values = Values(rate=1e-300, decay=0, share=0, rank=64, steps=1)
     assert (values.decay, type(values.decay), values.rank, values.steps) == (0.0, float, 64, 1)
     assert Values(rank=1, steps=None).steps is None
@@ -62,7 +59,7 @@ def test_check_values_takes_what_lies_on_a_bound_that_is_within():
         (["q"], ["q"]),
     ],
 )
-def test_check_values_turns_names_in_a_text_into_a_list_but_for_the_default(given, expected):
+def test_settings_turn_names_in_a_text_into_a_list_but_for_the_default(given, expected):
     assert Values(names=given).names == expected
 
 

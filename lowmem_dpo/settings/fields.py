@@ -1,22 +1,27 @@
-"""From words and YAML to any config dataclass, and back: defaults, then the file, then flags.
+"""What becomes of every setting: read from words or YAML, held against its field, written as YAML.
 
-A name is held against the fields first, so that a wrong one gets the nearest right one. Then each
-value becomes one of its field's annotation, and the dataclass checks itself when it is built.
+A setting is a field of a frozen dataclass (`groups`): its annotation is its type, the metadata
+beside it are its bounds. A name is held against the fields first, so that a wrong one gets the
+nearest right one. Then each value becomes one of its field's annotation: defaults, then the file,
+then flags. The dataclass checks itself when it is built, by a file, by words or in Python; a check
+raises ValueError with the setting, what it got and how to mend it.
 """
 
 import difflib
+import inspect
+import math
+import os
 import re
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
-from lowmem_dpo.checks import type_name
-from lowmem_dpo.settings.groups import Settings, settings_by_group
 from lowmem_dpo.settings.other_trainers import (
     NAMES_WITH_THEIR_VALUES,
     is_foreign,
@@ -24,7 +29,9 @@ from lowmem_dpo.settings.other_trainers import (
     to_our_value,
 )
 
-Config = TypeVar("Config", bound=Settings)
+# Settings that name a file or folder (or a model): never empty; os.PathLike is taken too.
+_PATHS = {"model", "data", "eval_data", "output_dir", "init_adapter", "resume", "cache_dir"}
+_PATHS |= {"adapter", "prompts"}
 
 # Names that a newcomer may try and whose nearest name here would be a wrong hint, or none.
 _ALIASES = {
@@ -33,6 +40,68 @@ _ALIASES = {
     "alpha": "lora_alpha",
     "epochs": "num_train_epochs",
 }
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where a number must lie: above or at_least this, below or at_most that."""
+
+    above: float = -math.inf
+    at_least: float = -math.inf
+    below: float = math.inf
+    at_most: float = math.inf
+
+
+# What stands beside a field as its metadata: rules in words, and the bounds that they mean.
+POSITIVE = {"must be > 0": Bounds(above=0)}
+NOT_NEGATIVE = {"must be >= 0": Bounds(at_least=0)}
+SHARE = {"must be in [0, 1)": Bounds(at_least=0, below=1)}
+COUNT = {"must be at least 1": Bounds(at_least=1)}
+COUNT_OR_NONE = {"must be at least 1, or left out": Bounds(at_least=1)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every group and config shares: values as they are declared, and every group's check.
+
+    Paths become text, and whole numbers floats where a float is asked for. Where one name or a list
+    is asked for, another text than the default becomes the list of the names in it.
+    """
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in _PATHS:
+                value = os.fspath(value) if isinstance(value, os.PathLike) else value
+                if isinstance(value, str) and not value.strip():
+                    raise ValueError(f"{f.name} is empty; give a path, or leave it out")
+            if get_origin(f.type) is Literal:
+                if value not in (choices := get_args(f.type)):
+                    raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+                continue
+            if f.type == str | list[str] and isinstance(value, str) and value != f.default:
+                value = [name.strip() for name in value.strip("[] ").split(",") if name.strip()]
+            annotations = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
+            kinds = tuple(get_origin(kind) or kind for kind in annotations)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if float in kinds and is_number:
+                if not abs(value) <= sys.float_info.max:  # of an int too, and of nan
+                    raise ValueError(f"{f.name} must be a finite number, got {str(value)[:20]}")
+                value = float(value)
+            elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise ValueError(f"{f.name} must be {type_name(f.type)}, got {value!r}")
+            for rule, bounds in f.metadata.items() if value is not None else ():
+                is_above = value > bounds.above and value >= bounds.at_least
+                if not (is_above and value < bounds.below and value <= bounds.at_most):
+                    hint = "" if f.default is None else f"; the usual value is {f.default}"
+                    raise ValueError(f"{f.name} {rule}, got {value}{hint}")
+            object.__setattr__(self, f.name, value)
+        for group in reversed(type(self).__mro__):
+            if "check" in vars(group):
+                vars(group)["check"](self)
+
+
+Config = TypeVar("Config", bound=Settings)
 
 
 def parse_config(cls: type[Config], words: list[str]) -> Config:
@@ -199,6 +268,37 @@ def _read_mapping(path: str) -> dict[str, Any]:
     if not isinstance(mapping, dict):
         raise ValueError(f"{path} must hold `name: value` lines, got a {type(mapping).__name__}")
     return mapping
+
+
+def settings_by_group(config: type[Settings]) -> list[tuple[type[Settings], list[Field[Any]]]]:
+    """A config's fields under the class that declares them: its own first, then group by group."""
+    by_name = {f.name: f for f in fields(config)}
+    groups = []
+    for cls in config.__mro__:
+        declared = [by_name.pop(name) for name in inspect.get_annotations(cls) if name in by_name]
+        if declared:
+            groups.append((cls, declared))
+    return groups
+
+
+def check_unused(config: Any, cause: str, *names: str) -> None:
+    """Refuse settings that were changed although the value of `cause` leaves them no effect."""
+    defaults = {f.name: f.default for f in fields(config)}
+    for name in names:
+        value = getattr(config, name)
+        if value != defaults[name]:
+            raise ValueError(
+                f"{name}={value} has no effect with {cause}={getattr(config, cause)}; leave one out"
+            )
+
+
+def type_name(annotation: Any) -> str:
+    """An annotation in words, for messages and tables."""
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, get_args(annotation)))
+    if get_args(annotation):
+        return str(annotation).replace("typing.", "")
+    return annotation.__name__
 
 
 class _StrictLoader(yaml.SafeLoader):
