@@ -9,11 +9,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from lowmem_dpo.checks import type_name
 from lowmem_dpo.data.formats import FORMATS
 from lowmem_dpo.losses.types import LOSS_TYPES, span
 from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
-from lowmem_dpo.settings.groups import Settings, settings_by_group
+from lowmem_dpo.settings.fields import Settings, settings_by_group, type_name
 from lowmem_dpo.settings.help import default_text, field_docs, group_title
 from lowmem_dpo.settings.other_trainers import CONVERTED, FIXED, NO_EFFECT, RENAMED
 

@@ -8,17 +8,14 @@ import errno
 import io
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
-from lowmem_dpo.settings.groups import Settings
+from lowmem_dpo.settings.fields import Settings, parse_config, to_yaml
 from lowmem_dpo.settings.help import full_help, short_help
-from lowmem_dpo.settings.parsing import parse_config, to_yaml
 from lowmem_dpo.version import __version__
 
 USAGE = """\
@@ -170,23 +167,18 @@ def _run(run: Callable[[Any], int], config: Any) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from lowmem_dpo.console import note
-    from lowmem_dpo.stopping import RunStopped
+    from lowmem_dpo.stopping import Interrupt, RunStopped
 
     disable_progress_bar()
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:  # SIGTERM is Ctrl-C
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return run(config)
+        with Interrupt(requested=True):  # nothing to save yet: Ctrl-C and SIGTERM stop at once
+            return run(config)
     except KeyboardInterrupt:
         note("interrupted")
         return 130
     except RunStopped as error:
         note(f"stopped: {error}")
         return 1
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, previous)
 
 
 def _os_error(error: OSError) -> str:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -20,16 +21,20 @@ console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def say(message: Any = "") -> None:
-    """Print a line, or anything that rich can draw; square brackets are left as they are."""
+def say(message: Any = "", style: str | None = None) -> None:
+    """Print a line, or anything that rich can draw; square brackets are left as they are.
+
+    What the terminal cannot show is escaped: a path or a prompt stops no run.
+    """
     if isinstance(message, str):
-        message = printable(message)
-    console.print(message, markup=False)
+        encoding = console.encoding
+        message = message.encode(encoding, "backslashreplace").decode(encoding)
+    console.print(message, style=style, markup=False)
 
 
 def warn(message: str) -> None:
     """Print a line that the user should not miss."""
-    console.print(printable(f"warning: {message}"), style="yellow", markup=False)
+    say(f"warning: {message}", "yellow")
 
 
 def note(line: str) -> None:
@@ -37,32 +42,31 @@ def note(line: str) -> None:
     print(f"lowmem_dpo: {line}", file=sys.stderr)
 
 
-def printable(text: str) -> str:
-    """Text with escapes for what the terminal cannot show: a path or a prompt stops no run."""
-    return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
-
-
+@dataclass
 class ProgressBar:
     """Progress through a known number of units; use it as a context manager.
 
-    Args:
+    Attributes:
         title: What is being done.
         total: Number of units.
         unit: Their name, for the rate.
-        done: Units that were done before (a resumed run).
+        done: Units that are done; those of before too (a resumed run).
         lines: Where there is no terminal, print a line from time to time.
+        time_left: Predicted time to the end, as text.
+        bar: What is drawn where there is a terminal.
     """
 
-    def __init__(
-        self, title: str, total: int, unit: str, *, done: int = 0, lines: bool = True
-    ) -> None:
-        self.title, self.total, self.unit = title, total, unit
-        self.done = self.start = done
-        self.lines = lines
-        self.begun = self.last_line = time.perf_counter()
-        self.bar: Progress | None = None
+    title: str
+    total: int
+    unit: str
+    done: int = 0
+    lines: bool = True
+    time_left: str = field(default="unknown time", init=False)
+    bar: Progress | None = field(default=None, init=False)
 
     def __enter__(self) -> "ProgressBar":
+        self.start = self.done
+        self.begun = self.last_line = time.perf_counter()
         if console.is_terminal:
             one_line = Column(no_wrap=True, min_width=9)
             self.bar = Progress(
@@ -87,26 +91,18 @@ class ProgressBar:
     def advance(self, units: int, note: str = "") -> None:
         """Count finished units; `note` is shown beside the bar."""
         self.done += units
-        note = note or f"{speed(self.rate)} {self.unit}/s"
+        now = time.perf_counter()
+        rate = (self.done - self.start) / max(now - self.begun, 1e-9)  # since the bar was opened
+        if rate > 0:
+            self.time_left = duration((self.total - self.done) / rate)
+        note = note or f"{speed(rate)} {self.unit}/s"
         if self.bar:
             self.bar.update(self.task, completed=self.done, note=note)
         elif self.lines and (
-            self.done == self.total or time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES
+            self.done == self.total or now - self.last_line > SECONDS_BETWEEN_LINES
         ):
-            self.last_line = time.perf_counter()
+            self.last_line = now
             say(f"{self.title}: {self.done}/{self.total}, {note}, {self.time_left} left")
-
-    @property
-    def rate(self) -> float:
-        """Units per second since the bar was opened."""
-        return (self.done - self.start) / max(time.perf_counter() - self.begun, 1e-9)
-
-    @property
-    def time_left(self) -> str:
-        """Predicted time to the end, as text."""
-        if self.rate <= 0:
-            return "unknown time"
-        return duration((self.total - self.done) / self.rate)
 
 
 def duration(seconds: float) -> str:

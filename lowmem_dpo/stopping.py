@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -14,15 +15,16 @@ class RunStopped(RuntimeError):
     """A check failed and the run cannot go on; the message says what was seen and what to do."""
 
 
+@dataclass
 class Interrupt:
     """A context in which the first signal only sets `requested`; a second one stops at once.
 
-    Outside the main thread, where Python takes no signals, it does nothing.
+    Where it is requested from the start, the first one stops. Outside the main thread, where Python
+    takes no signals, it does nothing.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        self.previous: dict[signal.Signals, Any] = {}
+    requested: bool = False
+    previous: dict[signal.Signals, Any] = field(default_factory=dict)
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():

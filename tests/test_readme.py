@@ -13,8 +13,8 @@ from lowmem_dpo.cli import VERBS
 from lowmem_dpo.data.formats import FORMATS
 from lowmem_dpo.losses.types import LOSS_TYPES
 from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.settings.fields import parse_config
 from lowmem_dpo.settings.other_trainers import CONVERTED, FIXED, NO_EFFECT, RENAMED
-from lowmem_dpo.settings.parsing import parse_config
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))

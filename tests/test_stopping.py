@@ -22,3 +22,10 @@ def test_handlers_are_put_back():
     with Interrupt():
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_the_first_signal_stops_where_nothing_is_to_be_saved(capfd):
+    with pytest.raises(KeyboardInterrupt), Interrupt(requested=True):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+    assert capfd.readouterr().err == ""

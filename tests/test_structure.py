@@ -35,7 +35,7 @@ ORDER = [
     {"data", "lowmem_dpo_kernels"},
     {"settings"},
     {"losses"},
-    {"console", "checks", "files", "stopping", "version"},
+    {"console", "files", "stopping", "version"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ENTRANCES = {"__init__", "__main__"}

@@ -2,46 +2,19 @@
 
 Every loss reaches the model through a few numbers a pair: log pi(chosen) and log pi(rejected), and
 under ld_alpha the likelihood of the chosen. So a loss is one function from `PairLogps` to a loss
-per pair. To add one: write it in one of the files here, list it in `LOSSES`, record in `types`
-what it reads, and add its closed form to the tests.
+per pair. To add one: write it in `functions` and list it there, record in `types` what it reads,
+and add its closed form to the tests.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem_dpo.losses.margins import (
-    discopop,
-    exo_pair,
-    hinge,
-    ipo,
-    robust,
-    sigmoid,
-    sigmoid_norm,
-)
+from lowmem_dpo.losses.functions import LOSSES, log_ratios
 from lowmem_dpo.losses.pairs import LossParameters, PairLogps
-from lowmem_dpo.losses.reference_free import orpo, sft, simpo
-from lowmem_dpo.losses.sides import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
-from lowmem_dpo.losses.transport import aot, aot_unpaired
-from lowmem_dpo.losses.types import (
-    compares_with_reference,
-    couples_pairs,
-    loss_terms,
-    needs_reference,
-)
-
-LOSSES: dict[str, Callable[[PairLogps, LossParameters], Tensor]] = {
-    function.__name__: function
-    for function in (
-        *(sigmoid, robust, ipo, hinge, sigmoid_norm, exo_pair, discopop),
-        *(apo_zero, apo_down, nca_pair, bco_pair, sppo_hard),
-        *(aot, aot_unpaired),
-        *(simpo, orpo, sft),
-    )
-}
+from lowmem_dpo.losses.types import LOSS_TYPES, losses_of
 
 
 @dataclass(frozen=True)
@@ -52,37 +25,35 @@ class Objective:
         terms: Names and weights.
         parameters: What the losses read.
         ld_alpha: Weight of tokens beyond the shorter answer's length; None for 1.
+        nll_weight: The weight of the chosen answers' likelihood beside the preference losses.
         needs_reference: Whether a reference is scored: some loss compares with one, and it is not
             left out.
-        compares_with_reference: Whether some loss is one of log-ratios, be it to a uniform
-            reference.
         couples_pairs: Whether some loss is one of all pairs of an optimizer step.
     """
 
     terms: tuple[tuple[str, float], ...]
     parameters: LossParameters
     ld_alpha: float | None
+    nll_weight: float
     needs_reference: bool
-    compares_with_reference: bool
     couples_pairs: bool
 
     @classmethod
     def of(cls, settings: Any) -> "Objective":
-        """That of a `LossSettings`."""
+        """That of a `LossSettings`; rpo_alpha counts as the weight of sft."""
+        losses = losses_of(settings)
+        terms = list(zip(losses, settings.loss_weights or [1.0] * len(losses), strict=True))
+        terms += [("sft", settings.rpo_alpha)] if settings.rpo_alpha else []
         names = [field.name for field in fields(LossParameters)]
+        compares = any(loss.needs_reference for loss in losses.values())
         return cls(
-            terms=tuple(loss_terms(settings)),
+            terms=tuple(terms),
             parameters=LossParameters(**{name: getattr(settings, name) for name in names}),
             ld_alpha=settings.ld_alpha,
-            needs_reference=needs_reference(settings),
-            compares_with_reference=compares_with_reference(settings),
-            couples_pairs=couples_pairs(settings),
+            nll_weight=sum(weight for name, weight in terms if name == "sft"),
+            needs_reference=compares and not settings.reference_free,
+            couples_pairs=any(loss.couples_pairs for loss in losses.values()),
         )
-
-    @property
-    def nll_weight(self) -> float:
-        """The weight of the chosen answers' likelihood beside the preference losses."""
-        return sum(weight for name, weight in self.terms if name == "sft")
 
     def pair_losses(self, logps: PairLogps) -> Tensor:
         """The weighted sum of the losses.
@@ -105,8 +76,9 @@ class Objective:
             it.
         """
         beta = self.parameters.beta
-        if self.compares_with_reference:
-            return beta * logps.chosen_ratios, beta * logps.rejected_ratios
+        if any(LOSS_TYPES[name].needs_reference for name, _ in self.terms):
+            a, b = log_ratios(logps)  # to a uniform reference, where it is left out
+            return beta * a, beta * b
         return beta * logps.chosen_means, beta * logps.rejected_means
 
     def zero_margin_loss(self) -> float:

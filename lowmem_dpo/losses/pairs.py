@@ -1,19 +1,10 @@
-"""What every loss is given: a batch of pairs' log-probs, and the parameters.
+"""What every loss is given: a batch of pairs' log-probs, and the parameters. Shapes: P pairs."""
 
-With a = log pi(y_w)/pi_ref(y_w), b = log pi(y_l)/pi_ref(y_l) and h = a - b. Shapes: P pairs.
-"""
-
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-# Above this exponent exp goes on as a straight line: fp32 would soon be infinite, and a run that
-# is so far from its reference is beyond saving.
-EXPONENT_LIMIT = 40.0
 
 
 @dataclass(frozen=True)
@@ -38,21 +29,6 @@ class PairLogps:
     chosen_tokens: Tensor
     rejected_tokens: Tensor
     policy_chosen_full: Tensor | None = None
-
-    @property
-    def chosen_ratios(self) -> Tensor:
-        """[P] log pi(y_w)/pi_ref(y_w)."""
-        return self.policy_chosen - self.reference_chosen
-
-    @property
-    def rejected_ratios(self) -> Tensor:
-        """[P] log pi(y_l)/pi_ref(y_l)."""
-        return self.policy_rejected - self.reference_rejected
-
-    @property
-    def margins(self) -> Tensor:
-        """[P] the difference h of the two log-ratios."""
-        return self.chosen_ratios - self.rejected_ratios
 
     @property
     def chosen_means(self) -> Tensor:
@@ -99,55 +75,3 @@ class LossParameters:
     f_alpha_divergence_coef: float = 0.5
     discopop_tau: float = 0.05
     simpo_gamma: float = 0.5
-
-
-def f_prime(ratios: Tensor, parameters: LossParameters) -> Tensor:
-    """f'(t) of t = pi/pi_ref, which f-DPO puts in the place of the log-ratio u = log t.
-
-    reverse_kl u; forward_kl 1 - 1/t; js_divergence log 2t/(1+t); alpha_divergence of order A
-    (t^(A-1) - 1)/(A-1). All are 0 with slope 1 (js: 1/2) where policy and reference agree.
-
-    TRL clamps the exponent of the alpha-divergence at 80, where the gradient ends, and leaves the
-    forward KL to overflow; here both go on as a straight line from an exponent of 40.
-
-    Args:
-        ratios: [P] log-ratios u.
-        parameters: f_divergence_type and its order.
-
-    Returns:
-        [P], f'(exp(u)).
-
-    Source: Wang et al. 2023, https://arxiv.org/abs/2309.16240.
-    """
-    match parameters.f_divergence_type:
-        case "forward_kl":
-            return -bounded_expm1(-ratios)
-        case "js_divergence":
-            return math.log(2) + F.logsigmoid(ratios)
-        case "alpha_divergence":
-            order = parameters.f_alpha_divergence_coef - 1
-            return bounded_expm1(order * ratios) / order
-    return ratios
-
-
-def f_prime_margins(logps: PairLogps, parameters: LossParameters) -> Tensor:
-    """[P] the difference of f' of chosen and of rejected: h under reverse_kl."""
-    chosen = f_prime(logps.chosen_ratios, parameters)
-    return chosen - f_prime(logps.rejected_ratios, parameters)
-
-
-def mean_f_prime_margins(logps: PairLogps, parameters: LossParameters) -> Tensor:
-    """[P] the same of each divided by its completion's tokens."""
-    chosen = f_prime(logps.chosen_ratios, parameters) / logps.chosen_tokens
-    return chosen - f_prime(logps.rejected_ratios, parameters) / logps.rejected_tokens
-
-
-def smoothed_logistic(logits: Tensor, label_smoothing: float) -> Tensor:
-    """-(1-e) log s(x) - e log s(-x): what it costs to call the pair right when e of all are not."""
-    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
-
-
-def bounded_expm1(exponents: Tensor) -> Tensor:
-    """exp(x) - 1, and its tangent above `EXPONENT_LIMIT`, so that value and slope stay finite."""
-    inside = exponents.clamp(max=EXPONENT_LIMIT)
-    return inside.expm1() + inside.exp() * (exponents - inside)

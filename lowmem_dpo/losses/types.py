@@ -1,11 +1,11 @@
 """What there is to know of every loss before anything is computed: one record each.
 
-From these records come the checks of the loss settings (`checks`), whether a reference is needed,
-and the table in docs/losses.md. The functions of the same names are in the other files of this
-room; this file and `checks` are apart from them because settings are read, and help is shown,
-without torch.
+From these records come the checks of the loss settings, whether a reference is needed, and the
+table in docs/losses.md. The functions of the same names are in `functions`; this file is apart from
+them because settings are read, and help is shown, without torch.
 """
 
+import difflib
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,32 +139,139 @@ LOSS_TYPES: dict[str, LossType] = {
 }
 
 
-def loss_names(config: Any) -> list[str]:
-    """The losses of a config, as a list however many there are."""
-    loss_type = config.loss_type
-    return [loss_type] if isinstance(loss_type, str) else list(loss_type)
+# What other trainers and papers call them.
+_ALSO_KNOWN_AS = {
+    "dpo": "sigmoid",
+    "cdpo": "sigmoid with label_smoothing",
+    "rpo": "sigmoid with rpo_alpha",
+    "mpo": "[sigmoid, bco_pair, sft] with loss_weights [0.8, 0.2, 1.0]",
+    "ld_dpo": "sigmoid with ld_alpha",
+    "rso": "hinge",
+    "nll": "sft",
+}
 
 
-def loss_terms(config: Any) -> list[tuple[str, float]]:
-    """The losses of a config and their weights; rpo_alpha counts as the weight of sft."""
-    names = loss_names(config)
-    terms = list(zip(names, config.loss_weights or [1.0] * len(names), strict=True))
-    return [*terms, ("sft", config.rpo_alpha)] if config.rpo_alpha else terms
+def losses_of(config: Any) -> dict[str, LossType]:
+    """The losses of a config by their names, in order, however many there are."""
+    names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
+    return {name: LOSS_TYPES[name] for name in names}
 
 
-def needs_reference(config: Any) -> bool:
-    """Whether a run has a reference: some loss compares with one, and it is not left out."""
-    return not config.reference_free and compares_with_reference(config)
+def check_loss_settings(config: Any) -> list[str]:
+    """Bring loss_type and loss_weights into shape and check the settings of the losses together.
+
+    Returns:
+        The settings that no chosen loss reads.
+
+    Raises:
+        ValueError: For an unknown loss, or what has no meaning together.
+    """
+    value = config.loss_type
+    value = [value] if isinstance(value, str) else value
+    if not value:
+        raise ValueError("loss_type is empty; name a loss, usually sigmoid")
+    for name in value:
+        if not isinstance(name, str) or name not in LOSS_TYPES:
+            known = ", ".join(LOSS_TYPES)
+            raise ValueError(f"loss_type must be one of {known}, got {name}{_nearest(str(name))}")
+        if value.count(name) > 1:
+            raise ValueError(f"loss_type names {name} twice; name it once, with loss_weights")
+    object.__setattr__(config, "loss_type", value[0] if len(value) == 1 else list(value))
+    losses = losses_of(config)
+    if config.loss_weights is not None:
+        _check_weights(config, list(losses))
+    if config.f_alpha_divergence_coef == 1:
+        raise ValueError(
+            "f_alpha_divergence_coef must be in [0, 2] and not 1, which is f_divergence_type "
+            "reverse_kl; set that"
+        )
+    _check_combinations(config, losses)
+    settings = set().union(*(loss.reads for loss in LOSS_TYPES.values()))
+    return sorted(settings.difference(*(loss.reads for loss in losses.values())))
 
 
-def compares_with_reference(config: Any) -> bool:
-    """Whether some loss is one of log-ratios, be it to a uniform reference."""
-    return any(LOSS_TYPES[name].needs_reference for name in loss_names(config))
+def _check_weights(config: Any, names: list[str]) -> None:
+    """Hold loss_weights against the losses; whole numbers become floats."""
+    weights = config.loss_weights
+    if len(names) == 1:
+        raise ValueError(
+            f"loss_weights={weights} has no effect with one loss; leave it out, or name several "
+            "in loss_type"
+        )
+    if len(weights) != len(names):
+        raise ValueError(
+            f"loss_weights has {len(weights)} values for {len(names)} losses "
+            f"({', '.join(names)}); give one for each"
+        )
+    for weight in weights:
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not (is_number and 0 < weight < float("inf")):
+            raise ValueError(
+                f"loss_weights must be numbers > 0, got {weight!r}; leave a loss that should not "
+                "count out of loss_type"
+            )
+    object.__setattr__(config, "loss_weights", [float(weight) for weight in weights])
 
 
-def couples_pairs(config: Any) -> bool:
-    """Whether some loss is one of the whole optimizer step."""
-    return any(LOSS_TYPES[name].couples_pairs for name in loss_names(config))
+def _check_combinations(config: Any, losses: dict[str, LossType]) -> None:
+    """Refuse what has no meaning together."""
+    alone = [name for name in ("simpo", "orpo") if name in losses]
+    if alone and len(losses) > 1 and set(losses) != {"simpo", "sft"}:
+        raise ValueError(
+            f"loss_type {alone[0]} does not go with {', '.join(n for n in losses if n != alone[0])}"
+            ": only simpo goes with another, sft; choose one"
+        )
+    if config.rpo_alpha and len(losses) > 1:
+        raise ValueError(
+            f"rpo_alpha={config.rpo_alpha:g} goes with one loss; with several, name sft in "
+            "loss_type and its weight in loss_weights"
+        )
+    if "exo_pair" in losses and not config.label_smoothing:
+        raise ValueError("loss_type exo_pair needs label_smoothing > 0, usually 0.001; set it")
+    if config.f_divergence_type == "reverse_kl":
+        return
+    # Only in margins does log Z cancel.
+    sided = [n for n, loss in losses.items() if "f_divergence_type" not in loss.reads]
+    if sided := [name for name in sided if name != "sft"]:
+        raise ValueError(
+            f"f_divergence_type={config.f_divergence_type} has no meaning for {', '.join(sided)}, "
+            "which reads more than a pair's margin; use reverse_kl"
+        )
+    if config.reference_free:
+        raise ValueError(
+            f"f_divergence_type={config.f_divergence_type} measures the distance to a reference, "
+            "and reference_free leaves it out; leave one out"
+        )
+
+
+def _nearest(name: str) -> str:
+    """A hint at the loss that was meant, if there is one."""
+    name = name.lower().replace("-", "_")
+    near = difflib.get_close_matches(name, LOSS_TYPES, n=1, cutoff=0.8)
+    meant = _ALSO_KNOWN_AS.get(name) or next(iter(near), None)
+    return f"; did you mean {meant}?" if meant else ""
+
+
+def unusual_values(config: Any, learning_rate: float) -> list[str]:
+    """A line for beta and one for the learning rate where they are not what is usual."""
+    losses = losses_of(config)
+    lines = []
+    for name, loss in losses.items():
+        usual = loss.usual_beta
+        if usual and not usual[0] <= config.beta <= usual[1]:
+            lines.append(f"beta {config.beta:g} is outside {span(usual)}, usual for {name}")
+            break
+    preference = [loss for name, loss in losses.items() if name != "sft" or len(losses) == 1]
+    rates = [loss.usual_learning_rate for loss in preference]
+    usual = min(low for low, _ in rates), max(high for _, high in rates)
+    if not usual[0] <= learning_rate <= usual[1]:
+        lines.append(
+            f"learning_rate {learning_rate:g} is outside {span(usual)}, usual for "
+            f"{' and '.join(losses)} with LoRA on models of billions of parameters"
+        )
+    if "robust" in losses and not config.label_smoothing:
+        lines.append("loss_type robust with label_smoothing 0 is sigmoid; set label_smoothing")
+    return lines
 
 
 def span(bounds: tuple[float, float]) -> str:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem_dpo.losses.types import couples_pairs, needs_reference
+from lowmem_dpo.losses.types import losses_of
+from lowmem_dpo.settings.fields import parse_config
 from lowmem_dpo.settings.groups import (
     AdapterSettings,
     DataSettings,
@@ -18,7 +19,6 @@ from lowmem_dpo.settings.groups import (
     SeedSettings,
     TemplateSettings,
 )
-from lowmem_dpo.settings.parsing import parse_config
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,12 @@ class TrainConfig(
                 raise ValueError(
                     f"{name} needs something to evaluate on: set eval_data or eval_fraction"
                 )
-        if self.reference == "accept" and not needs_reference(self):
+        losses = losses_of(self).values()
+        compares = any(loss.needs_reference for loss in losses) and not self.reference_free
+        if self.reference == "accept" and not compares:
             cause = "reference_free" if self.reference_free else f"loss_type={self.loss_type}"
             raise ValueError(f"reference accept has no effect with {cause}; leave one out")
-        if couples_pairs(self) and self.batch_size == 1:
+        if self.batch_size == 1 and any(loss.couples_pairs for loss in losses):
             raise ValueError(
                 f"loss_type={self.loss_type} compares the pairs of a step with one another, and "
                 "batch_size is 1; raise batch_size, or use sigmoid"

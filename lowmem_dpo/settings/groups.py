@@ -2,43 +2,40 @@
 
 A verb's config inherits the groups that it needs (`configs`), so a setting is declared once, and
 its flag, YAML key, help text and line in the docs come from its field. Whoever works on a subject
-takes its group, never a whole config. A group that exists is valid: `check` holds its bounds and
-combinations and says how to mend what is wrong. Whether a file exists or a card is there is no
-matter of settings and is checked where it is used.
+takes its group, never a whole config. A group that exists is valid: a field's bounds stand beside
+it (`fields.Bounds`), a group's `check` holds its combinations, and both say how to mend what is
+wrong. Whether a file exists or a card is there is no matter of settings and is checked where it is
+used.
 """
 
-import inspect
 import re
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lowmem_dpo.checks import check, check_types, check_unused, split_names
-from lowmem_dpo.losses.checks import check_loss_settings
+from lowmem_dpo.losses.types import check_loss_settings
+from lowmem_dpo.settings.fields import (
+    COUNT,
+    COUNT_OR_NONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Bounds,
+    Settings,
+    check_unused,
+)
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What every group and config shares: values of the declared types, and every group's check."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for group in reversed(type(self).__mro__):
-            if "check" in vars(group):
-                vars(group)["check"](self)
 
 
 @dataclass(frozen=True)
 class SeedSettings(Settings):
     """Randomness."""
 
-    seed: int = 42
+    # Within what torch takes.
+    seed: int = field(
+        default=42, metadata={"must be in [0, 2**63)": Bounds(at_least=0, below=2**63)}
+    )
     """Seeds whatever is drawn: the adapter's start, order of the data, dropout, split, answers."""
-
-    def check(self) -> None:
-        """Hold the seed against what torch takes."""
-        check(self, "seed", 0 <= self.seed < 2**63, "must be in [0, 2**63)")
 
 
 @dataclass(frozen=True)
@@ -85,26 +82,17 @@ class TemplateSettings(Settings):
     system_prompt: str | None = None
     """System message for conversations that have none."""
 
-    def check(self) -> None:
-        """Refuse a system prompt without a template to write it."""
-        if self.system_prompt is not None and self.chat_template == "none":
-            raise ValueError("system_prompt needs a chat template; leave chat_template none out")
-
 
 @dataclass(frozen=True)
 class EncodingSettings(TemplateSettings):
     """From rows to tokens."""
 
-    max_length: int = 1024
+    max_length: int = field(default=1024, metadata=COUNT)
     """Longest sequence (prompt and completion) in tokens; completions are cut from the right."""
     truncate_prompt: bool = False
     """Cut prompts from the left first, down to half of max_length, where a pair is too long."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be read stops the run (error), or is left out and counted (skip)."""
-
-    def check(self) -> None:
-        """Hold the length against its bound."""
-        check(self, "max_length", self.max_length >= 1, "must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -115,7 +103,7 @@ class DataSettings(Settings):
     """Pairs to train on: a .jsonl, .json, .csv or .parquet file, a folder, or a dataset id."""
     eval_data: str | None = None
     """Pairs to evaluate on, from a source of the same kinds."""
-    eval_fraction: float = 0.0
+    eval_fraction: float = field(default=0.0, metadata=SHARE)
     """Share of the pairs, by whole prompts, held out for evaluation when there is no eval_data."""
     dataset_config: str | None = None
     """Configuration of a dataset that has several."""
@@ -127,8 +115,7 @@ class DataSettings(Settings):
     """Our names of columns to the file's, such as {prompt: question, chosen: answer_a}."""
 
     def check(self) -> None:
-        """Refuse a share out of bounds, two sources of evaluation, and columns named wrongly."""
-        check(self, "eval_fraction", 0 <= self.eval_fraction < 1, "must be in [0, 1)")
+        """Refuse two sources of evaluation, a split of nothing, and columns named wrongly."""
         if self.eval_data and self.eval_fraction:
             raise ValueError("eval_data and eval_fraction are both given; leave one out")
         if self.dataset_test_split and not self.eval_data:
@@ -146,81 +133,81 @@ class DataSettings(Settings):
 class LossSettings(Settings):
     """The loss."""
 
-    beta: float = 0.1
+    beta: float = field(default=0.1, metadata=POSITIVE)
     """Weight of the KL term: small lets the policy move far from the reference, large holds it."""
     loss_type: str | list[str] = "sigmoid"
     """Loss, such as sigmoid (DPO), or several: [sigmoid, bco_pair, sft]; see docs/losses.md."""
     loss_weights: list[float] | None = None
     """Weights of several losses, such as [0.8, 0.2, 1.0] (MPO); by default 1 each."""
-    rpo_alpha: float = 0.0
+    rpo_alpha: float = field(default=0.0, metadata=NOT_NEGATIVE)
     """Weight of the chosen answers' negative log-likelihood beside a loss (RPO)."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = field(
+        default=0.0, metadata={"must be in [0, 0.5)": Bounds(at_least=0, below=0.5)}
+    )
     """Probability that a label is flipped, in [0, 0.5): sigmoid (cDPO), robust, exo_pair, ..."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
         "reverse_kl"
     )
     """Distance that holds the policy near the reference (f-DPO); reverse_kl is DPO's."""
-    f_alpha_divergence_coef: float = 0.5
+    f_alpha_divergence_coef: float = field(
+        default=0.5, metadata={"must be in [0, 2]": Bounds(at_least=0, at_most=2)}
+    )
     """Order of alpha_divergence, in [0, 2]: 0 is forward KL, towards 1 reverse KL."""
-    ld_alpha: float | None = None
+    ld_alpha: float | None = field(
+        default=None, metadata={"must be in [0, 1]": Bounds(at_least=0, at_most=1)}
+    )
     """Weight in [0, 1] of tokens beyond the shorter answer's length (LD-DPO); by default 1."""
-    discopop_tau: float = 0.05
+    discopop_tau: float = field(default=0.05, metadata=POSITIVE)
     """Temperature of discopop's mixture."""
-    simpo_gamma: float = 0.5
+    simpo_gamma: float = field(default=0.5, metadata=NOT_NEGATIVE)
     """Margin that simpo asks for; it is not multiplied by beta."""
     reference_free: bool = False
     """Leave the reference out (a uniform one). Less stable; there is no step-zero check then."""
 
     def check(self) -> None:
-        """See `losses.checks`."""
-        check_loss_settings(self)
+        """Refuse unknown losses, what none of them reads, and what has no meaning together."""
+        check_unused(self, "loss_type", *check_loss_settings(self))
+        if self.f_divergence_type != "alpha_divergence":
+            check_unused(self, "f_divergence_type", "f_alpha_divergence_coef")
 
 
 @dataclass(frozen=True)
 class OptimizerSettings(SeedSettings):
     """Steps and their size."""
 
-    learning_rate: float = 5e-6
+    learning_rate: float = field(default=5e-6, metadata=POSITIVE)
     """Peak learning rate."""
-    num_train_epochs: float = 1.0
+    num_train_epochs: float = field(default=1.0, metadata=POSITIVE)
     """Passes over the data; 0.5 is half a pass."""
-    max_steps: int | None = None
+    max_steps: int | None = field(default=None, metadata=COUNT_OR_NONE)
     """Number of optimizer steps; overrides num_train_epochs."""
-    batch_size: int = 16
-    """Pairs per optimizer step. How they are split into micro-batches is the plan's business."""
+    batch_size: int = field(default=16, metadata=COUNT)
+    """Pairs per optimizer step; a run splits them into micro-batches by itself."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """Shape of the learning rate after warm-up."""
-    warmup_ratio: float = 0.1
+    warmup_ratio: float = field(default=0.1, metadata=SHARE)
     """Share of the steps over which the learning rate rises from 0. Not used by `constant`."""
-    warmup_steps: int | None = None
+    warmup_steps: int | None = field(
+        default=None, metadata={"must be >= 0, or left out": Bounds(at_least=0)}
+    )
     """Steps of warm-up; overrides warmup_ratio."""
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"] = "adamw"
     """adamw (torch), adamw_8bit or paged_adamw_8bit (bitsandbytes; the latter on CUDA), or sgd."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = field(default=0.9, metadata=SHARE)
     """Decay of Adam's first moment."""
-    adam_beta2: float = 0.999
+    adam_beta2: float = field(default=0.999, metadata=SHARE)
     """Decay of Adam's second moment."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: float = field(default=1e-8, metadata=POSITIVE)
     """Added to Adam's denominator."""
-    weight_decay: float = 0.0
+    weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
     """Decoupled weight decay of the adapter's matrices."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = field(default=1.0, metadata=NOT_NEGATIVE)
     """Gradients are scaled down to this norm; 0 turns clipping off."""
     shuffle: bool = True
     """Draw a new order of the pairs every epoch."""
 
     def check(self) -> None:
-        """Hold numbers against their bounds and refuse what would have no effect."""
-        for name in ("learning_rate", "num_train_epochs", "adam_epsilon"):
-            check(self, name, getattr(self, name) > 0, "must be > 0")
-        check(self, "batch_size", self.batch_size >= 1, "must be at least 1")
-        steps = self.max_steps
-        check(self, "max_steps", steps is None or steps >= 1, "must be at least 1, or left out")
-        for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
-            check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
-        check(self, "warmup_steps", (self.warmup_steps or 0) >= 0, "must be >= 0, or left out")
-        for name in ("weight_decay", "max_grad_norm"):
-            check(self, name, getattr(self, name) >= 0, "must be >= 0")
+        """Refuse what would have no effect."""
         if self.lr_scheduler_type == "constant":
             check_unused(self, "lr_scheduler_type", "warmup_steps")
             if self.warmup_ratio > 0:
@@ -235,11 +222,11 @@ class OptimizerSettings(SeedSettings):
 class AdapterSettings(Settings):
     """The adapter."""
 
-    lora_r: int = 16
+    lora_r: int = field(default=16, metadata=COUNT | {"must be at most 8192": Bounds(at_most=8192)})
     """Rank of the adapter."""
-    lora_alpha: float = 16.0
+    lora_alpha: float = field(default=16.0, metadata=POSITIVE)
     """The adapter's output is scaled by lora_alpha / lora_r."""
-    lora_dropout: float = 0.0
+    lora_dropout: float = field(default=0.0, metadata=SHARE)
     """Dropout on the adapter's input. Above 0 there is no step-zero check."""
     lora_target_modules: str | list[str] = "all"
     """Layers that get an adapter: all (every linear in the decoder layers) or [q_proj, v_proj]."""
@@ -248,14 +235,6 @@ class AdapterSettings(Settings):
     init_adapter: str | None = None
     """PEFT adapter folder to start from; the reference is then the base with that adapter."""
 
-    def check(self) -> None:
-        """Bring the targets into shape and hold numbers against their bounds."""
-        split_names(self, "lora_target_modules")
-        check(self, "lora_alpha", self.lora_alpha > 0, "must be > 0")
-        check(self, "lora_r", self.lora_r >= 1, "must be at least 1")
-        check(self, "lora_r", self.lora_r <= 8192, "must be at most 8192")
-        check(self, "lora_dropout", 0 <= self.lora_dropout < 1, "must be in [0, 1)")
-
 
 @dataclass(frozen=True)
 class MemorySettings(Settings):
@@ -263,75 +242,61 @@ class MemorySettings(Settings):
 
     memory_limit: str | None = None
     """Use no more GPU memory than this, such as 8GB or 7.5GiB. CUDA only."""
-    pack_tokens: int | None = None
+    pack_tokens: int | None = field(
+        default=None, metadata=COUNT_OR_NONE | {f"must be at most {2**24}": Bounds(at_most=2**24)}
+    )
     """Tokens per micro-batch; by default chosen from the lengths of the pairs."""
     layer_inputs: Literal["device", "host"] = "device"
     """Where layer inputs wait for the backward pass: device, or pinned host memory (CUDA)."""
     head_weight: Literal["device", "host"] = "device"
     """Where the output head stays: device, or pinned host memory, streamed in slices (CUDA)."""
     head_kernel: Literal["auto", "torch", "triton", "fused"] = "auto"
-    """How the head is computed; auto knows the card. fused writes no logits at all (CUDA)."""
-
-    @property
-    def memory_limit_bytes(self) -> int | None:
-        """`memory_limit` as a number; None without one."""
-        return None if self.memory_limit is None else parse_bytes(self.memory_limit)
+    """How the head is computed: auto chooses by the card; fused never writes logits (CUDA)."""
 
     def check(self) -> None:
-        """Hold sizes against their bounds."""
-        tokens = self.pack_tokens
-        rule = "must be at least 1, or left out"
-        check(self, "pack_tokens", tokens is None or tokens >= 1, rule)
-        check(self, "pack_tokens", (tokens or 0) <= 2**24, f"must be at most {2**24}")
-        _ = self.memory_limit_bytes
+        """Refuse a limit that is no size."""
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit)
 
 
 @dataclass(frozen=True)
 class RunSettings(OutputSettings):
     """What a run writes, and when."""
 
-    logging_steps: int | None = None
+    logging_steps: int | None = field(default=None, metadata=COUNT_OR_NONE)
     """Write metrics every so many steps; by default 10, and 1 in runs of fewer than 100 steps."""
-    eval_steps: int | None = None
+    eval_steps: int | None = field(default=None, metadata=COUNT_OR_NONE)
     """Evaluate every so many steps; by default at the end of each epoch."""
-    early_stopping_patience: int | None = None
+    early_stopping_patience: int | None = field(default=None, metadata=COUNT_OR_NONE)
     """Stop after so many evaluations in a row that did not improve; by default never."""
-    early_stopping_threshold: float = 0.0
+    early_stopping_threshold: float = field(default=0.0, metadata=NOT_NEGATIVE)
     """An evaluation improves if it lowers eval_loss by more than this since the last that did."""
     save_strategy: Literal["epoch", "steps", "no"] = "epoch"
     """When to write a checkpoint; epoch and steps write one at the last step too."""
-    save_steps: int | None = None
+    save_steps: int | None = field(default=None, metadata=COUNT_OR_NONE)
     """Steps between checkpoints, with save_strategy steps."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints to keep."""
+    keep_checkpoints: int = field(default=2, metadata=COUNT)
+    """How many checkpoints to keep, the newest."""
     resume: str | None = None
     """auto (output_dir's newest good checkpoint; without one, afresh) or a checkpoint."""
     reference: Literal["auto", "accept"] = "auto"
-    """Cached reference numbers of another numerics fingerprint: score again (auto) or accept."""
+    """Cached log-probs of the reference from another card or version: score again, or accept."""
     report_to: str | list[str] = "none"
     """Experiment trackers beside metrics.jsonl: none, tensorboard, wandb, trackio, or a list."""
 
     @property
     def trackers(self) -> list[str]:
         """`report_to` as names; empty for none."""
-        names = self.report_to
-        if isinstance(names, str):
-            names = [part.strip() for part in names.strip("[]").split(",")]
-        return [name for name in names if name not in ("", "none")]
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [name for name in names if name != "none"]
 
     def check(self) -> None:
-        """Hold numbers against their bounds and refuse what would have no effect."""
+        """Refuse unknown trackers and what would have no effect."""
         for name in self.trackers:
             if name not in TRACKERS:
                 raise ValueError(
                     f"report_to must be none or of {', '.join(TRACKERS)}, got {name!r}"
                 )
-        check(self, "keep_checkpoints", self.keep_checkpoints >= 1, "must be at least 1")
-        for name in ("logging_steps", "eval_steps", "save_steps", "early_stopping_patience"):
-            value = getattr(self, name)
-            check(self, name, value is None or value >= 1, "must be at least 1, or left out")
-        threshold = self.early_stopping_threshold
-        check(self, "early_stopping_threshold", threshold >= 0, "must be >= 0")
         if self.save_strategy == "no":
             check_unused(self, "save_strategy", "keep_checkpoints")
         if self.early_stopping_patience is None:
@@ -349,34 +314,19 @@ class RunSettings(OutputSettings):
 class SamplingSettings(SeedSettings):
     """How answers are drawn."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: int = field(default=256, metadata=COUNT)
     """Longest answer, in tokens."""
-    temperature: float = 0.7
+    temperature: float = field(default=0.7, metadata=NOT_NEGATIVE)
     """Randomness of sampling; 0 always takes the likeliest token."""
-    top_p: float = 0.95
+    top_p: float = field(default=0.95, metadata={"must be in (0, 1]": Bounds(above=0, at_most=1)})
     """Sample from the likeliest tokens that together have this probability."""
-    top_k: int = 0
+    top_k: int = field(default=0, metadata=NOT_NEGATIVE)
     """Sample from this many likeliest tokens; 0 for all."""
 
     def check(self) -> None:
-        """Hold numbers against their bounds and refuse what greedy decoding does not read."""
-        check(self, "max_new_tokens", self.max_new_tokens >= 1, "must be at least 1")
-        check(self, "temperature", self.temperature >= 0, "must be >= 0")
-        check(self, "top_p", 0 < self.top_p <= 1, "must be in (0, 1]")
-        check(self, "top_k", self.top_k >= 0, "must be >= 0")
+        """Refuse what greedy decoding does not read."""
         if self.temperature == 0:
             check_unused(self, "temperature", "top_p", "top_k", "seed")
-
-
-def settings_by_group(config: type[Settings]) -> list[tuple[type[Settings], list[Field[Any]]]]:
-    """A config's fields under the class that declares them: its own first, then group by group."""
-    by_name = {f.name: f for f in fields(config)}
-    groups = []
-    for cls in config.__mro__:
-        declared = [by_name.pop(name) for name in inspect.get_annotations(cls) if name in by_name]
-        if declared:
-            groups.append((cls, declared))
-    return groups
 
 
 def parse_bytes(text: str) -> int:

@@ -11,8 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from lowmem_dpo.checks import type_name
-from lowmem_dpo.settings.groups import Settings, settings_by_group
+from lowmem_dpo.settings.fields import Settings, settings_by_group, type_name
 
 _ALWAYS = """\
   --config FILE.yaml  settings from a file; flags override it

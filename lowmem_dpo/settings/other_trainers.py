@@ -111,6 +111,8 @@ _OPTIMIZERS = {
     "adamw_bnb_8bit": "adamw_8bit",
     "paged_adamw_bnb_8bit": "paged_adamw_8bit",
 }
+# Names that we share with other trainers; some values of theirs are spelt otherwise here.
+NAMES_WITH_THEIR_VALUES = {"save_strategy", "report_to", "optim", "lora_target_modules", "dtype"}
 _ALGORITHM = ("beta", "reference_free", "label_smoothing", "loss_type")
 
 

@@ -13,15 +13,15 @@ import torch
 
 from lowmem_dpo.console import ProgressBar, duration, say, warn
 from lowmem_dpo.data.rendering import build_renderer
-from lowmem_dpo.losses.checks import unusual_values
 from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.losses.types import unusual_values
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.records.checkpoints import load_checkpoint, read_record
 from lowmem_dpo.records.folder import RunFolder, check_resumable, resume_facts
 from lowmem_dpo.records.trackers import Trackers, check_installed
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.settings.parsing import to_yaml
+from lowmem_dpo.settings.fields import to_yaml
 from lowmem_dpo.stopping import Interrupt
 from lowmem_dpo.training.health import check_adapter_moves
 from lowmem_dpo.training.loop import StepResult, predicted_fill, train_steps

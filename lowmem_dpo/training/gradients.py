@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowmem_dpo.losses.functions import log_odds_ratios
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.pairs import PairLogps, join_pairs
-from lowmem_dpo.losses.reference_free import log_odds_ratios
 from lowmem_dpo.machine.device import cuda_devices
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.lora import dropout_live

@@ -34,7 +34,12 @@ from lowmem_dpo.model.lora import AdapterSpec, linear_layers, lora_layers, match
 from lowmem_dpo.model.norms import norm_implementation
 from lowmem_dpo.model.surgery import prepare_model
 from lowmem_dpo.reference.cache import Fingerprint
-from lowmem_dpo.settings.groups import AdapterSettings, MemorySettings, ModelSettings
+from lowmem_dpo.settings.groups import (
+    AdapterSettings,
+    MemorySettings,
+    ModelSettings,
+    parse_bytes,
+)
 from lowmem_dpo.weights.adapters import (
     adapter_digest,
     load_adapter,
@@ -131,8 +136,8 @@ def _check_memory(memory: MemorySettings, device: torch.device) -> None:
     for name in ("layer_inputs", "head_weight"):
         if getattr(memory, name) == "host" and device.type != "cuda":
             raise ValueError(f"{name} host has no effect on {device.type}; leave it out")
-    if memory.memory_limit_bytes is not None:
-        limit_memory(memory.memory_limit_bytes, device)
+    if memory.memory_limit is not None:
+        limit_memory(parse_bytes(memory.memory_limit), device)
     try:
         check_implementation(memory.head_kernel, device)
     except ValueError as error:

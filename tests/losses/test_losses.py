@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem_dpo.losses.objective import LOSSES, Objective
-from lowmem_dpo.losses.pairs import LossParameters, PairLogps, f_prime, join_pairs
-from lowmem_dpo.losses.types import LOSS_TYPES, needs_reference
+from lowmem_dpo.losses.functions import LOSSES, f_prime
+from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.losses.pairs import LossParameters, PairLogps, join_pairs
+from lowmem_dpo.losses.types import LOSS_TYPES
 from lowmem_dpo.settings.configs import TrainConfig
 
 BETA, EPSILON, TAU, GAMMA = 0.3, 0.1, 0.05, 0.7
@@ -297,7 +298,8 @@ def test_losses_need_a_reference_and_couple_pairs_as_on_record(loss_type):
     loss, parameters = LOSSES[loss_type], LossParameters(BETA, 0.01)
     other = replace(pairs, reference_chosen=pairs.reference_chosen + 1.5)
     same = torch.equal(loss(pairs, parameters), loss(other, parameters))
-    assert same == (not record.needs_reference) == (not needs_reference(config_for(loss_type)))
+    needed = Objective.of(config_for(loss_type)).needs_reference
+    assert same == (not record.needs_reference) == (not needed)
     halves = [PairLogps(*(v[i::2] for v in vars(pairs).values() if v is not None)) for i in (0, 1)]
     apart = sum(loss(half, parameters).sum() for half in halves)
     together = loss(pairs, parameters).sum()

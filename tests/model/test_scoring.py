@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowmem_dpo.data.encoding import TokenPair
-from lowmem_dpo.losses.objective import LOSSES
+from lowmem_dpo.losses.functions import LOSSES
 from lowmem_dpo.losses.pairs import LossParameters, PairLogps
 from lowmem_dpo.model.lora import linear_layers, lora_parameters
 from lowmem_dpo.model.scoring import attention, score, score_plain

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
-from lowmem_dpo.settings.groups import parse_bytes, settings_by_group
-from lowmem_dpo.settings.parsing import parse_config, to_yaml
+from lowmem_dpo.settings.fields import parse_config, settings_by_group, to_yaml
+from lowmem_dpo.settings.groups import parse_bytes
 
 ROOT = Path(__file__).parents[2]
 

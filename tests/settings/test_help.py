@@ -6,8 +6,8 @@ import pytest
 
 from lowmem_dpo.cli import VERBS
 from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.settings.fields import parse_config
 from lowmem_dpo.settings.help import field_docs, full_help, group_title, short_help
-from lowmem_dpo.settings.parsing import parse_config
 
 
 @pytest.fixture(autouse=True)

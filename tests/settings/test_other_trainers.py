@@ -6,6 +6,7 @@ import yaml
 
 from lowmem_dpo.cli import main
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.settings.fields import parse_config
 from lowmem_dpo.settings.other_trainers import (
     CONVERTED,
     FIXED,
@@ -13,7 +14,6 @@ from lowmem_dpo.settings.other_trainers import (
     RENAMED,
     to_our_settings,
 )
-from lowmem_dpo.settings.parsing import parse_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FIELDS = {f.name for f in fields(TrainConfig)}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem_dpo.data.encoding import TokenPair
-from lowmem_dpo.losses.objective import LOSSES
+from lowmem_dpo.losses.functions import LOSSES
 from lowmem_dpo.losses.pairs import LossParameters, PairLogps
 from lowmem_dpo.model.lora import LoraLinear, lora_layers, lora_parameters
 from lowmem_dpo.model.scoring import score

@@ -1,15 +1,11 @@
 import pytest
+import torch
 
-from lowmem_dpo.losses.checks import unusual_values
 from lowmem_dpo.losses.objective import Objective
-from lowmem_dpo.losses.types import (
-    compares_with_reference,
-    couples_pairs,
-    loss_terms,
-    needs_reference,
-)
+from lowmem_dpo.losses.pairs import PairLogps
+from lowmem_dpo.losses.types import unusual_values
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.settings.parsing import parse_config, to_yaml
+from lowmem_dpo.settings.fields import parse_config, to_yaml
 
 MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
 
@@ -119,25 +115,39 @@ def test_a_list_of_one_loss_is_that_loss():
     assert TrainConfig(loss_type=["ipo"]) == TrainConfig(loss_type="ipo")
 
 
-def test_loss_terms_count_rpo_alpha_as_a_weight_of_sft():
-    assert loss_terms(TrainConfig(**MPO)) == [("sigmoid", 0.8), ("bco_pair", 0.2), ("sft", 1.0)]
-    assert loss_terms(TrainConfig(rpo_alpha=0.5)) == [("sigmoid", 1.0), ("sft", 0.5)]
-    assert Objective.of(TrainConfig(rpo_alpha=0.5)).nll_weight == 0.5
-    assert Objective.of(TrainConfig()).nll_weight == 0
+def objective(**settings):
+    return Objective.of(TrainConfig(**settings))
+
+
+def test_terms_count_rpo_alpha_as_a_weight_of_sft():
+    assert objective(**MPO).terms == (("sigmoid", 0.8), ("bco_pair", 0.2), ("sft", 1.0))
+    assert objective(rpo_alpha=0.5).terms == (("sigmoid", 1.0), ("sft", 0.5))
+    assert objective(rpo_alpha=0.5).nll_weight == 0.5
+    assert objective().nll_weight == 0
+
+
+def rewards_are_of_log_ratios(objective):
+    two, one, half = torch.tensor([-2.0]), torch.tensor([-1.0]), torch.tensor([0.5])
+    logps = PairLogps(two, two, one, one, half, half)  # sums, the reference's, lengths
+    chosen, rejected = objective.rewards(logps)
+    beta = objective.parameters.beta
+    assert chosen == rejected and chosen.item() in (pytest.approx(-beta), pytest.approx(-4 * beta))
+    return chosen.item() == pytest.approx(-beta)
 
 
 def test_needs_reference_unless_no_loss_compares_with_one():
-    assert needs_reference(TrainConfig()) and needs_reference(TrainConfig(**MPO))
+    assert objective().needs_reference and objective(**MPO).needs_reference
+    assert rewards_are_of_log_ratios(objective())
     for name in ("simpo", "orpo", "sft"):
-        assert not needs_reference(TrainConfig(loss_type=name))
-        assert not compares_with_reference(TrainConfig(loss_type=name))
-    uniform = TrainConfig(reference_free=True)
-    assert not needs_reference(uniform) and compares_with_reference(uniform)
+        assert not objective(loss_type=name).needs_reference
+        assert not rewards_are_of_log_ratios(objective(loss_type=name))
+    uniform = objective(reference_free=True)
+    assert not uniform.needs_reference and rewards_are_of_log_ratios(uniform)
 
 
 def test_couples_pairs_if_one_of_several_losses_does():
-    assert couples_pairs(TrainConfig(loss_type=["sigmoid", "aot"]))
-    assert not couples_pairs(TrainConfig(**MPO))
+    assert objective(loss_type=["sigmoid", "aot"]).couples_pairs
+    assert not objective(**MPO).couples_pairs
 
 
 @pytest.mark.parametrize(

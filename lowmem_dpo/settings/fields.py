@@ -1,0 +1,325 @@
+"""What becomes of every setting: read from words or YAML, held against its field, written as YAML.
+
+A setting is a field of a frozen dataclass (`groups`): its annotation is its type, the metadata
+beside it are its bounds. A name is held against the fields first, so that a wrong one gets the
+nearest right one. Then each value becomes one of its field's annotation: defaults, then the file,
+then flags. The dataclass checks itself when it is built, by a file, by words or in Python; a check
+raises ValueError with the setting, what it got and how to mend it.
+"""
+
+import difflib
+import inspect
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+
+from lowmem_dpo.settings.other_trainers import (
+    NAMES_WITH_THEIR_VALUES,
+    is_foreign,
+    to_our_settings,
+    to_our_value,
+)
+
+# Settings that name a file or folder (or a model): never empty; os.PathLike is taken too.
+_PATHS = {"model", "data", "eval_data", "output_dir", "init_adapter", "resume", "cache_dir"}
+_PATHS |= {"adapter", "prompts"}
+
+# Names that a newcomer may try and whose nearest name here would be a wrong hint, or none.
+_ALIASES = {
+    "lr": "learning_rate",
+    "rank": "lora_r",
+    "alpha": "lora_alpha",
+    "epochs": "num_train_epochs",
+}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where a number must lie: above or at_least this, below or at_most that."""
+
+    above: float = -math.inf
+    at_least: float = -math.inf
+    below: float = math.inf
+    at_most: float = math.inf
+
+
+# What stands beside a field as its metadata: rules in words, and the bounds that they mean.
+POSITIVE = {"must be > 0": Bounds(above=0)}
+NOT_NEGATIVE = {"must be >= 0": Bounds(at_least=0)}
+SHARE = {"must be in [0, 1)": Bounds(at_least=0, below=1)}
+COUNT = {"must be at least 1": Bounds(at_least=1)}
+COUNT_OR_NONE = {"must be at least 1, or left out": Bounds(at_least=1)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every group and config shares: values as they are declared, and every group's check.
+
+    Paths become text, and whole numbers floats where a float is asked for. Where one name or a list
+    is asked for, another text than the default becomes the list of the names in it.
+    """
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in _PATHS:
+                value = os.fspath(value) if isinstance(value, os.PathLike) else value
+                if isinstance(value, str) and not value.strip():
+                    raise ValueError(f"{f.name} is empty; give a path, or leave it out")
+            if get_origin(f.type) is Literal:
+                if value not in (choices := get_args(f.type)):
+                    raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+                continue
+            if f.type == str | list[str] and isinstance(value, str) and value != f.default:
+                value = [name.strip() for name in value.strip("[] ").split(",") if name.strip()]
+            annotations = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
+            kinds = tuple(get_origin(kind) or kind for kind in annotations)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if float in kinds and is_number:
+                if not abs(value) <= sys.float_info.max:  # of an int too, and of nan
+                    raise ValueError(f"{f.name} must be a finite number, got {str(value)[:20]}")
+                value = float(value)
+            elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise ValueError(f"{f.name} must be {type_name(f.type)}, got {value!r}")
+            for rule, bounds in f.metadata.items() if value is not None else ():
+                is_above = value > bounds.above and value >= bounds.at_least
+                if not (is_above and value < bounds.below and value <= bounds.at_most):
+                    hint = "" if f.default is None else f"; the usual value is {f.default}"
+                    raise ValueError(f"{f.name} {rule}, got {value}{hint}")
+            object.__setattr__(self, f.name, value)
+        for group in reversed(type(self).__mro__):
+            if "check" in vars(group):
+                vars(group)["check"](self)
+
+
+Config = TypeVar("Config", bound=Settings)
+
+
+def parse_config(cls: type[Config], words: list[str]) -> Config:
+    """Build a config from command-line words: defaults, then `--config FILE`, then flags.
+
+    The names of other trainers are understood in both; see `other_trainers`. Those that have no
+    effect here are said on stderr.
+
+    Args:
+        cls: A dataclass of settings, such as those of `configs`.
+        words: Such as `["--beta", "0.2", "--config", "run.yaml", "--reference_free"]`. Hyphens in
+            flag names count as underscores; a boolean flag needs no value.
+
+    Raises:
+        ValueError: If the file cannot be read, a name is unknown or a value does not fit its field.
+    """
+    path, flags, foreign = _read_flags(cls, words)
+    types = {field.name: field.type for field in fields(cls)}
+    mapping = {} if path is None else _read_mapping(path)
+    given = mapping | flags | foreign
+    where = "" if path is None else f"{path}: "
+    blamed = "" if flags or foreign else where  # with flags about, the file may not be to blame
+    notes: list[str] = []
+    try:
+        if mapping:
+            mapping, notes = to_our_settings(mapping, set(types), given)
+        if foreign:
+            theirs, more_notes = to_our_settings(foreign, set(types), given)
+            for name in theirs.keys() & flags.keys():
+                raise ValueError(f"--{name} and another trainer's flag for it are both given")
+            mapping, notes = mapping | theirs, notes + more_notes
+        for name in mapping:
+            if name not in types:
+                blamed = where  # a flag's name has been looked at
+                raise ValueError(_unknown(cls, str(name)))
+        values = {name: _field_value(name, types[name], value) for name, value in mapping.items()}
+        config = cls(**(values | flags))
+    except ValueError as error:
+        raise ValueError(f"{blamed}{error}") from None
+    if notes:
+        from lowmem_dpo.console import note
+
+        for line in dict.fromkeys(notes):
+            note(line)
+    return config
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved settings as YAML, group by group; `--config` reads it back."""
+    groups = [group for _, group in settings_by_group(type(config))]
+    values = {field.name: getattr(config, field.name) for group in groups for field in group}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _read_flags(
+    cls: type[Settings], words: Iterable[str]
+) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
+    """Sort command-line words into settings.
+
+    Returns:
+        The settings file, or None; our flags, each spelt and with a value as its field has it;
+        other trainers' flags, with the value that their text has in YAML.
+    """
+    types = {field.name: field.type for field in fields(cls)}
+    path: str | None = None
+    own: dict[str, Any] = {}
+    foreign: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"unexpected argument {word!r}; settings are given as --name value")
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        of_other_trainer = name not in types and is_foreign(name)
+        if name != "config" and name not in types and not of_other_trainer:
+            raise ValueError(_unknown(cls, name))
+        if not equals:
+            may_stand_alone = types.get(name) is bool or of_other_trainer
+            if rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            elif may_stand_alone:
+                text = "true"
+            else:
+                raise ValueError(f"--{name} needs a value; one that begins with -- as --{name}=...")
+        if name == "config" and path is not None:
+            raise ValueError(f"--config is given twice, {path} and {text}; give one file")
+        if name == "config":
+            path = text
+        elif of_other_trainer:
+            foreign[name] = _yaml_value(text)
+        elif text in ("null", "~") and NoneType in get_args(types[name]):
+            own[name] = None  # null unsets a setting that may be left out
+        else:
+            value = to_our_value(name, text) if name in NAMES_WITH_THEIR_VALUES else text
+            own[name] = _field_value(name, types[name], value)
+    return path, own, foreign
+
+
+def _field_value(name: str, annotation: Any, value: Any) -> Any:
+    """Turn a flag's text, or a value from a file, into one of its field's annotation.
+
+    Where text is asked for it stays as it is, also if it looks like a number. Other text is read as
+    YAML: that of a flag, or in a file what YAML 1.1 takes for text, such as 1e-4. A list may lack
+    its brackets.
+
+    Raises:
+        ValueError: If the value cannot be one; it names the field.
+    """
+    given, origin, kinds = value, get_origin(annotation), get_args(annotation)
+    if origin is UnionType:
+        for kind in kinds:
+            with suppress(ValueError):
+                return _field_value(name, kind, value)
+    if isinstance(value, str) and origin is not Literal and annotation not in (str, Any, NoneType):
+        value = _yaml_value(f"[{value}]" if origin is list and value[:1] != "[" else value)
+        if isinstance(value, str) and annotation in (int, float):
+            with suppress(ValueError):
+                return annotation(value)
+    if origin is list and isinstance(value, list):
+        return [_field_value(name, kinds[0], item) for item in value]
+    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return value
+    if origin is Literal:
+        fits = value in kinds
+    else:
+        is_whole_number = annotation is float and type(value) is int
+        fits = annotation is Any or type(value) is annotation or is_whole_number
+    if not fits:
+        example = "; for example '{name: value}'" if origin is dict else ""
+        got = " ".join(str(given).split())
+        raise ValueError(f"{name} must be {type_name(annotation)}, got {got}{example}")
+    return value
+
+
+def _yaml_value(text: str) -> Any:
+    """What a text means in YAML; itself, where it is none."""
+    try:
+        return yaml.load(text, _StrictLoader)
+    except yaml.YAMLError:
+        return text
+
+
+def _unknown(cls: type[Settings], name: str) -> str:
+    """That a name is no field of `cls`, and the nearest one."""
+    known = [field.name for _, group in settings_by_group(cls) for field in group]
+    near = [alias for alias in [_ALIASES.get(name)] if alias in known]
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.65)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    return f"unknown setting {name!r}; {hint}"
+
+
+def _read_mapping(path: str) -> dict[str, Any]:
+    """The names and values of a settings file."""
+    try:
+        mapping = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
+    except OSError as error:
+        raise ValueError(f"cannot read the settings file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not valid YAML: {reason}") from None
+    if mapping is None:
+        return {}
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, got a {type(mapping).__name__}")
+    return mapping
+
+
+def settings_by_group(config: type[Settings]) -> list[tuple[type[Settings], list[Field[Any]]]]:
+    """A config's fields under the class that declares them: its own first, then group by group."""
+    by_name = {f.name: f for f in fields(config)}
+    groups = []
+    for cls in config.__mro__:
+        declared = [by_name.pop(name) for name in inspect.get_annotations(cls) if name in by_name]
+        if declared:
+            groups.append((cls, declared))
+    return groups
+
+
+def check_unused(config: Any, cause: str, *names: str) -> None:
+    """Refuse settings that were changed although the value of `cause` leaves them no effect."""
+    defaults = {f.name: f.default for f in fields(config)}
+    for name in names:
+        value = getattr(config, name)
+        if value != defaults[name]:
+            raise ValueError(
+                f"{name}={value} has no effect with {cause}={getattr(config, cause)}; leave one out"
+            )
+
+
+def type_name(annotation: Any) -> str:
+    """An annotation in words, for messages and tables."""
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, get_args(annotation)))
+    if get_args(annotation):
+        return str(annotation).replace("typing.", "")
+    return annotation.__name__
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe YAML loader that refuses what would be read otherwise than it was meant."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{name} is given twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        if re.fullmatch(r"[-+]?0[0-9_]+|.*:.*", node.value):  # octal, sexagesimal
+            raise yaml.constructor.ConstructorError(
+                problem=f"{node.value} means another number in YAML; write it plainly",
+                problem_mark=node.start_mark,
+            )
+        return super().construct_yaml_int(node)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
