@@ -2,7 +2,8 @@
 
 Message lists get the ids that TRL gives them. Text is tokenised without special tokens, and BOS and
 EOS are added to the ids where they are missing: so each stands there once, whatever the tokenizer,
-the template and the file do of their own. Which text that is, `rendering` decides.
+the template and the file do of their own. Which text that is, `rendering` decides. A preview shows
+a pair as the model will see it: decoded, special tokens visible, scored tokens marked.
 """
 
 import hashlib
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.data.messages import Message, has_system
 from lowmem_dpo.data.rendering import (
@@ -19,7 +22,6 @@ from lowmem_dpo.data.rendering import (
     PairText,
     Renderer,
     build_renderer,
-    prompts_are_repeated,
     repeats_prompt,
 )
 from lowmem_dpo.settings.groups import EncodingSettings, TemplateSettings
@@ -30,6 +32,14 @@ if TYPE_CHECKING:
 CHUNK_PAIRS = 1000  # pairs per call of the tokenizer: bounds memory
 CHECKED_ROWS = 10  # on which tools and template variables must show an effect
 MANY_DROPPED = 0.1  # share of the pairs lost to cutting above which a report says what to do
+MAX_SHOWN_TOKENS = 96  # longer prompts and completions lose their middle
+# ASCII, so that the marks show where there is neither colour nor Unicode.
+SCORED_OPEN, SCORED_CLOSE, ELLIPSIS = "[[", "]]", " [...] "
+STYLES = {"chosen": "green", "rejected": "red"}
+# Control characters of the data, which could steer the terminal; tab and newline stay.
+CONTROL_CODES = {
+    code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"
+}
 
 
 @dataclass(frozen=True)
@@ -145,18 +155,25 @@ def encode_pairs(
     renderer = build_renderer(tokenizer, settings)
     report = EncodeReport(num_pairs=len(preferences), max_length=settings.max_length)
     texts = _pair_texts(preferences, renderer, settings.on_bad_row, report)
-    report.ignored_columns = _ignored_columns(preferences, renderer)
     pairs: list[TokenPair] = []
-    for start in range(0, len(texts), CHUNK_PAIRS):
-        for uncut in _tokenize(texts[start : start + CHUNK_PAIRS], renderer, report):
-            pair = _cut(uncut, settings, tokenizer.bos_token_id)
-            reason = _why_dropped(uncut, pair)
-            if reason:
-                report.num_dropped[reason] += 1
-                continue
+    for uncut in _tokenize(texts, renderer, report):
+        num_chosen, num_rejected = len(uncut.chosen_ids), len(uncut.rejected_ids)
+        fits = max(num_chosen, num_rejected) <= settings.max_length
+        pair = uncut if fits else _cut(uncut, settings, tokenizer.bos_token_id)
+        is_all_prompt = (
+            len(pair.chosen_ids) <= pair.chosen_start
+            or len(pair.rejected_ids) <= pair.rejected_start
+        )
+        if uncut.chosen_ids == uncut.rejected_ids:
+            report.num_dropped["identical"] += 1
+        elif is_all_prompt:
+            report.num_dropped["prompt only after cutting"] += 1
+        elif pair.chosen_ids == pair.rejected_ids:
+            report.num_dropped["identical after cutting"] += 1
+        else:
             pairs.append(pair)
-            report.num_truncated += len(pair.chosen_ids) < len(uncut.chosen_ids)
-            report.num_truncated += len(pair.rejected_ids) < len(uncut.rejected_ids)
+            report.num_truncated += len(pair.chosen_ids) < num_chosen
+            report.num_truncated += len(pair.rejected_ids) < num_rejected
             report.num_prompts_cut += pair.chosen_start < uncut.chosen_start
     report.num_kept = len(pairs)
     report.template_choice = _template_choice(preferences, renderer, report)
@@ -187,7 +204,48 @@ def render_prompt(
     """
     renderer = build_renderer(tokenizer, settings)
     ids = tokenizer(renderer.prompt_text(prompt), add_special_tokens=False)["input_ids"]
-    return ids if renderer.uses_template(prompt) else _with_bos(ids, _bos_ids(tokenizer))
+    return ids if renderer.uses_template(prompt) else _with_bos(ids, renderer.bos_ids)
+
+
+def preview_pair(
+    pair: TokenPair, tokenizer: "PreTrainedTokenizerBase", *, encoding: str = "utf-8"
+) -> Text:
+    """Decode a pair for the eye.
+
+    Unscored tokens are dim; scored ones stand in [[ ]], chosen green and rejected red where the
+    terminal has colours.
+
+    Args:
+        pair: The pair.
+        tokenizer: The tokenizer that made it.
+        encoding: What the terminal can show; other characters are written as escapes.
+
+    Returns:
+        Two labelled blocks of text.
+    """
+    text = Text()
+    sides = (
+        ("chosen", pair.chosen_ids, pair.chosen_start),
+        ("rejected", pair.rejected_ids, pair.rejected_start),
+    )
+    for name, ids, start in sides:
+        text.append(f"{name} (row {pair.row}, {len(ids) - start} of {len(ids)} tokens scored)\n")
+        for part, style, opening, closing in (
+            (ids[:start], "dim", "", ""),
+            (ids[start:], STYLES[name], SCORED_OPEN, SCORED_CLOSE + "\n"),
+        ):
+            half = MAX_SHOWN_TOKENS // 2
+            shown = [part] if len(part) <= MAX_SHOWN_TOKENS else [part[:half], part[-half:]]
+            decoded = (
+                tokenizer.decode(
+                    list(run), skip_special_tokens=False, clean_up_tokenization_spaces=False
+                )
+                for run in shown
+            )
+            words = ELLIPSIS.join(map(str, decoded)).translate(CONTROL_CODES)
+            words = words.encode(encoding, "backslashreplace").decode(encoding)
+            text.append(f"{opening}{words}{closing}", style=style)
+    return text
 
 
 def common_prefix_length(ids: Sequence[int], other_ids: Sequence[int]) -> int:
@@ -201,8 +259,12 @@ def common_prefix_length(ids: Sequence[int], other_ids: Sequence[int]) -> int:
 def _pair_texts(
     preferences: Sequence[Preference], renderer: Renderer, on_bad_row: str, report: EncodeReport
 ) -> list[tuple[int, PairText]]:
-    """Row and text of every pair; those with an empty answer are counted and left out."""
-    most_repeat = prompts_are_repeated(preferences)
+    """Row and text of every pair; those with an empty answer are counted and left out.
+
+    Rows hold joined text, whose answers begin with the whole prompt, if most of them do: a prompt
+    such as "Hi" begins an honest answer now and then.
+    """
+    most_repeat = 2 * sum(map(repeats_prompt, preferences)) > len(preferences)
     texts = []
     for preference in preferences:
         prompt = preference.prompt
@@ -222,18 +284,11 @@ def _pair_texts(
             report.num_rendered += text.as_is and rendered
             report.num_joined += text.as_is and not rendered
             texts.append((preference.row, text))
-    return texts
-
-
-def _ignored_columns(preferences: Sequence[Preference], renderer: Renderer) -> list[str]:
-    """Columns for the template that show no effect on the first rows that have them."""
-    ignored = []
     for name in TEMPLATE_COLUMNS if renderer.template else ():
-        rows = islice((p for p in preferences if getattr(p, name)), CHECKED_ROWS)
-        effects = [renderer.reads_column(preference, name) for preference in rows]
-        if effects and not any(effects):
-            ignored.append(name)
-    return ignored
+        rows = list(islice((p for p in preferences if getattr(p, name)), CHECKED_ROWS))
+        if rows and not any(renderer.reads_column(row, name) for row in rows):
+            report.ignored_columns.append(name)
+    return texts
 
 
 def _tokenize(
@@ -242,54 +297,44 @@ def _tokenize(
     """Yield the pairs in token ids, uncut.
 
     The completion begins where prompt and prompt+completion part, which is before the prompt's end
-    where tokens merge across it.
+    where tokens merge across it. EOS stands behind it, unless the text has a terminator of its own.
     """
     tokenizer = renderer.tokenizer
-    bos_ids = _bos_ids(tokenizer)
-    flat = [side for _, text in texts for side in (text.prompt, text.chosen, text.rejected)]
-    ids = iter(tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
-    for (row, text), *sides in zip(texts, ids, ids, ids, strict=True):
-        if not text.by_template:
-            sides = [_with_bos(side, bos_ids) for side in sides]
-        prompt, chosen, rejected = sides
-        starts = [common_prefix_length(prompt, side) for side in (chosen, rejected)]
-        report.num_mismatches += min(starts) < len(prompt)
-        if text.by_template:  # one start for both sides, as in TRL
-            starts = [min(starts)] * 2
-        yield TokenPair(
-            row=row,
-            chosen_ids=_with_eos(chosen, text.chosen, renderer),
-            rejected_ids=_with_eos(rejected, text.rejected, renderer),
-            chosen_start=max(starts[0], 1),
-            rejected_start=max(starts[1], 1),
-            prompt_key=_prompt_key(text.prompt, tokenizer.bos_token),
-        )
-
-
-def _prompt_key(prompt: str, bos_token: str | None) -> str:
-    """Digest of a prompt's text, the same with and without BOS."""
-    return hashlib.sha256(prompt.removeprefix(bos_token or "").encode()).hexdigest()[:32]
-
-
-def _bos_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What the tokenizer puts before text of its own accord: BOS, nothing, seldom more."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    return next(full[:i] for i in range(len(full) + 1) if full[i : i + len(plain)] == plain)
+    for first in range(0, len(texts), CHUNK_PAIRS):
+        chunk = texts[first : first + CHUNK_PAIRS]
+        flat = [side for _, text in chunk for side in (text.prompt, text.chosen, text.rejected)]
+        ids = iter(tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
+        for (row, text), *sides in zip(chunk, ids, ids, ids, strict=True):
+            if not text.by_template:
+                sides = [_with_bos(side, renderer.bos_ids) for side in sides]
+            prompt, chosen, rejected = sides
+            starts = [common_prefix_length(prompt, side) for side in (chosen, rejected)]
+            report.num_mismatches += min(starts) < len(prompt)
+            if text.by_template:  # one start for both sides, as in TRL
+                starts = [min(starts)] * 2
+            for side, written in ((chosen, text.chosen), (rejected, text.rejected)):
+                if written.rstrip().endswith(renderer.terminators):
+                    continue
+                if tokenizer.eos_token_id is None:
+                    raise ValueError(
+                        "the tokenizer has no EOS token; set eos_token in tokenizer_config.json"
+                    )
+                side.append(tokenizer.eos_token_id)
+            # The same with and without BOS.
+            key = text.prompt.removeprefix(tokenizer.bos_token or "").encode()
+            yield TokenPair(
+                row=row,
+                chosen_ids=tuple(chosen),
+                rejected_ids=tuple(rejected),
+                chosen_start=max(starts[0], 1),
+                rejected_start=max(starts[1], 1),
+                prompt_key=hashlib.sha256(key).hexdigest()[:32],
+            )
 
 
 def _with_bos(ids: list[int], bos_ids: list[int]) -> list[int]:
     """The ids of plain text with BOS in front, unless the text held it."""
     return ids if ids[: len(bos_ids)] == bos_ids else bos_ids + ids
-
-
-def _with_eos(ids: list[int], text: str, renderer: Renderer) -> tuple[int, ...]:
-    """The ids with EOS behind, unless the text ends with a terminator of its own."""
-    if renderer.is_terminated(text):
-        return tuple(ids)
-    if renderer.tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
-    return (*ids, renderer.tokenizer.eos_token_id)
 
 
 def _cut(pair: TokenPair, settings: EncodingSettings, bos_id: int | None) -> TokenPair:
@@ -311,15 +356,6 @@ def _cut(pair: TokenPair, settings: EncodingSettings, bos_id: int | None) -> Tok
         chosen_start=pair.chosen_start - cut,
         rejected_start=pair.rejected_start - cut,
     )
-
-
-def _why_dropped(uncut: TokenPair, pair: TokenPair) -> str:
-    """Why a pair teaches nothing; empty if it does."""
-    if uncut.chosen_ids == uncut.rejected_ids:
-        return "identical"
-    if len(pair.chosen_ids) <= pair.chosen_start or len(pair.rejected_ids) <= pair.rejected_start:
-        return "prompt only after cutting"
-    return "identical after cutting" if pair.chosen_ids == pair.rejected_ids else ""
 
 
 def _template_choice(

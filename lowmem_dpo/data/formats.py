@@ -19,16 +19,14 @@ from typing import Any
 from lowmem_dpo.data.messages import (
     SYSTEM_ROLES,
     Message,
-    RowFault,
     common_messages,
     has_system,
     keys_in_words,
     read_messages,
     read_template_kwargs,
-    read_text,
     read_tools,
-    type_in_words,
 )
+from lowmem_dpo.data.rows import RowFault, read_text, type_in_words
 
 Content = str | list[Message]
 Sides = tuple[Content, Content, Content]  # prompt, chosen, rejected
@@ -107,7 +105,9 @@ def parse_row(value: Any, row: int) -> tuple[Preference, Format]:
             f"a row must be a JSON object, got {type_in_words(value)}; {known_formats()}"
         )
     value = {name: item for name, item in value.items() if item is not None}
-    found = find_format(value)
+    found = next((f for f in FORMATS if set(f.columns) <= value.keys() and f.holds(value)), None)
+    if found is None:
+        raise RowFault(_what_is_missing(value))
     for column in UNSUPPORTED_COLUMNS:
         if value.get(column):
             raise RowFault(f"the column {column} is not supported yet; remove it")
@@ -124,27 +124,21 @@ def parse_row(value: Any, row: int) -> tuple[Preference, Format]:
         if has_system(prompt):
             raise RowFault("a system column and a system message; keep one of them")
         prompt, system = [{"role": "system", "content": system}, *prompt], ""
-    tools = read_tools(value.get("tools"))
-    variables = read_template_kwargs(value.get("chat_template_kwargs"))
+    tools = read_tools(value["tools"]) if "tools" in value else []
+    name = "chat_template_kwargs"
+    variables = read_template_kwargs(value[name]) if name in value else {}
     return Preference(prompt, chosen, rejected, row, system, tools, variables), found
 
 
-def find_format(value: Columns) -> Format:
-    """The first format that a row has.
-
-    Raises:
-        RowFault: It has none; says what is missing.
-    """
-    for known in FORMATS:
-        if set(known.columns) <= value.keys() and known.holds(value):
-            return known
+def _what_is_missing(value: Columns) -> str:
+    """What a row that has no format lacks, and how to mend it."""
     if {"completion", "label"} <= value.keys():
-        raise RowFault(
+        return (
             "unpaired preferences (prompt, completion, label) are not supported yet; "
             "convert to rows of prompt, chosen and rejected"
         )
     missing = ", ".join(key for key in ("prompt", *SIDES) if key not in value)
-    raise RowFault(
+    return (
         f"missing {missing}; found {keys_in_words(value)}; {known_formats()}; "
         "name other columns with columns {chosen: NAME}"
     )

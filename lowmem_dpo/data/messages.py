@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from lowmem_dpo.data.rows import printable_line
+from lowmem_dpo.data.rows import RowFault, printable_line, read_text, type_in_words
 
 Message = dict[str, Any]
 
@@ -21,10 +21,6 @@ ROLES = {
 }
 SYSTEM_ROLES = ("system", "developer")
 MAX_NAMES = 12  # of a row's keys in a message
-
-
-class RowFault(ValueError):
-    """What is wrong with one row; the others may be fine."""
 
 
 def read_messages(value: Any, name: str, role: str) -> list[Message]:
@@ -112,26 +108,6 @@ def common_messages(chosen: list[Message], rejected: list[Message]) -> int:
     """Number of leading messages that two conversations share, the last of either left out."""
     limit = min(len(chosen), len(rejected)) - 1
     return next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
-
-
-def read_text(value: Any, name: str) -> str:
-    """A string that can be written as UTF-8."""
-    if not isinstance(value, str):
-        raise RowFault(f"{name} must be a string, got {type_in_words(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowFault(
-            f"{name} holds half a character (a lone surrogate, character {error.start}); remove it"
-        ) from None
-    return value
-
-
-def type_in_words(value: Any) -> str:
-    """The type of a value in words."""
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    kinds |= {int: "a number", float: "a number", type(None): "null"}
-    return kinds.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def keys_in_words(keys: Iterable[str]) -> str:

@@ -20,13 +20,14 @@ from lowmem_dpo.data.formats import (
     known_formats,
     parse_row,
 )
-from lowmem_dpo.data.messages import RowFault, keys_in_words
+from lowmem_dpo.data.messages import keys_in_words
 from lowmem_dpo.data.repositories import read_dataset
-from lowmem_dpo.data.rows import READERS, Row, read_rows
+from lowmem_dpo.data.rows import READERS, Row, RowFault, read_rows
 
 SHOWN_FAULTS = 3
 # Rows of which most decide the format.
 FIRST_ROWS = 100
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
 @dataclass
@@ -92,7 +93,11 @@ def read_preferences(
         ValueError: The source or a row cannot be read; says which, where and how to mend it.
     """
     columns = columns or {}
-    _check_columns(columns)
+    if unknown := [name for name in columns if name not in COLUMNS]:
+        raise ValueError(
+            f"columns names {keys_in_words(unknown)}, which no format reads; known are "
+            f"{', '.join(COLUMNS)}; write {{our name: the file's name}}"
+        )
     if not is_single_file(source):
         rows = read_dataset(str(source), dataset_config, split, purpose)
     elif split is not None:
@@ -110,15 +115,6 @@ def read_preferences(
     return preferences, report
 
 
-def _check_columns(columns: Mapping[str, str]) -> None:
-    """Refuse names that are none of ours, before anything is read."""
-    if unknown := [name for name in columns if name not in COLUMNS]:
-        raise ValueError(
-            f"columns names {keys_in_words(unknown)}, which no format reads; known are "
-            f"{', '.join(COLUMNS)}; write {{our name: the file's name}}"
-        )
-
-
 def _preferences(
     rows: Iterator[Row], columns: Mapping[str, str], on_bad_row: str, report: ReadReport
 ) -> Iterator[Preference]:
@@ -134,7 +130,7 @@ def _preferences(
             usual = usual or (found, row.place)
             report.format = usual[0].name
             if found is not usual[0]:
-                null = ", its prompt is null" if _has_null_prompt(value) else ""
+                null = ", its prompt is null" if value.get("prompt", "") is None else ""
                 raise RowFault(
                     f"this row is {found.name}{null}, but others are {usual[0].name} ({usual[1]}); "
                     "give all rows of a file the same format"
@@ -148,7 +144,12 @@ def _preferences(
             if len(report.faults) < SHOWN_FAULTS:
                 report.faults.append(f"{row.place}: {fault}")
             continue
-        unused.update(dict.fromkeys(_unused_columns(row.value, found, columns)))
+        # Told of are columns that hold something and are not read.
+        read = {columns.get(name, name) for name in found.columns + found.parts + COMMON_COLUMNS}
+        if PROMPT_COLUMNS & columns.keys():
+            read -= PROMPT_COLUMNS - set(columns.values())
+        further = {name: item for name, item in row.value.items() if name not in read}
+        unused |= {name: None for name, item in further.items() if item not in EMPTY}
         yield preference
     report.unused = list(unused)
 
@@ -164,16 +165,12 @@ def _usual_format(rows: Iterable[Row], columns: Mapping[str, str]) -> tuple[Form
         with suppress(RowFault):
             value = _renamed(row, columns)
             found = parse_row(value, row.number)[1]
-            if not _has_null_prompt(value):
+            if value.get("prompt", "") is not None:
                 places.setdefault(found, []).append(row.place)
     if not places:
         return None
     usual = max(places, key=lambda found: len(places[found]))
     return usual, places[usual][0]
-
-
-def _has_null_prompt(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("prompt", "") is None
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Any:
@@ -201,14 +198,3 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Any:
         if name not in columns.values() and name not in columns and name not in chosen
     }
     return kept | {name: value[theirs] for name, theirs in columns.items()}
-
-
-def _unused_columns(
-    value: dict[str, Any], found: Format, columns: Mapping[str, str]
-) -> Iterator[str]:
-    """The columns of a row that hold something and are not read."""
-    read = {columns.get(name, name) for name in found.columns + found.parts + COMMON_COLUMNS}
-    if PROMPT_COLUMNS & columns.keys():
-        read -= PROMPT_COLUMNS - set(columns.values())
-    empty: tuple[Any, ...] = (None, "", [], {})
-    return (name for name, item in value.items() if name not in read and item not in empty)

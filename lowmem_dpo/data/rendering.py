@@ -9,7 +9,7 @@ How a template opens a user turn and ends an answer is learnt by rendering a pro
 that rendered prompts and terminators are recognised for any template.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,7 @@ class Renderer:
         settings: The user's settings.
         template: Jinja source; None to join plain text.
         origin: Where the template comes from, in words.
+        bos_ids: What the tokenizer puts before text of its own accord: BOS, nothing, seldom more.
         terminators: Texts that end an answer: the EOS token, the template's end of a turn.
         turn_openings: What opens a user's turn; a prompt that holds one is already rendered.
     """
@@ -83,6 +84,7 @@ class Renderer:
     settings: TemplateSettings
     template: str | None
     origin: str
+    bos_ids: list[int]
     terminators: tuple[str, ...]
     turn_openings: tuple[str, ...]
 
@@ -96,15 +98,11 @@ class Renderer:
         """Whether a prompt string holds what opens a user's turn."""
         return any(opening in prompt for opening in self.turn_openings)
 
-    def is_terminated(self, text: str) -> bool:
-        """Whether a text ends with a terminator of its own, white space aside."""
-        return text.rstrip().endswith(self.terminators)
-
     def prompt_text(self, prompt: str | list[Message]) -> str:
         """A prompt up to where the answer begins."""
         if isinstance(prompt, str) and not self.uses_template(prompt):
             return prompt
-        return self._render(self._with_system(prompt), opens_answer=True)
+        return self.render(self._with_system(prompt), {}, opens_answer=True)
 
     def pair_text(self, preference: Preference, answers_repeat_prompt: bool) -> PairText | None:
         """The text of a pair.
@@ -130,16 +128,22 @@ class Renderer:
             needs_template = any(getattr(preference, n) for n in ("system", *TEMPLATE_COLUMNS))
             if as_is or (self.template is None and not needs_template):
                 return PairText(prompt, prompt + chosen, prompt + rejected, False, as_is)
-            chosen, rejected = answers  # the template writes the terminator
-        chosen, rejected = _as_messages(chosen, "assistant"), _as_messages(rejected, "assistant")
-        if says_nothing(chosen) or says_nothing(rejected):
-            return None
+            # The template writes the terminator.
+            chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in answers)
+        else:
+            assert not isinstance(chosen, str) and not isinstance(rejected, str)
+            if says_nothing(chosen) or says_nothing(rejected):
+                return None
         messages = self._with_system(prompt, preference.system)
-        variables = _row_variables(preference)
+        variables = preference.chat_template_kwargs
+        if variables:
+            _check_not_reserved(variables, where)
+        if preference.tools:
+            variables = variables | {"tools": preference.tools}
         return PairText(
-            self._render(messages, variables, opens_answer=True, where=where),
-            self._render(messages + chosen, variables, where=where),
-            self._render(messages + rejected, variables, where=where),
+            self.render(messages, variables, opens_answer=True, where=where),
+            self.render(messages + chosen, variables, where=where),
+            self.render(messages + rejected, variables, where=where),
             by_template=True,
         )
 
@@ -151,26 +155,10 @@ class Renderer:
         except ValueError:  # it cannot do without
             return True
 
-    def _without_terminator(self, text: str) -> str:
-        """A plain answer without a terminator written behind it."""
-        stripped = text.rstrip()
-        end = next((end for end in self.terminators if stripped.endswith(end)), None)
-        return stripped.removesuffix(end) if end else text
-
-    def _with_system(self, prompt: str | list[Message], own: str = "") -> list[Message]:
-        """A prompt as messages; in front its own system text, else the system prompt if any."""
-        if isinstance(prompt, str):  # the template writes BOS
-            prompt = prompt.removeprefix(self.tokenizer.bos_token or "")
-        messages = _as_messages(prompt, "user")
-        system = own or self.settings.system_prompt
-        if system is None or has_system(messages):
-            return messages
-        return [{"role": "system", "content": system}, *messages]
-
-    def _render(
+    def render(
         self,
         messages: list[Message],
-        variables: dict[str, Any] | None = None,
+        variables: dict[str, Any],
         opens_answer: bool = False,
         where: str = "",
     ) -> str:
@@ -181,14 +169,49 @@ class Renderer:
             variables: The row's own template variables.
             opens_answer: Whether an answer is to follow.
             where: The row, for errors.
+
+        Raises:
+            ValueError: There is no template, or it complains: in one line.
         """
         if self.template is None:
             raise ValueError(
                 f"{where}messages need a chat template, and none is in use ({self.origin}); "
                 "name a Jinja file with --chat_template FILE"
             )
-        variables = self.settings.chat_template_kwargs | (variables or {})
-        return _apply(self.tokenizer, self.template, variables, messages, opens_answer, where)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                add_generation_prompt=opens_answer,
+                tokenize=False,
+                **self.settings.chat_template_kwargs | variables,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            roles, reason = "/".join(m["role"] for m in messages), " ".join(str(error).split())
+            raise ValueError(
+                f"{where}the chat template cannot render the roles {roles}: {reason}; "
+                "change the messages, or name another template with --chat_template FILE"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+    def _without_terminator(self, text: str) -> str:
+        """A plain answer without a terminator written behind it."""
+        stripped = text.rstrip()
+        end = next((end for end in self.terminators if stripped.endswith(end)), None)
+        return stripped.removesuffix(end) if end else text
+
+    def _with_system(self, prompt: str | list[Message], own: str = "") -> list[Message]:
+        """A prompt as messages; in front its own system text, else the system prompt if any."""
+        if isinstance(prompt, str):  # the template writes BOS
+            text = prompt.removeprefix(self.tokenizer.bos_token or "")
+            messages: list[Message] = [{"role": "user", "content": text}]
+        else:
+            messages = prompt
+        system = own or self.settings.system_prompt
+        if system is None or has_system(messages):
+            return messages
+        return [{"role": "system", "content": system}, *messages]
 
 
 def build_renderer(tokenizer: "PreTrainedTokenizerBase", settings: TemplateSettings) -> Renderer:
@@ -198,21 +221,24 @@ def build_renderer(tokenizer: "PreTrainedTokenizerBase", settings: TemplateSetti
         ValueError: The template file cannot be used, or a setting has no effect without a template.
     """
     template, origin = _choose_template(tokenizer, settings)
-    terminators = [tokenizer.eos_token] if tokenizer.eos_token else []
-    openings = list(COMMON_TURN_OPENINGS)
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    bos_ids = next(full[:i] for i in range(len(full) + 1) if full[i : i + len(plain)] == plain)
+    terminators = (tokenizer.eos_token,) if tokenizer.eos_token else ()
+    renderer = Renderer(
+        tokenizer, settings, template, origin, bos_ids, terminators, COMMON_TURN_OPENINGS
+    )
     if template is not None:
-        _check_kwargs_are_read(template, settings)
-        opening, ending = _probe(tokenizer, template, settings)
-        openings += [opening] if opening else []
-        terminators += [ending] if ending else []
-    else:
-        for name in ("system_prompt", "chat_template_kwargs"):
-            if getattr(settings, name):
-                raise ValueError(
-                    f"{name} needs a chat template, and none is in use ({origin}); "
-                    "name a Jinja file with --chat_template FILE, or leave it out"
-                )
-    return Renderer(tokenizer, settings, template, origin, tuple(terminators), tuple(openings))
+        if settings.chat_template_kwargs:
+            _check_kwargs_are_read(template, settings)
+        return _with_probe(renderer)
+    for name in ("system_prompt", "chat_template_kwargs"):
+        if getattr(settings, name):
+            raise ValueError(
+                f"{name} needs a chat template, and none is in use ({origin}); "
+                "name a Jinja file with --chat_template FILE, or leave it out"
+            )
+    return renderer
 
 
 def _check_kwargs_are_read(template: str, settings: TemplateSettings) -> None:
@@ -246,21 +272,6 @@ def _check_text_stands_alone(preference: Preference, where: str) -> None:
             )
 
 
-def _row_variables(preference: Preference) -> dict[str, Any]:
-    """What a row gives the template of its own."""
-    variables = preference.chat_template_kwargs
-    _check_not_reserved(variables, f"row {preference.row}: ")
-    return variables | ({"tools": preference.tools} if preference.tools else {})
-
-
-def prompts_are_repeated(preferences: Sequence[Preference]) -> bool:
-    """Whether most rows hold joined text: both answers begin with the whole prompt.
-
-    A majority, because a prompt such as "Hi" begins an honest answer now and then.
-    """
-    return 2 * sum(map(repeats_prompt, preferences)) > len(preferences)
-
-
 def repeats_prompt(preference: Preference) -> bool:
     """Whether both answers of a row of strings begin with the whole prompt."""
     prompt, sides = preference.prompt, (preference.chosen, preference.rejected)
@@ -273,7 +284,8 @@ def _choose_template(
     tokenizer: "PreTrainedTokenizerBase", settings: TemplateSettings
 ) -> tuple[str | None, str]:
     """Jinja source (None for plain text) and where it comes from, in words."""
-    _check_not_reserved(settings.chat_template_kwargs)
+    if settings.chat_template_kwargs:
+        _check_not_reserved(settings.chat_template_kwargs)
     if settings.chat_template == "none":
         return None, "no chat template, as set"
     if settings.chat_template == "auto":
@@ -292,10 +304,8 @@ def _choose_template(
         raise ValueError(f"{path}: not valid UTF-8; save the template as UTF-8") from None
 
 
-def _probe(
-    tokenizer: "PreTrainedTokenizerBase", template: str, settings: TemplateSettings
-) -> tuple[str, str]:
-    """What opens a user turn and what ends an answer; empty where there is no such text.
+def _with_probe(renderer: Renderer) -> Renderer:
+    """The renderer with what opens a user turn and what ends an answer, as its template has them.
 
     An ending counts only if it holds a token of its own: generation would not stop at plain text.
     """
@@ -303,51 +313,22 @@ def _probe(
         {"role": "user", "content": USER_PROBE},
         {"role": "assistant", "content": ASSISTANT_PROBE},
     ]
-    variables = settings.chat_template_kwargs
-    text = _apply(tokenizer, template, variables, probe, opens_answer=False, where="")
-    before, user, rest = text.partition(USER_PROBE)
+    before, user, rest = renderer.render(probe, {}).partition(USER_PROBE)
     _, assistant, ending = rest.rpartition(ASSISTANT_PROBE)
     if not (user and assistant):
         raise ValueError(
             "the chat template leaves out what the user or the assistant says; "
             "name another with --chat_template FILE"
         )
+    tokenizer = renderer.tokenizer
     for token in (tokenizer.bos_token, tokenizer.eos_token):
         before = before.replace(token, "") if token else before
     opening = before.strip().rpartition("\n")[2].strip()
     ending = ending.strip()
     added = tokenizer.added_tokens_decoder.keys() | set(tokenizer.all_special_ids)
     ids = tokenizer(ending, add_special_tokens=False)["input_ids"]
-    return opening, ending if added.intersection(ids) else ""
-
-
-def _apply(
-    tokenizer: "PreTrainedTokenizerBase",
-    template: str,
-    variables: dict[str, Any],
-    messages: list[Message],
-    opens_answer: bool,
-    where: str,
-) -> str:
-    """Messages as text, with the template's complaints as a ValueError of one line."""
-    try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            chat_template=template,
-            add_generation_prompt=opens_answer,
-            tokenize=False,
-            **variables,
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        roles, reason = "/".join(m["role"] for m in messages), " ".join(str(error).split())
-        raise ValueError(
-            f"{where}the chat template cannot render the roles {roles}: {reason}; "
-            "change the messages, or name another template with --chat_template FILE"
-        ) from error
-    assert isinstance(text, str)
-    return text
-
-
-def _as_messages(content: str | list[Message], role: str) -> list[Message]:
-    """A string as one turn of `role`; messages as they are."""
-    return [{"role": role, "content": content}] if isinstance(content, str) else content
+    return replace(
+        renderer,
+        terminators=renderer.terminators + ((ending,) if added.intersection(ids) else ()),
+        turn_openings=renderer.turn_openings + ((opening,) if opening else ()),
+    )

@@ -1,10 +1,10 @@
 """Rows of local files: .jsonl, .json, .csv and .parquet, one at a time.
 
 Every reader yields `Row`s: a value, or what is wrong with that row. What is wrong with one row only
-is told in the row, so that the caller may leave it out and go on; what ends the reading of a file
-is raised. No reader holds more than one row (.parquet: one batch; a list in .json: its text), and
-rows and lists have an upper limit, so that a file of any size without a line break costs one
-message, not the memory of the machine.
+is told in the row (by whoever reads its values, in a `RowFault`), so that the caller may leave it
+out and go on; what ends the reading of a file is raised. No reader holds more than one row
+(.parquet: one batch; a list in .json: its text), and rows and lists have an upper limit, so that a
+file of any size without a line break costs one message, not the memory of the machine.
 """
 
 import codecs
@@ -45,6 +45,10 @@ class Row:
     place: str
     value: Any = None
     fault: str = ""
+
+
+class RowFault(ValueError):
+    """What is wrong with one row; the others may be fine."""
 
 
 def read_rows(path: Path, max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Row]:
@@ -321,6 +325,26 @@ def printable_line(text: str, length: int = 80) -> str:
     text = " ".join(text[: 4 * length].split())
     text = text if len(text) <= length else text[: length - 3] + "..."
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def read_text(value: Any, name: str) -> str:
+    """A string that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise RowFault(f"{name} must be a string, got {type_in_words(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowFault(
+            f"{name} holds half a character (a lone surrogate, character {error.start}); remove it"
+        ) from None
+    return value
+
+
+def type_in_words(value: Any) -> str:
+    """The type of a value in words."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    kinds |= {int: "a number", float: "a number", type(None): "null"}
+    return kinds.get(type(value), f"a value of type {type(value).__name__}")
 
 
 READERS: dict[str, Callable[[Path, int], Iterator[Row]]] = {

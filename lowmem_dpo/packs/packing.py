@@ -66,8 +66,38 @@ def pack_trees(trees: Sequence[Tree], num_tokens: int) -> list[Pack]:
     Raises:
         ValueError: A tree is longer than `num_tokens`.
     """
-    bins = _first_fit_decreasing([tree.num_tokens for tree in trees], num_tokens)
-    return [_build_pack(trees, indices, num_tokens) for indices in bins]
+    packs: list[Pack] = []
+    for indices in _first_fit_decreasing([tree.num_tokens for tree in trees], num_tokens):
+        in_pack = tuple(trees[i] for i in indices)
+        input_ids: list[int] = []
+        position_ids: list[int] = []
+        rows: list[int] = []
+        targets: list[int] = []
+        layout: list[tuple[int, int, int, int]] = []
+        counts: list[tuple[int, int, int]] = []
+        for tree in in_pack:
+            start, trunk_len = len(input_ids), len(tree.trunk)
+            layout.append((start, trunk_len, len(tree.chosen), len(tree.rejected)))
+            input_ids += [*tree.trunk, *tree.chosen, *tree.rejected]
+            position_ids += range(trunk_len + len(tree.chosen))
+            position_ids += range(trunk_len, trunk_len + len(tree.rejected))
+            tokens = scored_tokens(tree)
+            rows += [start + row for row in tokens.rows]
+            targets += tokens.targets
+            counts.append((tokens.num_shared, tokens.num_chosen, tokens.num_rejected))
+        padding = num_tokens - len(input_ids)
+        packs.append(
+            Pack(
+                input_ids=torch.tensor(input_ids + [PAD_ID] * padding, dtype=torch.int64),
+                position_ids=torch.tensor(position_ids + [0] * padding, dtype=torch.int64),
+                layout=tuple(layout),
+                rows=torch.tensor(rows, dtype=torch.int64),
+                targets=torch.tensor(targets, dtype=torch.int64),
+                trees=in_pack,
+                counts=tuple(counts),
+            )
+        )
+    return packs
 
 
 def sequence_logps(
@@ -160,7 +190,11 @@ def choose_pack_tokens(
     fractions = [total // n for total in (max(totals), sum(totals) // len(totals)) for n in SPLITS]
     candidates = {smallest, *map(round_up_tokens, fractions), *(smallest * n for n in SPLITS)}
     allowed = sorted(n for n in candidates if n >= smallest and (limit is None or n <= limit))
-    return min(allowed, key=lambda n: _predicted_cost(steps, n))
+    costs = {}
+    for n in allowed:
+        num_packs = sum(len(_first_fit_decreasing(step, n)) for step in steps)
+        costs[n] = num_packs * (n + PACK_OVERHEAD_TOKENS)
+    return min(allowed, key=costs.__getitem__)
 
 
 def round_up_tokens(num_tokens: int) -> int:
@@ -172,12 +206,6 @@ def fill(packs: Sequence[Pack]) -> float:
     """Share of the packs' tokens that belong to a tree."""
     used = sum(tree.num_tokens for pack in packs for tree in pack.trees)
     return used / sum(len(pack.input_ids) for pack in packs)
-
-
-def _predicted_cost(steps: list[list[int]], num_tokens: int) -> int:
-    """Cost in tokens of packing each step's tree sizes into packs of `num_tokens`."""
-    num_packs = sum(len(_first_fit_decreasing(sizes, num_tokens)) for sizes in steps)
-    return num_packs * (num_tokens + PACK_OVERHEAD_TOKENS)
 
 
 def _first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -206,33 +234,3 @@ def _first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]
         room[first] -= sizes[i]
         last_size = sizes[i]
     return bins
-
-
-def _build_pack(trees: Sequence[Tree], indices: list[int], num_tokens: int) -> Pack:
-    """Lay the trees of one bin end to end."""
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    layout: list[tuple[int, int, int, int]] = []
-    counts: list[tuple[int, int, int]] = []
-    for tree in (trees[i] for i in indices):
-        start, trunk_len = len(input_ids), len(tree.trunk)
-        layout.append((start, trunk_len, len(tree.chosen), len(tree.rejected)))
-        input_ids += [*tree.trunk, *tree.chosen, *tree.rejected]
-        position_ids += range(trunk_len + len(tree.chosen))
-        position_ids += range(trunk_len, trunk_len + len(tree.rejected))
-        tokens = scored_tokens(tree)
-        rows += [start + row for row in tokens.rows]
-        targets += tokens.targets
-        counts.append((tokens.num_shared, tokens.num_chosen, tokens.num_rejected))
-    padding = num_tokens - len(input_ids)
-    return Pack(
-        input_ids=torch.tensor(input_ids + [PAD_ID] * padding, dtype=torch.int64),
-        position_ids=torch.tensor(position_ids + [0] * padding, dtype=torch.int64),
-        layout=tuple(layout),
-        rows=torch.tensor(rows, dtype=torch.int64),
-        targets=torch.tensor(targets, dtype=torch.int64),
-        trees=tuple(trees[i] for i in indices),
-        counts=tuple(counts),
-    )

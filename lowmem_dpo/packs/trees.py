@@ -30,6 +30,9 @@ class Tree:
         rejected: The rest of the rejected sequence; may be empty.
         chosen_start: Position of the first scored token in the chosen sequence, at least 1.
         rejected_start: The same in the rejected sequence.
+        num_tokens: Tokens the model computes: trunk and branches.
+        num_chosen_tokens: Scored tokens of the chosen sequence.
+        num_rejected_tokens: Scored tokens of the rejected sequence.
     """
 
     row: int
@@ -38,21 +41,9 @@ class Tree:
     rejected: tuple[int, ...]
     chosen_start: int
     rejected_start: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens the model computes: trunk and branches."""
-        return len(self.trunk) + len(self.chosen) + len(self.rejected)
-
-    @property
-    def num_chosen_tokens(self) -> int:
-        """Scored tokens of the chosen sequence."""
-        return len(self.trunk) + len(self.chosen) - self.chosen_start
-
-    @property
-    def num_rejected_tokens(self) -> int:
-        """Scored tokens of the rejected sequence."""
-        return len(self.trunk) + len(self.rejected) - self.rejected_start
+    num_tokens: int
+    num_chosen_tokens: int
+    num_rejected_tokens: int
 
     @cached_property
     def digest(self) -> str:
@@ -91,40 +82,33 @@ def build_tree(pair: TokenPair) -> Tree:
         rejected=pair.rejected_ids[trunk_len:],
         chosen_start=pair.chosen_start,
         rejected_start=pair.rejected_start,
+        num_tokens=len(pair.chosen_ids) + len(pair.rejected_ids) - trunk_len,
+        num_chosen_tokens=len(pair.chosen_ids) - pair.chosen_start,
+        num_rejected_tokens=len(pair.rejected_ids) - pair.rejected_start,
     )
 
 
 def scored_tokens(tree: Tree) -> ScoredTokens:
     """List the scored tokens of a tree and the rows that predict them."""
-    starts = (tree.chosen_start, tree.rejected_start)
-    trunk_len = len(tree.trunk)
-    shared = _trunk_run(tree, max(starts), trunk_len)
+    flat = (*tree.trunk, *tree.chosen, *tree.rejected)
+    trunk_len, first_rejected = len(tree.trunk), len(tree.trunk) + len(tree.chosen)
+    chosen_start, rejected_start = tree.chosen_start, tree.rejected_start
+    shared = range(max(chosen_start, rejected_start), trunk_len)
     # The sides start apart where a token merged across the end of one side's prompt.
-    chosen = _trunk_run(tree, tree.chosen_start, min(tree.rejected_start, trunk_len))
-    chosen += _branch_run(tree, tree.chosen, trunk_len, tree.chosen_start)
-    rejected = _trunk_run(tree, tree.rejected_start, min(tree.chosen_start, trunk_len))
-    rejected += _branch_run(tree, tree.rejected, trunk_len + len(tree.chosen), tree.rejected_start)
-    runs = [*shared, *chosen, *rejected]
+    chosen = [
+        *range(chosen_start, min(rejected_start, trunk_len)),
+        *range(max(chosen_start, trunk_len), first_rejected),
+    ]
+    rejected = [
+        *range(rejected_start, min(chosen_start, trunk_len)),
+        *range(first_rejected + max(rejected_start - trunk_len, 0), len(flat)),
+    ]
+    places = [*shared, *chosen, *rejected]
     return ScoredTokens(
-        rows=[row for row, _ in runs],
-        targets=[target for _, target in runs],
+        # The trunk's last token, not chosen's, is the one before the first token of rejected.
+        rows=[trunk_len - 1 if place == first_rejected else place - 1 for place in places],
+        targets=[flat[place] for place in places],
         num_shared=len(shared),
         num_chosen=len(chosen),
         num_rejected=len(rejected),
     )
-
-
-def _trunk_run(tree: Tree, start: int, stop: int) -> list[tuple[int, int]]:
-    """(row, target) of the trunk tokens at positions start to stop."""
-    return [(position - 1, tree.trunk[position]) for position in range(start, stop)]
-
-
-def _branch_run(
-    tree: Tree, branch: tuple[int, ...], offset: int, start: int
-) -> list[tuple[int, int]]:
-    """(row, target) of a branch's tokens at positions >= start; its first row is `offset`."""
-    trunk_len = len(tree.trunk)
-    first = max(start - trunk_len, 0)
-    return [
-        (offset + i - 1 if i > 0 else trunk_len - 1, branch[i]) for i in range(first, len(branch))
-    ]

@@ -7,8 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lowmem_dpo.console import console, say, warn
-from lowmem_dpo.data.encoding import TokenPair, encode_pairs
-from lowmem_dpo.data.preview import preview_pair
+from lowmem_dpo.data.encoding import TokenPair, encode_pairs, preview_pair
 from lowmem_dpo.data.reading import is_single_file, read_preferences
 from lowmem_dpo.data.split import prompt_key, split_by_prompt
 from lowmem_dpo.packs.trees import Tree, build_tree

@@ -14,10 +14,10 @@ def turn(role, content):
     return {"role": role, "content": content}
 
 
-def chat(chosen="yes", rejected="no", prompt="hi", row=1):
-    return Preference(
-        [turn("user", prompt)], [turn("assistant", chosen)], [turn("assistant", rejected)], row
-    )
+def chat(chosen="yes", rejected="no", prompt="hi", row=1, system=None):
+    messages = [turn("system", system)] if system else []
+    messages.append(turn("user", prompt))
+    return Preference(messages, [turn("assistant", chosen)], [turn("assistant", rejected)], row)
 
 
 def encode_one(preference, tokenizer, settings=AUTO):

@@ -60,7 +60,7 @@ def test_encode_pairs_takes_the_templates_end_of_turn_for_a_terminator(build_tok
 def test_encode_pairs_puts_the_system_prompt_where_there_is_none(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     settings = EncodingSettings(system_prompt="be kind")
-    own = Preference([turn("system", "own"), turn("user", "hi")], "yes", "no", 1)
+    own = chat(system="own")
     for preference, system in (
         (chat(), "be kind"),
         (Preference("hi", "yes", "no", 1), "be kind"),
@@ -76,7 +76,7 @@ def test_encode_pairs_renders_a_system_column_like_a_system_message(build_tokeni
     tokenizer = build_tokenizer("chatml")
     settings = EncodingSettings(system_prompt="be kind")
     column = Preference("hi", "yes<|im_end|>", "no", 1, system="own")
-    messages = Preference([turn("system", "own"), turn("user", "hi")], "yes", "no", 1)
+    messages = chat(system="own")
     pair, _ = encode_one(column, tokenizer, settings)
     assert pair == encode_one(messages, tokenizer, settings)[0]
 
@@ -118,7 +118,7 @@ def test_encode_pairs_reads_a_template_file(build_tokenizer, tmp_path):
 def test_encode_pairs_refuses_a_bad_template_in_one_line(build_tokenizer, tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text("{% for m in messages %}\n{{ m['role'] ")
-    system = Preference([turn("system", "s"), turn("user", "u")], "yes", "no", 7)
+    system = chat(prompt="u", row=7, system="s")
     none = EncodingSettings(chat_template="none")
     for preference, name, settings, message in (
         (chat(), None, EncodingSettings(chat_template="gone.jinja"), "which is no file"),
@@ -258,6 +258,15 @@ def test_encode_pairs_takes_a_lone_repeated_prompt_for_an_answer(build_tokenizer
         "hi there<|im_end|>\n",
         "hi<|im_end|>\n",
     ]
+
+
+def test_encode_pairs_goes_by_the_majority_of_repeated_prompts(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    joined, plain = Preference("a", "ab", "ac", 1), Preference("a", "b", "c", 2)
+    assert encode_pairs([joined, joined, plain], tokenizer, AUTO)[1].num_joined == 2
+    assert encode_pairs([joined, plain], tokenizer, AUTO)[1].num_joined == 0
+    with pytest.raises(ValueError, match=r"no pair is left of 0 \(dropped: none\)"):
+        encode_pairs([], tokenizer, AUTO)
 
 
 def test_encode_pairs_wraps_text_that_only_speaks_of_a_special_token(build_tokenizer):

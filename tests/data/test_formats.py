@@ -7,11 +7,10 @@ from lowmem_dpo.data.formats import (
     COLUMNS,
     FORMATS,
     Preference,
-    find_format,
     known_formats,
     parse_row,
 )
-from lowmem_dpo.data.messages import RowFault
+from lowmem_dpo.data.rows import RowFault
 
 
 def turn(role, content, **more):
@@ -270,7 +269,7 @@ def test_every_format_shows_its_columns():
         assert ", ".join(known.columns) in known_formats()
 
 
-def test_find_format_prefers_the_first_that_fits():
+def test_parse_row_prefers_the_first_format_that_fits():
     row = {**SHAREGPT, "prompt": "u", "question": "u"}
-    assert find_format(row).name == "ShareGPT ranking"
+    assert parse_row(row, 1)[1].name == "ShareGPT ranking"
     assert {"prompt", "conversations", "system", "tools", "history"} <= set(COLUMNS)

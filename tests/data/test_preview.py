@@ -3,8 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lowmem_dpo.data.encoding import TokenPair
-from lowmem_dpo.data.preview import preview_pair
+from lowmem_dpo.data.encoding import TokenPair, preview_pair
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.data.rendering import (
     COMMON_TURN_OPENINGS,
     build_renderer,
-    prompts_are_repeated,
     repeats_prompt,
 )
 from lowmem_dpo.settings.groups import EncodingSettings
@@ -52,13 +51,6 @@ def test_build_renderer_takes_the_default_of_named_templates(build_tokenizer):
 )
 def test_repeats_prompt_wants_the_whole_prompt_on_both_sides(prompt, chosen, rejected, expected):
     assert repeats_prompt(Preference(prompt, chosen, rejected, 1)) is expected
-
-
-def test_prompts_are_repeated_goes_by_the_majority():
-    joined, plain = Preference("a", "ab", "ac", 1), Preference("a", "b", "c", 2)
-    assert prompts_are_repeated([joined, joined, plain])
-    assert not prompts_are_repeated([joined, plain])
-    assert not prompts_are_repeated([])
 
 
 def test_build_renderer_refuses_variables_that_the_template_never_reads(build_tokenizer):

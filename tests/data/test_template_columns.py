@@ -7,7 +7,7 @@ import pytest
 from lowmem_dpo.data.encoding import encode_pairs
 from lowmem_dpo.data.formats import Preference, parse_row
 from lowmem_dpo.settings.groups import EncodingSettings
-from tests.data.encoding import AUTO, CHATML_PROMPT, encode_one, ours, sides, trl_pairs, turn
+from tests.data.encoding import AUTO, CHATML_PROMPT, chat, encode_one, ours, sides, trl_pairs, turn
 
 TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "function": {"name": "rain", "arguments": {"where": "here"}}}
@@ -132,7 +132,7 @@ def test_encode_pairs_keeps_answers_that_only_call_tools(tool_tokenizer):
 def test_encode_pairs_says_when_every_row_has_a_system_message(build_tokenizer):
     tokenizer, settings = build_tokenizer("chatml"), EncodingSettings(system_prompt="s")
     own = [
-        Preference([turn("system", "own"), turn("user", "hi")], [turn("assistant", "y")], "n", 1),
+        chat("y", "n", system="own"),
         Preference("hi", "yes", "no", 2, system="own"),
     ]
     said = "system_prompt has no effect: every row has a system message of its own"

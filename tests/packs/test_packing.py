@@ -14,14 +14,14 @@ from lowmem_dpo.packs.packing import (
     round_up_tokens,
     sequence_logps,
 )
-from lowmem_dpo.packs.trees import Tree
+from tests.packs.folding import fold
 
 
 def make_tree(row, trunk, chosen, rejected, start=1):
     """A tree of the given lengths whose ids name the row and the place."""
     ids = iter(range(1000 * row, 1000 * row + 999))
     parts = [tuple(next(ids) for _ in range(n)) for n in (trunk, chosen, rejected)]
-    return Tree(row, *parts, start, start)
+    return fold(row, *parts, start, start)
 
 
 def random_trees(num_trees, seed=0, longest=40):
@@ -101,9 +101,9 @@ def test_pack_trees_refuses_a_tree_that_does_not_fit():
 
 def test_sequence_logps_sums_each_sequence_with_the_shared_tokens_in_both():
     trees = [
-        Tree(1, (5, 6, 7), (8, 9), (4,), 2, 2),
-        Tree(2, (5, 6, 7), (8,), (), 1, 2),
-        Tree(3, (5,), (1, 2, 3, 4, 5, 6), (2,), 1, 1),
+        fold(1, (5, 6, 7), (8, 9), (4,), 2, 2),
+        fold(2, (5, 6, 7), (8,), (), 1, 2),
+        fold(3, (5,), (1, 2, 3, 4, 5, 6), (2,), 1, 1),
     ]
     (pack,) = pack_trees(trees, 32)
     token_logps = torch.randn(len(pack.rows), generator=torch.Generator().manual_seed(0))
@@ -129,9 +129,9 @@ def test_sequence_logps_sums_each_sequence_with_the_shared_tokens_in_both():
 
 def test_sequence_logps_weigh_what_lies_beyond_the_shorter_completion():
     trees = [
-        Tree(1, (5, 6, 7), (8, 9, 3, 3), (4,), 2, 2),  # chosen 7 8 9 3 3, rejected 7 4
-        Tree(2, (5, 6, 7, 8), (9,), (), 1, 3),  # chosen 6 7 8 9, rejected 8: shared, in the tail
-        Tree(3, (5, 6), (), (1, 2, 3), 1, 1),  # chosen 6, rejected 6 1 2 3
+        fold(1, (5, 6, 7), (8, 9, 3, 3), (4,), 2, 2),  # chosen 7 8 9 3 3, rejected 7 4
+        fold(2, (5, 6, 7, 8), (9,), (), 1, 3),  # chosen 6 7 8 9, rejected 8: shared, in the tail
+        fold(3, (5, 6), (), (1, 2, 3), 1, 1),  # chosen 6, rejected 6 1 2 3
     ]
     (pack,) = pack_trees(trees, 32)
     wanted = {1: ([7, 8], [9, 3, 3], [7, 4], []), 2: ([6], [7, 8, 9], [8], [])}
@@ -158,7 +158,7 @@ def test_sequence_logps_weigh_what_lies_beyond_the_shorter_completion():
 
 
 def test_sequence_logps_of_unscored_runs_are_zero():
-    (pack,) = pack_trees([Tree(1, (1, 2), (3,), (), 1, 2)], 8)
+    (pack,) = pack_trees([fold(1, (1, 2), (3,), (), 1, 2)], 8)
     chosen, rejected = sequence_logps(torch.tensor([-1.0, -2.0]), pack)
     assert (chosen.tolist(), rejected.tolist()) == ([-3.0], [0.0])
 

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem_dpo.data.encoding import TokenPair
-from lowmem_dpo.packs.trees import Tree, build_tree, scored_tokens
+from lowmem_dpo.packs.trees import build_tree, scored_tokens
+from tests.packs.folding import fold
 
 
 @st.composite
@@ -69,41 +70,41 @@ def test_scored_tokens_lists_every_completion_token_with_the_row_before_it(pair)
 
 
 def test_scored_tokens_uses_the_last_trunk_row_for_both_branches():
-    tokens = scored_tokens(Tree(1, (5, 6, 7), (8, 9), (4,), 2, 2))
+    tokens = scored_tokens(fold(1, (5, 6, 7), (8, 9), (4,), 2, 2))
     assert tokens.rows == [1, 2, 3, 2]
     assert tokens.targets == [7, 8, 9, 4]
     assert (tokens.num_shared, tokens.num_chosen, tokens.num_rejected) == (1, 2, 1)
 
 
 def test_scored_tokens_knows_trunk_tokens_of_one_side_only():
-    tokens = scored_tokens(Tree(1, (5, 6, 7), (8,), (), 1, 2))
+    tokens = scored_tokens(fold(1, (5, 6, 7), (8,), (), 1, 2))
     assert tokens.rows == [1, 0, 2]
     assert tokens.targets == [7, 6, 8]
     assert (tokens.num_shared, tokens.num_chosen, tokens.num_rejected) == (1, 2, 0)
 
 
 def test_scored_tokens_leaves_first_tokens_out_where_there_is_no_trunk():
-    tokens = scored_tokens(Tree(1, (), (1, 2), (3, 4), 1, 1))
+    tokens = scored_tokens(fold(1, (), (1, 2), (3, 4), 1, 1))
     assert (tokens.rows, tokens.targets) == ([0, 2], [2, 4])
 
 
 def test_digest_covers_tokens_and_scored_positions_but_not_the_row():
-    tree = Tree(1, (5, 6), (7,), (8,), 1, 1)
-    assert tree.digest == Tree(2, (5, 6), (7,), (8,), 1, 1).digest
+    tree = fold(1, (5, 6), (7,), (8,), 1, 1)
+    assert tree.digest == fold(2, (5, 6), (7,), (8,), 1, 1).digest
     # Caches on disk are keyed by it, so it must not change.
     assert tree.digest == hashlib.sha256(b"[[5, 6], [7], [8], 1, 1]").hexdigest()
     others = [
-        Tree(1, (5, 6), (7,), (9,), 1, 1),
-        Tree(1, (5, 6), (8,), (7,), 1, 1),
-        Tree(1, (5,), (6, 7), (8,), 1, 1),
-        Tree(1, (5, 6), (7,), (8,), 2, 1),
-        Tree(1, (5, 6), (7,), (8,), 1, 2),
+        fold(1, (5, 6), (7,), (9,), 1, 1),
+        fold(1, (5, 6), (8,), (7,), 1, 1),
+        fold(1, (5,), (6, 7), (8,), 1, 1),
+        fold(1, (5, 6), (7,), (8,), 2, 1),
+        fold(1, (5, 6), (7,), (8,), 1, 2),
     ]
     assert len({tree.digest, *(other.digest for other in others)}) == 6
 
 
 def test_digest_is_computed_once_and_leaves_equality_alone(monkeypatch):
-    tree, same = (Tree(1, (5, 6), (7,), (8,), 1, 1) for _ in range(2))
+    tree, same = (fold(1, (5, 6), (7,), (8,), 1, 1) for _ in range(2))
     digest = tree.digest
     assert tree == same
     assert hash(tree) == hash(same)

@@ -6,16 +6,16 @@ import torch
 from lowmem_dpo.cli import main
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.machine.rate import matmul_rate
-from lowmem_dpo.packs.trees import Tree
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.pairs import Pairs
 from lowmem_dpo.training.run import forward_tokens
 from lowmem_dpo.training.steps import Batches
 from lowmem_dpo.weights import size
+from tests.packs.folding import fold
 
 PAIRS = [
-    Tree(0, (1,) * 50, (2,) * 25, (3,) * 25, 50, 50),
-    Tree(1, (1,) * 60, (2,) * 20, (3,) * 20, 60, 60),
+    fold(0, (1,) * 50, (2,) * 25, (3,) * 25, 50, 50),
+    fold(1, (1,) * 60, (2,) * 20, (3,) * 20, 60, 60),
 ]
 
 
