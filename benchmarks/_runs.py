@@ -8,9 +8,8 @@ from lowmem_dpo.packs.trees import Tree
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.groups import LossSettings, OptimizerSettings
-from lowmem_dpo.training.pairs import Pairs
 from lowmem_dpo.training.policy import Policy
-from lowmem_dpo.training.run import Run, plan_pack_tokens, score_reference
+from lowmem_dpo.training.run import Pairs, Run, plan_pack_tokens, score_reference
 from lowmem_dpo.training.steps import Batches, new_state
 
 

@@ -7,7 +7,7 @@ it goes through the very path that training scores with.
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -144,6 +144,7 @@ def _score_missing(
     return scored, writer.error
 
 
+@dataclass
 class _ShardWriter:
     """Writes a shard every half minute; a full disk is said once, and tried again each time.
 
@@ -151,11 +152,11 @@ class _ShardWriter:
         error: Why the numbers since the last shard are not written.
     """
 
-    def __init__(self, cache: ReferenceCache, fingerprint: Fingerprint) -> None:
-        self.cache, self.fingerprint = cache, fingerprint
-        self.unwritten: dict[str, Tensor] = {}
-        self.tried_at = time.perf_counter()
-        self.error: OSError | None = None
+    cache: ReferenceCache
+    fingerprint: Fingerprint
+    unwritten: dict[str, Tensor] = field(default_factory=dict)
+    tried_at: float = field(default_factory=time.perf_counter)
+    error: OSError | None = None
 
     def add(self, logps: dict[str, Tensor]) -> None:
         self.unwritten.update(logps)

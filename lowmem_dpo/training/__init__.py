@@ -1,1 +1,1 @@
-"""The loop and its surroundings: set-up, reference pass, checkpoints, metrics, health."""
+"""A run: the policy, what it is trained on, the loop, the record it keeps."""

@@ -23,14 +23,14 @@ from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.fields import to_yaml
 from lowmem_dpo.stopping import Interrupt
-from lowmem_dpo.training.health import check_adapter_moves
-from lowmem_dpo.training.loop import StepResult, predicted_fill, train_steps
-from lowmem_dpo.training.pairs import check_token_ids, load_pairs
+from lowmem_dpo.training.loop import StepResult, check_adapter_moves, predicted_fill, train_steps
 from lowmem_dpo.training.policy import Policy, cache_directory, load_policy, read_source
 from lowmem_dpo.training.recorder import Recorder, leave_later_steps
 from lowmem_dpo.training.run import (
     Run,
     check_cpu_time,
+    check_token_ids,
+    load_pairs,
     plan_pack_tokens,
     score_reference,
     self_check,
@@ -115,10 +115,11 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
         check_resumable(checkpoint, {"model_digest": policy.digest})
     rms = self_check(policy, pairs.train)
 
+    trees = pairs.train + pairs.evaluation
     cache = ReferenceCache(cache_directory(config.cache_dir), policy.identity)
     if checkpoint is None:
         pack_tokens = plan_pack_tokens(
-            pairs.all,
+            trees,
             policy,
             cache,
             batch_size=config.batch_size,
@@ -133,7 +134,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     if objective.needs_reference:
         accept = config.reference == "accept"
         reference = score_reference(
-            pairs.all, policy, cache, pack_tokens, accept_other=accept, seed=config.seed
+            trees, policy, cache, pack_tokens, accept_other=accept, seed=config.seed
         )
     return Run(policy, pairs, batches, objective, pack_tokens, rms, reference)
 
@@ -178,7 +179,8 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
         ValueError: If a setting or the data is wrong; nothing has been overwritten then.
         RunStopped: If a check failed on the way.
     """
-    check_installed(config.trackers)
+    if config.trackers:
+        check_installed(config.trackers)
     with RunFolder(config) as folder:
         checkpoint = folder.checkpoint
         run = prepare(config, checkpoint)
@@ -202,14 +204,11 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
         folder.start(to_yaml(replace(config, resume=None)), first_step)
         folder.note(**_facts_at_start(run))
         begun = time.perf_counter()
-        trackers = Trackers(
-            config.trackers,
-            folder.root,
-            asdict(config),
-            first_step,
-            folder.record.get("trackers", {}),
-        )
-        folder.note(trackers=trackers.run_ids)
+        trackers = None
+        if config.trackers:
+            run_ids = folder.record.get("trackers", {})
+            trackers = Trackers(config.trackers, folder.root, asdict(config), first_step, run_ids)
+        folder.note(trackers=trackers.run_ids if trackers else {})
         recorder = Recorder(run, state, folder, trackers, config, facts)
         bar = ProgressBar("training", run.batches.num_steps, "steps", done=first_step, lines=False)
         try:
@@ -229,7 +228,8 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
                 check_adapter_moves(recorder.parameters, state.step)
                 adapter = recorder.finish()
         finally:
-            trackers.finish()
+            if trackers is not None:
+                trackers.finish()
 
         seconds = time.perf_counter() - begun
         session = {"from_step": first_step, "to_step": state.step, "seconds": seconds}

@@ -112,7 +112,15 @@ def read_source(
     device, notes = resolve_device(settings.device)
     for line in ([note] if note else []) + notes:
         say(line)
-    _check_memory(memory, device)
+    for name in ("layer_inputs", "head_weight"):
+        if getattr(memory, name) == "host" and device.type != "cuda":
+            raise ValueError(f"{name} host has no effect on {device.type}; leave it out")
+    if memory.memory_limit is not None:
+        limit_memory(parse_bytes(memory.memory_limit), device)
+    try:
+        check_implementation(memory.head_kernel, device)
+    except ValueError as error:
+        raise ValueError(f"head_kernel: {error}") from None
     config = load_config(base)
     if max_length is not None:
         check_max_length(base, config, max_length)
@@ -129,19 +137,6 @@ def read_source(
         _warn_of_other_storage(Path(init_adapter), _base_storage(settings, dtype))
     tokenizer = load_tokenizer(tokenizer_source(base, init_adapter))
     return Source(base, init_adapter, config, tokenizer, device, dtype)
-
-
-def _check_memory(memory: MemorySettings, device: torch.device) -> None:
-    """Refuse what has no effect on this device; hold the process to its limit."""
-    for name in ("layer_inputs", "head_weight"):
-        if getattr(memory, name) == "host" and device.type != "cuda":
-            raise ValueError(f"{name} host has no effect on {device.type}; leave it out")
-    if memory.memory_limit is not None:
-        limit_memory(parse_bytes(memory.memory_limit), device)
-    try:
-        check_implementation(memory.head_kernel, device)
-    except ValueError as error:
-        raise ValueError(f"head_kernel: {error}") from None
 
 
 def cache_directory(setting: str | None) -> Path:

@@ -19,8 +19,7 @@ from lowmem_dpo.records.plots import draw_plots
 from lowmem_dpo.records.trackers import Trackers
 from lowmem_dpo.settings.groups import RunSettings
 from lowmem_dpo.training.gradients import EXTRA_PER_PAIR, PER_PAIR, Metrics
-from lowmem_dpo.training.health import check_weights_finite
-from lowmem_dpo.training.loop import StepResult, evaluate
+from lowmem_dpo.training.loop import StepResult, check_weights_finite, evaluate
 from lowmem_dpo.training.run import Run
 
 FEW_STEPS_TO_LOG_ALL = 100
@@ -33,7 +32,7 @@ class Recorder:
         run: What is trained.
         state: Its moving parts; what it knows of logged lines and evaluations is kept here.
         folder: Where the record goes.
-        trackers: Where its lines go too.
+        trackers: Where its lines go too; None for nowhere.
         settings: When to write what.
         facts: What a resumed run must agree with, for the checkpoints.
     """
@@ -43,7 +42,7 @@ class Recorder:
         run: Run,
         state: TrainingState,
         folder: RunFolder,
-        trackers: Trackers,
+        trackers: Trackers | None,
         settings: RunSettings,
         facts: dict[str, Any],
     ) -> None:
@@ -133,7 +132,8 @@ class Recorder:
 
     def _write(self, metrics: Mapping[str, float]) -> None:
         self.folder.log(metrics)
-        self.trackers.log(metrics)
+        if self.trackers is not None:
+            self.trackers.log(metrics)
 
     def _is_save_step(self, step: int, is_last: bool) -> bool:
         if self.settings.save_strategy == "no":

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from lowmem_dpo.records.checkpoints import TrainingState
-from lowmem_dpo.training.loop import _update
+from lowmem_dpo.stopping import RunStopped
+from lowmem_dpo.training.loop import (
+    _update,
+    check_adapter_moves,
+    check_loss_scale,
+    check_skipped,
+    check_step_zero,
+    check_weights_finite,
+    describe_non_finite,
+    name_rows,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 
@@ -57,3 +67,66 @@ def test_update_skips_a_gradient_that_is_not_finite_without_a_scaler(capsys):
     metrics, _, moved = update(grad=math.inf, loss=1.0, bad_rows=[], scaled=False)
     assert not moved and metrics == {"skipped_steps": 1}
     assert "gradient norm inf, of data rows 1, 2" in capsys.readouterr().out
+
+
+LN2 = math.log(2)
+
+
+def test_check_step_zero_is_silent_on_exact_agreement():
+    record, warning = check_step_zero(LN2, LN2, 0.0, 1e-4, True)
+    assert record["exact"] and warning is None
+
+
+def test_check_step_zero_warns_of_rounding_under_the_same_fingerprint_only():
+    assert check_step_zero(LN2, LN2, 1e-5, 1e-4, True)[1] is not None
+    assert check_step_zero(LN2, LN2, 1e-5, 1e-4, False)[1] is None
+
+
+@pytest.mark.parametrize(("loss", "rms"), [(LN2, 2e-4), (LN2 + 0.03, 0.0), (math.nan, 0.0)])
+def test_check_step_zero_stops_beyond_the_tolerances(loss, rms):
+    with pytest.raises(RunStopped, match="step zero failed"):
+        check_step_zero(loss, LN2, rms, 1e-4, True)
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "bad", "said"),
+    [
+        (math.nan, math.nan, [17, 3], "the loss of data rows 3, 17 is not finite"),
+        (1.0, math.inf, [], "gradient norm inf, of data rows 1, 3, 17"),
+        (math.inf, 1.0, [], "loss inf, of data rows 1, 3, 17"),
+    ],
+)
+def test_describe_non_finite_names_the_rows_it_can_blame(loss, norm, bad, said):
+    assert describe_non_finite(loss, norm, bad, [17, 3, 1]) == said
+
+
+def test_check_skipped_stops_at_the_third_in_a_row():
+    assert "step 5 is skipped: why" in check_skipped(2, "why", 5)
+    with pytest.raises(RunStopped, match="step 5: why; 3 steps in a row"):
+        check_skipped(3, "why", 5)
+
+
+def test_name_rows_is_short():
+    assert name_rows([4]) == "data row 4"
+    assert name_rows(range(99)).endswith("30, 31 and more")
+
+
+def test_check_adapter_moves_stops_if_every_lora_b_is_zero():
+    parameters = {"x.lora_a": torch.ones(2), "x.lora_b": torch.zeros(2)}
+    with pytest.raises(RunStopped, match="LoRA-B"):
+        check_adapter_moves(parameters, 20)
+    parameters["y.lora_b"] = torch.tensor([0.0, 1e-9])
+    check_adapter_moves(parameters, 20)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_check_weights_finite_names_the_matrix(bad):
+    check_weights_finite({"x.lora_a": torch.ones(2)}, 3)
+    with pytest.raises(RunStopped, match=r"x\.lora_b"):
+        check_weights_finite({"x.lora_a": torch.ones(2), "x.lora_b": torch.tensor([1, bad])}, 3)
+
+
+def test_check_loss_scale_stops_below_one():
+    check_loss_scale(1.0, 7)
+    with pytest.raises(RunStopped, match="float16 gradients overflow"):
+        check_loss_scale(0.5, 7)

@@ -7,8 +7,7 @@ from lowmem_dpo.cli import main
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.machine.rate import matmul_rate
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.pairs import Pairs
-from lowmem_dpo.training.run import forward_tokens
+from lowmem_dpo.training.run import Pairs, forward_tokens
 from lowmem_dpo.training.steps import Batches
 from lowmem_dpo.weights import size
 from tests.packs.folding import fold
