@@ -292,6 +292,7 @@ def test_encode_pairs_cuts_completions_from_the_right(build_tokenizer):
     ("max_length", "prompt", "chosen"),
     [
         (20, "<s>zzzdefgh", "0123</s>"),
+        (13, "<s>zzdefgh", "0123</s>"),
         (12, "<s>zdefgh", "0123</s>"),
         (10, "<s>efgh", "0123</s>"),
         (9, "<s>fgh", "0123</s>"),
