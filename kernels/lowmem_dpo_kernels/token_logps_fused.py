@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowmem_dpo_kernels.token_logps_state import HeadSlice, ScoredRows
+from lowmem_dpo_kernels.heads import HeadSlice, ScoredRows
 from lowmem_dpo_kernels.token_logps_triton import soft_capped
 
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run on the CPU, for tests
@@ -280,7 +280,7 @@ def fold_slice(
             queries,
             keys,
             rows.top if head_slice.bias is None else head_slice.bias,
-            head_slice.columns(rows.targets),
+            rows.targets - head_slice.start,
             weights,
             tile_top,
             tile_rest,

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowmem_dpo_kernels.checks import check_attention_inputs
 from lowmem_dpo_kernels.tree_attention_plan import TreePlan
 from lowmem_dpo_kernels.triton_support import runs_triton
 
@@ -127,6 +126,48 @@ def tree_attention(
     if sliding_window is not None and sliding_window >= plan.num_tokens:
         sliding_window = None
     return _TreeAttentionFunction.apply(query, key, value, plan, scale, sliding_window, softcap)
+
+
+def check_attention_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_tokens: int,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> None:
+    """Refuse heads, lengths, dtypes, devices and settings that do not fit together.
+
+    Arguments are those of `tree_attention`; `num_tokens` is the plan's.
+
+    Raises:
+        ValueError: For the first that does not fit.
+    """
+    fits = query.dim() == 3 and key.dim() == 3 and key.shape == value.shape
+    fits = fits and query.shape[1:] == key.shape[1:] and query.shape[1] == num_tokens
+    if not fits or not len(key) or len(query) % len(key):
+        raise ValueError(
+            "query must be [H, N, E], key and value [K, N, E], K a divisor of H and N the plan's, "
+            f"got {list(query.shape)}, {list(key.shape)}, {list(value.shape)} and a plan of "
+            f"{num_tokens} tokens"
+        )
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} must be {query.dtype} on {query.device} as query is, got {tensor.dtype} "
+                f"on {tensor.device}; call {name}.to(query)"
+            )
+        if tensor.stride(2) != 1:
+            raise ValueError(
+                f"{name} must have unit stride in its last dimension, got {tensor.stride(2)}; "
+                f"call {name}.contiguous()"
+            )
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(
+            f"sliding_window must be at least 1, got {sliding_window}; use None for no window"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0, got {softcap}; use None for no cap")
 
 
 def _check_runs(query: Tensor) -> None:

@@ -20,10 +20,12 @@ def launches_of(monkeypatch):
     The products are left out: a CPU has none of half operands with an fp32 result.
     """
     module = sys.modules["lowmem_dpo_kernels.token_logps"]
-    monkeypatch.setattr(module, "_choose_path", lambda *_: "triton")
-    monkeypatch.setattr(token_logps_pass, "block_and_slice", lambda device: (HEIGHT, WIDTH))
-    monkeypatch.setattr(token_logps_pass, "_operand_dtype", lambda hidden: hidden.dtype)
-    monkeypatch.setattr(token_logps_pass, "_multiply", lambda *_, **__: None)
+    monkeypatch.setattr(module, "resolve_implementation", lambda *_: "triton")
+    monkeypatch.setattr(
+        token_logps_pass, "pass_numerics", lambda device, dtype: (HEIGHT, WIDTH, dtype)
+    )
+    for product in ("mm", "addmm"):
+        monkeypatch.setattr(torch, product, lambda *_, **__: None)
 
     def launch(capability, dtype, *, with_gradient):
         hidden = torch.zeros(100, 64, dtype=dtype, requires_grad=with_gradient)

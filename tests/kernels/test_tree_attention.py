@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowmem_dpo_kernels import TreePlan, tree_attention, tree_attention_path, triton_support, twins
-from lowmem_dpo_kernels.checks import check_attention_inputs
+from lowmem_dpo_kernels.tree_attention import check_attention_inputs
 from tests.interpreter import assert_passes_in_the_interpreter
 
 LAYOUT = [(0, 5, 3, 4), (12, 1, 0, 2), (15, 4, 0, 0)]
