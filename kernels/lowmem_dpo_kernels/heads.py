@@ -29,17 +29,14 @@ class SlicedWeight(Protocol):
     @property
     def shape(self) -> Sequence[int]:
         """(V, D)."""
-        ...
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the slices."""
-        ...
 
     @property
     def device(self) -> torch.device:
         """Of the slices."""
-        ...
 
     def split(self, width: int) -> Iterable[Tensor]:
         """All rows in order, `width` at a time: [S, D], the last may be shorter.
@@ -47,7 +44,6 @@ class SlicedWeight(Protocol):
         A slice may be overwritten once the next is asked for, by work that is queued after the work
         queued on the current stream until then. `width` is a multiple of 64.
         """
-        ...
 
 
 Weight = Tensor | SlicedWeight

@@ -26,17 +26,11 @@ _BLOCK_NUMBERS = 2**20  # of a block of rows in PyTorch: 4 MiB in fp32, about fo
 
 
 class NormKind(NamedTuple):
-    """How a family normalises.
+    """How a family normalises."""
 
-    Attributes:
-        eps: Added to the mean square.
-        offset: Added to the weight.
-        rounds_first: Whether n is rounded to x's dtype before the product with the weight.
-    """
-
-    eps: float
-    offset: float = 0.0
-    rounds_first: bool = True
+    eps: float  # added to the mean square
+    offset: float = 0.0  # added to the weight
+    rounds_first: bool = True  # whether n is rounded to x's dtype before the product
 
 
 def rms_norm(x: Tensor, weight: Tensor, kind: NormKind, *, implementation: str = "torch") -> Tensor:

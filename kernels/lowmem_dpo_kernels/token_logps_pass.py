@@ -21,13 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_dpo_kernels.heads import (
-    EXPONENT_HEADROOM,
-    IGNORED,
-    FrozenHead,
-    HeadSlice,
-    ScoredRows,
-)
+from lowmem_dpo_kernels.heads import EXPONENT_HEADROOM, IGNORED, FrozenHead, HeadSlice, ScoredRows
 
 ALIGNMENT = 64
 LN2 = 0.6931471824645996  # rounded to fp32, as in the fused kernels
@@ -157,13 +151,9 @@ def _fold_vocabulary(rows: ScoredRows, head: FrozenHead, path: str) -> None:
             keys = operands[: len(part) + -len(part) % ALIGNMENT]
             keys[: len(part), :dim] = part
             keys[len(part) :] = 0
+        part_bias = None if bias is None else bias[start:end]
         head_slice = HeadSlice(
-            keys=keys,
-            start=start,
-            width=len(part),
-            bias=None if bias is None else bias[start:end],
-            logit_scale=head.logit_scale,
-            logit_softcap=head.logit_softcap,
+            keys, start, len(part), part_bias, head.logit_scale, head.logit_softcap
         )
         for block in blocks:
             fold(block, head_slice)
@@ -217,9 +207,7 @@ def _fold_by_products(
     """Two products of torch, fp32 where their operands are half, with row statistics between."""
     keys = head_slice.keys
     logits, weights = logits[:, : len(keys)], weights[:, : len(keys)]
-    unrounded: dict[str, Any] = {}
-    if logits.dtype != keys.dtype:
-        unrounded["out_dtype"] = logits.dtype
+    unrounded: Any = {} if logits.dtype == keys.dtype else {"out_dtype": logits.dtype}
     torch.mm(block.queries, keys.T, out=logits, **unrounded)
     rescale = statistics(logits, weights, block, head_slice)
     if block.values is not None:

@@ -120,7 +120,14 @@ def tree_attention(
         ValueError: If shapes, dtypes, devices or settings do not fit, or the kernels cannot run.
     """
     check_attention_inputs(query, key, value, plan.num_tokens, sliding_window, softcap)
-    _check_runs(query)
+    # Triton's interpreter runs kernels on the CPU, in fp32 too, for tests.
+    runs = tree_attention_path(query.device, query.dtype, query.shape[2])
+    if not runs and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "tree_attention needs Triton, CUDA from compute capability 8.0, float16 or bfloat16 "
+            f"and E <= {MAX_HEAD_SIZE}, got {query.dtype} on {query.device}, E = {query.shape[2]}; "
+            "use scaled_dot_product_attention tree by tree"
+        )
     # N, not a tree's length: which code runs must not depend on what is in the pack. Nor may a
     # window be large: kernels add positions to it in 32 bits.
     if sliding_window is not None and sliding_window >= plan.num_tokens:
@@ -168,15 +175,3 @@ def check_attention_inputs(
         )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0, got {softcap}; use None for no cap")
-
-
-def _check_runs(query: Tensor) -> None:
-    # Triton's interpreter runs kernels on the CPU, in fp32 too, for tests.
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return
-    if not tree_attention_path(query.device, query.dtype, query.shape[2]):
-        raise ValueError(
-            "tree_attention needs Triton, CUDA from compute capability 8.0, float16 or bfloat16 "
-            f"and E <= {MAX_HEAD_SIZE}, got {query.dtype} on {query.device}, E = {query.shape[2]}; "
-            "use scaled_dot_product_attention tree by tree"
-        )

@@ -64,5 +64,16 @@ def test_token_logps_keeps_one_tile_of_weights(launches_of, with_gradient):
     assert memory[0].nbytes() == HEIGHT * WIDTH * torch.bfloat16.itemsize
 
 
+CASES = Path(__file__).with_name("interpreted_token_logps.py")
+
+
+@pytest.mark.parametrize("path", ["triton", "fused"])
+def test_triton_paths_match_float64_in_the_interpreter(path):
+    """A head with all that it may have, in fp32; the other cases are slow."""
+    name = f"test_triton_paths_match_float64[dtype0-all-{path}]"
+    assert_passes_in_the_interpreter(Path(f"{CASES}::{name}"))
+
+
+@pytest.mark.slow
 def test_triton_paths_are_right_in_the_interpreter():
-    assert_passes_in_the_interpreter(Path(__file__).with_name("interpreted_token_logps.py"))
+    assert_passes_in_the_interpreter(CASES)
