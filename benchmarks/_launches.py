@@ -18,7 +18,7 @@ from lowmem_dpo_kernels import (
     tree_attention_triton,
 )
 from lowmem_dpo_kernels import token_logps_fused as fused
-from lowmem_dpo_kernels.token_logps_state import HeadSlice, ScoredRows
+from lowmem_dpo_kernels.heads import HeadSlice, ScoredRows
 
 
 class Case(NamedTuple):

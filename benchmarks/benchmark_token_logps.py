@@ -23,7 +23,7 @@ from _operations import Row, measure, parse_options, run_table
 from torch import Tensor
 
 from lowmem_dpo_kernels import token_logps, twins
-from lowmem_dpo_kernels.token_logps import check_implementation
+from lowmem_dpo_kernels.token_logps import resolve_implementation
 
 SHAPES = {
     "quick": ["64x32x1000"],
@@ -136,7 +136,7 @@ def implementations(device: torch.device) -> dict[str, Implementation]:
     if device.type == "cuda":
         found["ours (torch)"] = ours_torch
         with contextlib.suppress(ValueError):
-            check_implementation("fused", device)
+            resolve_implementation("fused", device)
             found["ours (fused)"] = ours_fused
     found |= {"twin": twin, "plain": plain}
     if importlib.util.find_spec("trl"):

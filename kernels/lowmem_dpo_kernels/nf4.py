@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 64
-BLOCK2 = 256
 WORDS = 512  # of a program: 4,096 numbers
 NUM_WARPS = 4
 

@@ -22,21 +22,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK_NUMBERS = 2**20  # of a block of rows on a CPU: 4 MiB in fp32, about four times alive
+_BLOCK_NUMBERS = 2**20  # of a block of rows in PyTorch: 4 MiB in fp32, about four times alive
 
 
 class NormKind(NamedTuple):
-    """How a family normalises.
+    """How a family normalises."""
 
-    Attributes:
-        eps: Added to the mean square.
-        offset: Added to the weight.
-        rounds_first: Whether n is rounded to x's dtype before the product with the weight.
-    """
-
-    eps: float
-    offset: float = 0.0
-    rounds_first: bool = True
+    eps: float  # added to the mean square
+    offset: float = 0.0  # added to the weight
+    rounds_first: bool = True  # whether n is rounded to x's dtype before the product
 
 
 def rms_norm(x: Tensor, weight: Tensor, kind: NormKind, *, implementation: str = "torch") -> Tensor:
@@ -71,20 +65,25 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, kind: NormKind, by_kernel: bool) -> Tensor:
         out = torch.empty_like(x)
         rows, out_rows = _rows(x, out), _rows(out, out)
+        block_rows = max(64, _BLOCK_NUMBERS // rows.shape[1])
         rstd = torch.empty(len(rows), dtype=torch.float32, device=x.device)
         if by_kernel:
             from lowmem_dpo_kernels import rms_norm_triton
 
             rms_norm_triton.forward(rows, weight, kind, out_rows, rstd)
         else:
-            for block in _blocks(rows):
+            for start in range(0, len(rows), block_rows):
+                block = slice(start, start + block_rows)
                 wide = rows[block].float()
                 mean = wide.pow(2).mean(-1, keepdim=True)
                 scale = torch.rsqrt(mean + kind.eps)
                 rstd[block] = scale[:, 0]
-                out_rows[block] = _weighted(wide * scale, weight, kind)
+                if kind.rounds_first:
+                    out_rows[block] = (wide * scale).to(x.dtype) * (weight + kind.offset)
+                else:
+                    out_rows[block] = wide * scale * (weight.float() + kind.offset)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.kind, ctx.by_kernel = kind, by_kernel
+        ctx.kind, ctx.by_kernel, ctx.block_rows = kind, by_kernel, block_rows
         return out
 
     @staticmethod
@@ -99,7 +98,8 @@ class _RmsNorm(torch.autograd.Function):
             rms_norm_triton.backward(upstream, rows, weight, ctx.kind, rstd, grad_rows)
             return grad_x, None, None, None
         factor = weight.float() + ctx.kind.offset
-        for block in _blocks(rows):
+        for start in range(0, len(rows), ctx.block_rows):
+            block = slice(start, start + ctx.block_rows)
             scale = rstd[block, None]
             normed, grad = rows[block].float() * scale, upstream[block] * factor
             grad -= normed.mul_((grad * normed).mean(-1, keepdim=True))
@@ -107,19 +107,7 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x, None, None, None
 
 
-def _weighted(normed: Tensor, weight: Tensor, kind: NormKind) -> Tensor:
-    """The product with the weight of fp32 rows, rounded where the family rounds."""
-    if kind.rounds_first:
-        return normed.to(weight.dtype) * (weight + kind.offset)
-    return normed * (weight.float() + kind.offset)
-
-
 def _rows(x: Tensor, like: Tensor) -> Tensor:
     """[M, D], in the order in which `like` lies in memory; a copy only if x does not lie so."""
     order = sorted(range(x.dim() - 1), key=like.stride, reverse=True)
     return x.permute(*order, -1).reshape(-1, x.shape[-1])
-
-
-def _blocks(rows: Tensor) -> list[slice]:
-    step = max(64, _BLOCK_NUMBERS // rows.shape[1])
-    return [slice(start, start + step) for start in range(0, len(rows), step)]

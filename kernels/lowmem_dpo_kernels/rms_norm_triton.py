@@ -80,43 +80,17 @@ def _rms_norm_bwd_kernel(
 
 
 def forward(x: Tensor, weight: Tensor, kind: NormKind, out: Tensor, rstd: Tensor) -> None:
-    """Normalise rows.
-
-    Args:
-        x: [M, D], contiguous.
-        weight: [D].
-        kind: How.
-        out: [M, D], contiguous; written.
-        rstd: [M] fp32; written.
-    """
+    """Normalise rows: x [M, D] to out [M, D], both contiguous, and rstd [M] fp32; written."""
     grid, options = _options(x)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        _rms_norm_fwd_kernel[grid](
-            x,
-            weight,
-            out,
-            rstd,
-            len(x),
-            kind.eps,
-            kind.offset,
-            ROUNDS_FIRST=kind.rounds_first,
-            **options,
-        )
+        arguments = (x, weight, out, rstd, len(x), kind.eps, kind.offset)
+        _rms_norm_fwd_kernel[grid](*arguments, ROUNDS_FIRST=kind.rounds_first, **options)
 
 
 def backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, kind: NormKind, rstd: Tensor, grad_x: Tensor
 ) -> None:
-    """Gradient of the rows.
-
-    Args:
-        grad_out: [M, D], contiguous.
-        x: [M, D], contiguous.
-        weight: [D].
-        kind: How.
-        rstd: [M] fp32, from `forward`.
-        grad_x: [M, D], contiguous; written.
-    """
+    """Gradient of x, to grad_x; all [M, D] are contiguous, rstd is `forward`'s."""
     grid, options = _options(x)
     with torch.cuda.device_of(x):
         _rms_norm_bwd_kernel[grid](

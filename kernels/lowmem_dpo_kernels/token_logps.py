@@ -32,12 +32,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowmem_dpo_kernels.checks import check_head_inputs
-from lowmem_dpo_kernels.heads import FrozenHead, Weight
-from lowmem_dpo_kernels.token_logps_pass import block_and_slice, run_pass
+from lowmem_dpo_kernels.heads import IGNORED, FrozenHead, Weight
+from lowmem_dpo_kernels.token_logps_pass import pass_numerics, run_pass
 from lowmem_dpo_kernels.triton_support import OLDEST_CAPABILITY, runs_triton, triton_problem
 
-IMPLEMENTATIONS = ("torch", "triton", "fused")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +66,6 @@ class _TokenLogpsFunction(torch.autograd.Function):
         return hidden_grad.to(ctx.dtype), *[None] * 4
 
 
-def _choose_path(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    # The fused path saves a write and a read of the logits and may win where D is small; no card
-    # has measured it yet, so the path whose products are cuBLAS's is taken.
-    return "triton" if dtype != torch.float64 and runs_triton(device) else "torch"
-
-
 @functools.cache
 def _log_path(device_type: str, path: str) -> None:
     logger.info("token_logps on %s takes the %s path", device_type, path)
@@ -86,28 +79,35 @@ def token_logps_path(device: torch.device | str, implementation: str = "auto") -
         implementation: As for `token_logps`.
     """
     device = torch.device(device)
-    height, width = block_and_slice(device)
-    path = _choose_path(device) if implementation == "auto" else implementation
+    height, width, _ = pass_numerics(device, torch.float32)
+    path = resolve_implementation("auto", device) if implementation == "auto" else implementation
     return f"{path}, blocks of {height} rows, slices of {width} tokens"
 
 
-def check_implementation(implementation: str, device: torch.device) -> None:
-    """Refuse an implementation that cannot run on a device.
+def resolve_implementation(
+    implementation: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> str:
+    """The path that is taken: torch, triton or fused.
 
     Args:
         implementation: As for `token_logps`.
         device: Where the head is.
+        dtype: Of its hidden states.
 
     Raises:
-        ValueError: If its name is unknown, or Triton or the right card is missing.
+        ValueError: If the implementation's name is unknown, or it cannot run on the device, where
+            Triton or the right card is missing, or in float64.
     """
-    if implementation not in ("auto", *IMPLEMENTATIONS):
+    if implementation == "auto":
+        # The fused path saves a write and a read of the logits and may win where D is small; no
+        # card has measured it yet, so the path whose products are cuBLAS's is taken.
+        return "triton" if dtype != torch.float64 and runs_triton(device) else "torch"
+    if implementation == "torch":
+        return "torch"
+    if implementation not in ("triton", "fused"):
         raise ValueError(
-            f"implementation must be auto, {', '.join(IMPLEMENTATIONS[:-1])} or "
-            f"{IMPLEMENTATIONS[-1]}, got {implementation!r}"
+            f"implementation must be auto, torch, triton or fused, got {implementation!r}"
         )
-    if implementation in ("auto", "torch"):
-        return
     if problem := triton_problem():
         raise ValueError(f"implementation {implementation} cannot run: {problem}; or use auto")
     # Triton's interpreter runs kernels on the CPU, for tests.
@@ -118,6 +118,9 @@ def check_implementation(implementation: str, device: torch.device) -> None:
             f"implementation {implementation} needs compute capability 8.0, got "
             f"{torch.cuda.get_device_capability(device)}; use auto"
         )
+    if dtype == torch.float64:
+        raise ValueError(f"implementation {implementation} has no float64; use auto")
+    return implementation
 
 
 def token_logps(
@@ -157,12 +160,68 @@ def token_logps(
     check_head_inputs(hidden, rows, weight, targets, bias)
     if logit_softcap is not None and not logit_softcap > 0:
         raise ValueError(f"logit_softcap must be > 0, got {logit_softcap}; use None for no cap")
-    check_implementation(implementation, hidden.device)
-    if implementation in ("triton", "fused") and hidden.dtype == torch.float64:
-        raise ValueError(f"implementation {implementation} has no float64; use auto")
-    path = _choose_path(hidden.device, hidden.dtype) if implementation == "auto" else implementation
+    path = resolve_implementation(implementation, hidden.device, hidden.dtype)
     _log_path(hidden.device.type, path)
     arguments = (rows, targets, FrozenHead(weight, bias, logit_scale, logit_softcap), path)
     if hidden.requires_grad and torch.is_grad_enabled():
         return _TokenLogpsFunction.apply(hidden, *arguments)
     return run_pass(hidden, *arguments, grads=False)[0]
+
+
+def check_head_inputs(
+    hidden: Tensor, rows: Tensor, weight: Weight, targets: Tensor, bias: Tensor | None
+) -> None:
+    """Refuse shapes, dtypes, devices and indices that do not fit together, and a head that trains.
+
+    Arguments are those of `token_logps`.
+
+    Raises:
+        ValueError: For the first that does not fit. Indices are looked at on the CPU only.
+    """
+    if hidden.dtype not in DTYPES:
+        raise ValueError(
+            f"hidden must be floating point, got {hidden.dtype}; cast it, say to float32"
+        )
+    if hidden.dim() != 2 or len(weight.shape) != 2 or weight.shape[0] < 2:
+        raise ValueError(
+            f"hidden must be [N, D] and weight [V, D], V at least 2, got {list(hidden.shape)} and "
+            f"{list(weight.shape)}; flatten the batch, and pass the head's own weight"
+        )
+    (num_rows, dim), vocabulary, num_tokens = hidden.shape, weight.shape[0], targets.numel()
+    expected: list[tuple[str, Weight | None, tuple[int, ...], torch.dtype]] = [
+        ("rows", rows, (num_tokens,), torch.int64),
+        ("targets", targets, (num_tokens,), torch.int64),
+        ("weight", weight, (vocabulary, dim), hidden.dtype),
+        ("bias", bias, (vocabulary,), hidden.dtype),
+    ]
+    for name, tensor, shape, dtype in expected:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must have shape {list(shape)}, got {list(tensor.shape)}; "
+                "hidden is [N, D], rows and targets [T], weight [V, D], bias [V]"
+            )
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}; call {name}.to({dtype})")
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} must be on hidden's device {hidden.device}, got {tensor.device}; "
+                f"call {name}.to(hidden.device)"
+            )
+        trains = isinstance(tensor, Tensor) and tensor.requires_grad
+        if trains and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must be frozen, got requires_grad=True; call {name}.requires_grad_(False)"
+            )
+    # Looking at values would wait for a CUDA card. There PyTorch's own assertion catches a
+    # wrong row, and a wrong target gets a log-prob of NaN.
+    if hidden.device.type != "cpu":
+        return
+    scored = targets[targets != IGNORED]
+    for name, index, end in (("rows", rows, num_rows), ("targets", scored, vocabulary)):
+        if ((index < 0) | (index >= end)).any():
+            raise ValueError(
+                f"{name} must be in [0, {end}), got {index.min()} to {index.max()}; "
+                f"mark a target that is not scored with {IGNORED}"
+            )

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowmem_dpo_kernels.token_logps_state import HeadSlice, ScoredRows
+from lowmem_dpo_kernels.heads import HeadSlice, ScoredRows
 from lowmem_dpo_kernels.token_logps_triton import soft_capped
 
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run on the CPU, for tests
@@ -42,25 +42,15 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 @dataclass(frozen=True)
 class LaunchSizes:
-    """How the two products are launched on one kind of card.
+    """How the two products are launched on one kind of card."""
 
-    Attributes:
-        rows: Rows of a tile, of both products.
-        columns: Vocabulary of a tile of logits. Part of the numerics, as `rows` is not.
-        score_step: D that the first product takes at a time.
-        dims: D of a tile of values.
-        value_step: Vocabulary that the second product takes at a time; divides `columns`.
-        num_warps: Of both.
-        num_stages: Of both.
-    """
-
-    rows: int
-    columns: int
-    score_step: int
-    dims: int
-    value_step: int
-    num_warps: int
-    num_stages: int
+    rows: int  # of a tile, of both products
+    columns: int  # vocabulary of a tile of logits; part of the numerics, as `rows` is not
+    score_step: int  # D that the first product takes at a time
+    dims: int  # D of a tile of values
+    value_step: int  # vocabulary that the second product takes at a time; divides `columns`
+    num_warps: int  # of both
+    num_stages: int  # of both
 
 
 # For half operands. They fit shared memory and spill nothing, which tiles of 128 x 256 do (up to
@@ -280,7 +270,7 @@ def fold_slice(
             queries,
             keys,
             rows.top if head_slice.bias is None else head_slice.bias,
-            head_slice.columns(rows.targets),
+            rows.targets - head_slice.start,
             weights,
             tile_top,
             tile_rest,

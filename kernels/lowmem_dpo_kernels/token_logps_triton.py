@@ -2,7 +2,7 @@
 
 One program reads one row of logits once and writes its softmax weights once, in the type of the
 second product: 6 bytes a logit for half operands. The PyTorch expressions that it replaces, in
-`token_logps_torch.fold_slice`, go over the tile ten times. A row has its own program: no atomics.
+`token_logps_pass.fold_slice`, go over the tile ten times. A row has its own program: no atomics.
 
 The order in which a row is summed belongs to the compiled code: Triton lays a row out over threads
 to suit the type of the weights it writes. So one kernel serves with and without gradient, and what
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowmem_dpo_kernels.token_logps_state import HeadSlice, ScoredRows, exponent_headroom
+from lowmem_dpo_kernels.heads import EXPONENT_HEADROOM, HeadSlice, ScoredRows
 
 NUM_WARPS = 8
 
@@ -87,7 +87,7 @@ def _fold_slice_kernel(
 def fold_slice(logits: Tensor, weights: Tensor, rows: ScoredRows, head_slice: HeadSlice) -> Tensor:
     """Fold one slice of logits into the running statistics of its rows, all in place.
 
-    Arguments and result are those of `token_logps_torch.fold_slice`, in fp32; `logits` stays as it
+    Arguments and result are those of `token_logps_pass.fold_slice`, in fp32; `logits` stays as it
     is unless it is also `weights` and they are wanted.
     """
     num_rows, padded_width = logits.shape
@@ -98,7 +98,7 @@ def fold_slice(logits: Tensor, weights: Tensor, rows: ScoredRows, head_slice: He
             logits,
             weights,
             logits if bias is None else bias,
-            head_slice.columns(rows.targets),
+            rows.targets - head_slice.start,
             rows.top,
             rows.rest,
             rows.target_logit,
@@ -110,7 +110,7 @@ def fold_slice(logits: Tensor, weights: Tensor, rows: ScoredRows, head_slice: He
             int(rows.values is not None),
             head_slice.logit_scale,
             1.0 if logit_softcap is None else logit_softcap,
-            exponent_headroom(weights.dtype),
+            EXPONENT_HEADROOM.get(weights.dtype, 0.0),
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=logit_softcap is not None,
             BLOCK=triton.next_power_of_2(padded_width),

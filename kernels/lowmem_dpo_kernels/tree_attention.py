@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowmem_dpo_kernels.checks import check_attention_inputs
 from lowmem_dpo_kernels.tree_attention_plan import TreePlan
 from lowmem_dpo_kernels.triton_support import runs_triton
 
@@ -121,7 +120,14 @@ def tree_attention(
         ValueError: If shapes, dtypes, devices or settings do not fit, or the kernels cannot run.
     """
     check_attention_inputs(query, key, value, plan.num_tokens, sliding_window, softcap)
-    _check_runs(query)
+    # Triton's interpreter runs kernels on the CPU, in fp32 too, for tests.
+    runs = tree_attention_path(query.device, query.dtype, query.shape[2])
+    if not runs and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "tree_attention needs Triton, CUDA from compute capability 8.0, float16 or bfloat16 "
+            f"and E <= {MAX_HEAD_SIZE}, got {query.dtype} on {query.device}, E = {query.shape[2]}; "
+            "use scaled_dot_product_attention tree by tree"
+        )
     # N, not a tree's length: which code runs must not depend on what is in the pack. Nor may a
     # window be large: kernels add positions to it in 32 bits.
     if sliding_window is not None and sliding_window >= plan.num_tokens:
@@ -129,13 +135,43 @@ def tree_attention(
     return _TreeAttentionFunction.apply(query, key, value, plan, scale, sliding_window, softcap)
 
 
-def _check_runs(query: Tensor) -> None:
-    # Triton's interpreter runs kernels on the CPU, in fp32 too, for tests.
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return
-    if not tree_attention_path(query.device, query.dtype, query.shape[2]):
+def check_attention_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_tokens: int,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> None:
+    """Refuse heads, lengths, dtypes, devices and settings that do not fit together.
+
+    Arguments are those of `tree_attention`; `num_tokens` is the plan's.
+
+    Raises:
+        ValueError: For the first that does not fit.
+    """
+    fits = query.dim() == 3 and key.dim() == 3 and key.shape == value.shape
+    fits = fits and query.shape[1:] == key.shape[1:] and query.shape[1] == num_tokens
+    if not fits or not len(key) or len(query) % len(key):
         raise ValueError(
-            "tree_attention needs Triton, CUDA from compute capability 8.0, float16 or bfloat16 "
-            f"and E <= {MAX_HEAD_SIZE}, got {query.dtype} on {query.device}, E = {query.shape[2]}; "
-            "use scaled_dot_product_attention tree by tree"
+            "query must be [H, N, E], key and value [K, N, E], K a divisor of H and N the plan's, "
+            f"got {list(query.shape)}, {list(key.shape)}, {list(value.shape)} and a plan of "
+            f"{num_tokens} tokens"
         )
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} must be {query.dtype} on {query.device} as query is, got {tensor.dtype} "
+                f"on {tensor.device}; call {name}.to(query)"
+            )
+        if tensor.stride(2) != 1:
+            raise ValueError(
+                f"{name} must have unit stride in its last dimension, got {tensor.stride(2)}; "
+                f"call {name}.contiguous()"
+            )
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(
+            f"sliding_window must be at least 1, got {sliding_window}; use None for no window"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0, got {softcap}; use None for no cap")

@@ -398,16 +398,9 @@ def key_gradient_kernel(
             first = tl.where(is_own, own_first + tile, tile - own_tiles) * BLOCK_M
             query_row = tl.where(is_own, row, other_row) + first
             count = tl.where(is_own, num_own, num_other) - first
+            q_head = q_ptr + query_head * q_head_stride
             q = _load_rows(
-                q_ptr + query_head * q_head_stride,
-                query_row,
-                count,
-                q_stride,
-                HEAD_SIZE,
-                BLOCK_M,
-                BLOCK_E,
-                True,
-                UPCAST,
+                q_head, query_row, count, q_stride, HEAD_SIZE, BLOCK_M, BLOCK_E, True, UPCAST
             )
             grad_out = _load_rows(
                 grad_out_ptr + query_head * grad_out_head_stride,

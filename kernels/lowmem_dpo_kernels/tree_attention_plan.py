@@ -74,24 +74,22 @@ class TreePlan:
             raise ValueError(f"the trees have {end} tokens, the pack {num_tokens}; make it longer")
         self.layout = layout
         self.num_tokens = num_tokens
+        self._end = end  # the first row behind the trees
         self._tables: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def query_tiles(self, size: int, device: torch.device) -> Tensor:
         """Tiles of at most `size` queries, [C, 8] int32; columns are those of `QueryTile`."""
-        return self._table("query", size, device)
+        place = ("query", size, device)
+        if place not in self._tables:
+            tiles = sorted(self._query_tiles(size), key=lambda t: -t.prefix_len - t.own_len)
+            self._tables[place] = torch.tensor(tiles, dtype=torch.int32).to(device)
+        return self._tables[place]
 
     def key_tiles(self, size: int, device: torch.device) -> Tensor:
         """Tiles of at most `size` keys, [C, 7] int32; columns are those of `KeyTile`."""
-        return self._table("key", size, device)
-
-    def _table(self, kind: str, size: int, device: torch.device) -> Tensor:
-        place = (kind, size, device)
+        place = ("key", size, device)
         if place not in self._tables:
-            tiles: list[QueryTile] | list[KeyTile]
-            if kind == "query":
-                tiles = sorted(self._query_tiles(size), key=lambda t: -t.prefix_len - t.own_len)
-            else:
-                tiles = sorted(self._key_tiles(size), key=lambda t: -t.num_own - t.num_other)
+            tiles = sorted(self._key_tiles(size), key=lambda t: -t.num_own - t.num_other)
             self._tables[place] = torch.tensor(tiles, dtype=torch.int32).to(device)
         return self._tables[place]
 
@@ -116,11 +114,6 @@ class TreePlan:
                 yield KeyTile(own + i, count, trunk + i, rejected - i, own, 0, trunk)
         for i, count in _cut(self.num_tokens - self._end, size):
             yield KeyTile(self._end + i, count, 0, 0, self._end, 0, 0)
-
-    @property
-    def _end(self) -> int:
-        """The first row behind the trees."""
-        return sum(sum(lengths) for _, *lengths in self.layout)
 
 
 def _cut(length: int, size: int) -> Iterator[tuple[int, int]]:

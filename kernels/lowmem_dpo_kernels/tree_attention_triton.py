@@ -97,11 +97,6 @@ def _settings(
     }
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    """From head to head and from row to row, of each."""
-    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
-
-
 def forward(
     query: Tensor,
     key: Tensor,
@@ -114,15 +109,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention of every tree of a pack.
 
-    Args:
-        query: [H, N, E], unit stride in E.
-        key: [K, N, E], as all that follow.
-        value: [K, N, E].
-        plan: The trees.
-        size: Of a tile.
-        scale: Factor on the scores.
-        sliding_window: Positions a query looks back, itself included; None for all.
-        softcap: Cap of the scores; None for none.
+    Arguments are those of `tree_attention`, with the size of a tile.
 
     Returns:
         [N, H, E] in query's dtype, and [H, N] fp32, the logarithm to base 2 of the softmax's sum.
@@ -139,7 +126,7 @@ def forward(
             out,
             lse,
             tiles,
-            *_strides(query, key, value),
+            *(stride for x in (query, key, value) for stride in x.stride()[:2]),
             NUM_HEADS=num_heads,
             **_settings(query, key, size, scale, sliding_window, softcap),
         )
@@ -169,7 +156,8 @@ def backward(
     delta = torch.empty_like(lse)
     query_tiles = plan.query_tiles(sizes.query_gradient.queries, query.device)
     key_tiles = plan.key_tiles(sizes.key_gradient.keys, query.device)
-    strides = _strides(query, key, value, grad_out.transpose(0, 1))
+    views = (query, key, value, grad_out.transpose(0, 1))
+    strides = [stride for x in views for stride in x.stride()[:2]]  # from head to head, row to row
     settings = (scale, sliding_window, softcap)
     with torch.cuda.device_of(query):
         tree_attention_kernels.query_gradient_kernel[(len(query_tiles) * num_heads,)](

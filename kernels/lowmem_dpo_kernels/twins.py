@@ -1,7 +1,9 @@
 """Plain twins of the kernels: the same functions in a few lines of PyTorch.
 
 They materialise what the kernels avoid and leave the gradient to autograd: to read first and to
-test against.
+test against. Arguments and results are those of the operation of the same name, and said where they
+are not.
+
 Shapes: N packed tokens, T scored tokens, D hidden, V vocabulary; H query heads, K key heads, E head
 size.
 """
@@ -27,17 +29,8 @@ def token_logps(
 ) -> Tensor:
     """Log-probability of each target, from materialised fp32 logits.
 
-    Args:
-        hidden: [N, D], float16, bfloat16, float32 or float64.
-        rows: [T] int64, the row of `hidden` that predicts each target; rows may repeat.
-        weight: [V, D], the output head.
-        targets: [T] int64; -100 means "not scored".
-        bias: [V], added to `hidden @ weight.T`.
-        logit_scale: Factor of the logits, after the bias.
-        logit_softcap: Cap c of `c * tanh(logits / c)`, after the scale.
-
-    Returns:
-        [T] fp32 (float64 for float64 inputs); 0 where the target is -100.
+    hidden is [N, D], rows and targets are [T] int64, weight is [V, D], a tensor; the result is [T]
+    fp32 (float64 for float64 inputs).
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = F.linear(
@@ -50,16 +43,7 @@ def token_logps(
 
 
 def rms_norm(x: Tensor, weight: Tensor, kind: NormKind) -> Tensor:
-    """Rows over their root mean square, times a weight, in fp32 at least.
-
-    Args:
-        x: [..., D].
-        weight: [D].
-        kind: How.
-
-    Returns:
-        [..., D] in x's dtype.
-    """
+    """Rows [..., D] over their root mean square, times a weight [D], in fp32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + kind.eps)
     if kind.rounds_first:
@@ -78,8 +62,7 @@ def nf4_dequantize(
 ) -> Tensor:
     """The dense numbers of an NF4 weight, block 64 and, of the scales, block 256.
 
-    Arguments are those of `nf4.nf4_dequantize`; here their number may be odd, and packed has
-    ceil(numel / 2) bytes.
+    Here their number may be odd, and packed has ceil(numel / 2) bytes.
     """
     scales = absmax
     if absmax2 is not None and offset is not None:
@@ -101,17 +84,8 @@ def tree_attention(
 ) -> Tensor:
     """Attention of every tree of a pack, by a dense mask over the pack.
 
-    Args:
-        query: [H, N, E], float16, bfloat16, float32 or float64.
-        key: [K, N, E]; K divides H.
-        value: [K, N, E].
-        layout: (start, trunk, chosen, rejected) of each tree, in tokens.
-        scale: Factor on the scores.
-        sliding_window: Positions a query looks back, itself included; None for all.
-        softcap: Cap c of c * tanh(scores / c), after the scale; None for none.
-
-    Returns:
-        [N, H, E] in query's dtype; zero behind the last tree.
+    Query is [H, N, E], key and value are [K, N, E], of any floating type; in place of a plan stands
+    its layout: (start, trunk, chosen, rejected) of each tree, in tokens.
     """
     dtype, group = torch.promote_types(query.dtype, torch.float32), len(query) // len(key)
     keys, values = (x.to(dtype).repeat_interleave(group, dim=0) for x in (key, value))

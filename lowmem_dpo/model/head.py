@@ -49,13 +49,13 @@ class SlicedHead(nn.Module):
         """Where a dense head has its tensor."""
         return self
 
-    def slices(self, width: int) -> Iterator[Tensor]:
+    def split(self, width: int) -> Iterator[Tensor]:
         """All rows in order, `width` at a time: [S, D]."""
         raise NotImplementedError
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., V]; for sampling."""
-        parts = [F.linear(hidden, part) for part in self.slices(CHUNK_ROWS)]
+        parts = [F.linear(hidden, part) for part in self.split(CHUNK_ROWS)]
         logits = torch.cat(parts, -1)
         return logits if self.bias is None else logits + self.bias
 
@@ -94,7 +94,7 @@ class Int8Head(SlicedHead):
         """Of the slices."""
         return self.codes.device
 
-    def slices(self, width: int) -> Iterator[Tensor]:
+    def split(self, width: int) -> Iterator[Tensor]:
         """All rows in order, `width` at a time: [S, D], rounded once from fp32, in one buffer."""
         buffer = torch.empty_like(self.codes[:width], dtype=self.dtype)
         for codes, scales in zip(self.codes.split(width), self.scales.split(width), strict=True):
@@ -117,7 +117,7 @@ class HostHead(SlicedHead):
         self.host = host.pin_memory() if device.type == "cuda" else host
         self.device = device
 
-    def slices(self, width: int) -> Iterator[Tensor]:
+    def split(self, width: int) -> Iterator[Tensor]:
         """All rows in order, `width` at a time: [S, D], in two buffers by turns."""
         parts = self.host.split(width)
         if self.device.type != "cuda":

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo_kernels.heads import weight_slices
 
 WIDTH = 2048  # a slice in fp32: 32 MiB at D = 4,096
 
@@ -72,7 +71,7 @@ def _sums(model: LanguageModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor
 def _logits(model: LanguageModel, hidden: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Slice by slice: where it starts, its rows [S, D] and the logits [T, S], in fp32."""
     hidden, start = hidden.to(_wide(hidden)), 0
-    for part in weight_slices(model.head_weight, WIDTH):
+    for part in model.head_weight.split(WIDTH):
         part = part.to(hidden.dtype)
         logits = F.linear(hidden, part)
         if model.head_bias is not None:

@@ -22,7 +22,6 @@ from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.plain_head import WIDTH, plain_gradients, plain_logps
 from lowmem_dpo.model.scoring import head_logps, score, score_plain
 from lowmem_dpo.packs.packing import Pack
-from lowmem_dpo_kernels.heads import weight_slices
 from lowmem_dpo_kernels.token_logps import token_logps_path
 
 NUM_HEAD_ROWS = 64
@@ -135,7 +134,7 @@ def _head_rows(model: LanguageModel, tokens: Tensor) -> Tensor:
     """[T, D] of the head, whatever its form."""
     weight, start = model.head_weight, 0
     rows = torch.empty(len(tokens), weight.shape[1], dtype=weight.dtype, device=tokens.device)
-    for part in weight_slices(weight, WIDTH):
+    for part in weight.split(WIDTH):
         inside = (tokens >= start) & (tokens < start + len(part))
         rows[inside] = part[tokens[inside] - start]
         start += len(part)

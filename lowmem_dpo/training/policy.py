@@ -59,7 +59,7 @@ from lowmem_dpo.weights.folders import (
 from lowmem_dpo.weights.hub import check_download
 from lowmem_dpo.weights.loading import load_model
 from lowmem_dpo.weights.size import ModelSize
-from lowmem_dpo_kernels.token_logps import check_implementation
+from lowmem_dpo_kernels.token_logps import resolve_implementation
 
 LORA_SHAPE = ("lora_r", "lora_alpha", "use_rslora")
 
@@ -118,7 +118,7 @@ def read_source(
     if memory.memory_limit is not None:
         limit_memory(parse_bytes(memory.memory_limit), device)
     try:
-        check_implementation(memory.head_kernel, device)
+        resolve_implementation(memory.head_kernel, device)
     except ValueError as error:
         raise ValueError(f"head_kernel: {error}") from None
     config = load_config(base)

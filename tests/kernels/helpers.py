@@ -83,7 +83,7 @@ class SlicedHead:
         self.weight = weight
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
 
-    def slices(self, width):
+    def split(self, width):
         buffer = torch.empty_like(self.weight[:width])
         for part in self.weight.split(width):
             yield buffer[: len(part)].copy_(part)

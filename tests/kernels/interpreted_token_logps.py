@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from lowmem_dpo_kernels import token_logps, token_logps_fused, token_logps_pass, token_logps_triton
-from lowmem_dpo_kernels.heads import FrozenHead
+from lowmem_dpo_kernels.heads import FrozenHead, HeadSlice, ScoredRows
 from lowmem_dpo_kernels.token_logps_fused import LaunchSizes
-from lowmem_dpo_kernels.token_logps_state import HeadSlice, ScoredRows
 from tests.kernels.helpers import HEAD_VARIANTS as VARIANTS
 from tests.kernels.helpers import (
     SlicedHead,
@@ -27,14 +26,18 @@ IMPLEMENTATIONS = ["triton", "fused"]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """The interpreter takes milliseconds a row: blocks of 16 rows, slices of 128 tokens."""
-    monkeypatch.setattr(token_logps_pass, "block_and_slice", lambda device: (16, 128))
+    monkeypatch.setattr(
+        token_logps_pass,
+        "pass_numerics",
+        lambda device, dtype: (16, 128, torch.promote_types(dtype, torch.float32)),
+    )
     monkeypatch.setattr(token_logps_fused, "FP32_SIZES", LaunchSizes(16, 64, 32, 32, 32, 4, 2))
 
 
 @pytest.fixture
-def half_operands(monkeypatch):
+def half_operands(monkeypatch, small_tiles):
     """Products of half operands, as on a card; on a CPU the head becomes fp32."""
-    monkeypatch.setattr(token_logps_pass, "_operand_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(token_logps_pass, "pass_numerics", lambda device, dtype: (16, 128, dtype))
 
 
 def make_case(dtype, *, vocabulary=300, **settings):

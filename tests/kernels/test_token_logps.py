@@ -247,12 +247,12 @@ def test_token_logps_path_knows_cards(monkeypatch, capability, path):
     assert token_logps_path("cuda", "fused").startswith("fused, ")
 
 
-def test_check_implementation_refuses_a_card_without_triton_products(monkeypatch):
+def test_resolve_implementation_refuses_a_card_without_triton_products(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(MODULE, "triton_problem", lambda: None)
-    MODULE.check_implementation("torch", torch.device("cuda"))
+    assert MODULE.resolve_implementation("torch", torch.device("cuda")) == "torch"
     with pytest.raises(ValueError, match=r"fused needs compute capability 8.0, got \(7, 5\)"):
-        MODULE.check_implementation("fused", torch.device("cuda"))
+        MODULE.resolve_implementation("fused", torch.device("cuda"))
 
 
 def test_token_logps_path_names_what_runs_on_the_cpu():

@@ -20,10 +20,12 @@ def launches_of(monkeypatch):
     The products are left out: a CPU has none of half operands with an fp32 result.
     """
     module = sys.modules["lowmem_dpo_kernels.token_logps"]
-    monkeypatch.setattr(module, "_choose_path", lambda *_: "triton")
-    monkeypatch.setattr(token_logps_pass, "block_and_slice", lambda device: (HEIGHT, WIDTH))
-    monkeypatch.setattr(token_logps_pass, "_operand_dtype", lambda hidden: hidden.dtype)
-    monkeypatch.setattr(token_logps_pass, "_multiply", lambda *_, **__: None)
+    monkeypatch.setattr(module, "resolve_implementation", lambda *_: "triton")
+    monkeypatch.setattr(
+        token_logps_pass, "pass_numerics", lambda device, dtype: (HEIGHT, WIDTH, dtype)
+    )
+    for product in ("mm", "addmm"):
+        monkeypatch.setattr(torch, product, lambda *_, **__: None)
 
     def launch(capability, dtype, *, with_gradient):
         hidden = torch.zeros(100, 64, dtype=dtype, requires_grad=with_gradient)
@@ -62,5 +64,16 @@ def test_token_logps_keeps_one_tile_of_weights(launches_of, with_gradient):
     assert memory[0].nbytes() == HEIGHT * WIDTH * torch.bfloat16.itemsize
 
 
+CASES = Path(__file__).with_name("interpreted_token_logps.py")
+
+
+@pytest.mark.parametrize("path", ["triton", "fused"])
+def test_triton_paths_match_float64_in_the_interpreter(path):
+    """A head with all that it may have, in fp32; the other cases are slow."""
+    name = f"test_triton_paths_match_float64[dtype0-all-{path}]"
+    assert_passes_in_the_interpreter(Path(f"{CASES}::{name}"))
+
+
+@pytest.mark.slow
 def test_triton_paths_are_right_in_the_interpreter():
-    assert_passes_in_the_interpreter(Path(__file__).with_name("interpreted_token_logps.py"))
+    assert_passes_in_the_interpreter(CASES)

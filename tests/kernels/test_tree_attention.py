@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowmem_dpo_kernels import TreePlan, tree_attention, tree_attention_path, triton_support, twins
-from lowmem_dpo_kernels.checks import check_attention_inputs
+from lowmem_dpo_kernels.tree_attention import check_attention_inputs
 from tests.interpreter import assert_passes_in_the_interpreter
 
 LAYOUT = [(0, 5, 3, 4), (12, 1, 0, 2), (15, 4, 0, 0)]
@@ -171,9 +171,20 @@ def test_twin_of_tree_attention_equals_plain_sequences(settings):
                     torch.testing.assert_close(out[row, head], expected)
 
 
+CASES = Path(__file__).with_name("interpreted_tree_attention.py")
+
+
+def test_tree_attention_matches_float64_in_the_interpreter():
+    """Every setting alone, on one pack; the other cases are slow."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    name = "test_tree_attention_matches_float64_with_one_setting_alone"
+    assert_passes_in_the_interpreter(Path(f"{CASES}::{name}"))
+
+
+@pytest.mark.slow
 def test_tree_attention_is_right_in_the_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
-    assert_passes_in_the_interpreter(Path(__file__).with_name("interpreted_tree_attention.py"))
+    assert_passes_in_the_interpreter(CASES)
 
 
 CUDA_CASES = [

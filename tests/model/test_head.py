@@ -50,7 +50,7 @@ def test_int8_head_rounds_to_127_steps_a_row():
     weight[7] = 0.0
     weight[8] *= 1000
     head = Int8Head(weight, None)
-    dense = torch.cat([part.clone() for part in head.slices(1024)])
+    dense = torch.cat([part.clone() for part in head.split(1024)])
     half_step = weight.abs().amax(1, keepdim=True) / 254
     assert ((dense - weight).abs() <= half_step * 1.0001).all()
     assert torch.equal(dense[7], torch.zeros(40))
@@ -60,7 +60,7 @@ def test_int8_head_rounds_to_127_steps_a_row():
 def test_host_head_hands_out_the_weight_itself():
     weight = make_weight(dtype=torch.bfloat16)
     head = HostHead(weight, None, torch.device("cpu"))
-    assert torch.equal(torch.cat(list(head.slices(512))), weight)
+    assert torch.equal(torch.cat(list(head.split(512))), weight)
     assert not list(head.buffers())
 
 
@@ -70,7 +70,7 @@ def test_heads_score_as_the_dense_head_of_their_slices(kind, dtype):
     """To the bit, gradient and soft-cap included; rows of the head are caught in passing."""
     head = HEADS[kind](make_weight(dtype=dtype), None)
     assert isinstance(head, SlicedWeight)
-    dense = torch.cat([part.clone() for part in head.slices(2048)])
+    dense = torch.cat([part.clone() for part in head.split(2048)])
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(20, (300,), generator=generator)
     targets = torch.randint(2500, (300,), generator=generator)
@@ -94,7 +94,7 @@ def test_heads_give_logits_for_sampling(kind):
     bias = torch.randn(2500, generator=torch.Generator().manual_seed(1))
     head = HEADS[kind](make_weight(), bias)
     hidden = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(2))
-    dense = torch.cat([part.clone() for part in head.slices(2048)])
+    dense = torch.cat([part.clone() for part in head.split(2048)])
     torch.testing.assert_close(head(hidden), F.linear(hidden, dense, bias))
 
 
@@ -121,7 +121,7 @@ def test_head_to_host_changes_no_number_and_no_identity(loaded):
     weight = loaded.network.lm_head.weight
     moved = head_to_host(loaded, torch.device("cpu"))
     assert moved.identity == loaded.identity
-    assert torch.equal(next(moved.head_weight.slices(4096)), weight)
+    assert torch.equal(next(moved.head_weight.split(4096)), weight)
     (line,) = [row for row in moved.storage if row.kind == "head"]
     assert (line.format, line.nbytes) == ("float32, in host memory", weight.nbytes)
 
@@ -144,7 +144,7 @@ def test_host_head_streams_the_weight_to_the_card(vocabulary):
     head = HostHead(weight, None, torch.device("cuda"))
     for _ in range(3):
         seen = []
-        for part in head.slices(2048):
+        for part in head.split(2048):
             torch.cuda._sleep(10**6)  # work that still reads the slice when the next is asked for
             seen.append(part.clone())
         assert torch.equal(torch.cat(seen).cpu(), weight)
@@ -162,5 +162,5 @@ def test_host_head_hands_out_no_slice_before_it_has_come(monkeypatch):
         return copy(target, source, **settings)
 
     monkeypatch.setattr(torch.Tensor, "copy_", late)
-    seen = [part.clone() for part in head.slices(2048)]
+    seen = [part.clone() for part in head.split(2048)]
     assert torch.equal(torch.cat(seen).cpu(), weight)

@@ -44,7 +44,7 @@ def test_plain_head_reads_a_head_that_is_no_tensor():
     """Its slices share one buffer."""
     weight = torch.randn(3 * WIDTH, 8, generator=torch.Generator().manual_seed(0))
     head = Int8Head(weight, None)
-    dense = torch.cat([part.clone() for part in head.slices(WIDTH)])
+    dense = torch.cat([part.clone() for part in head.split(WIDTH)])
     hidden, targets = torch.randn(4, 8), torch.tensor([0, WIDTH, 3 * WIDTH - 1, 5])
     for function in (plain_logps, plain_gradients):
         found = function(make_model(head), hidden, targets)

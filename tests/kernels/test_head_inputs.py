@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lowmem_dpo_kernels.checks import check_head_inputs
+from lowmem_dpo_kernels.token_logps import check_head_inputs
 
 
 def head_inputs():
