@@ -40,7 +40,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lowmem_dpo.model.families import family_of
+from lowmem_dpo.model.families import FAMILIES
 from lowmem_dpo.model.layer import TILE_ROWS, DecoderLayer
 from lowmem_dpo.model.lora import add_lora, wrap_linears
 from lowmem_dpo.model.norms import replace_norms
@@ -90,7 +90,7 @@ def make_layer(options: argparse.Namespace, variant: str) -> tuple[nn.Module, Pr
         seed=0,
     )
     model.set_attn_implementation(ONE_SEQUENCE)
-    layer, family = model.model.layers[0], family_of(config)
+    layer, family = model.model.layers[0], FAMILIES[config.model_type]
     if variant == "plain":
         return layer, model
     if variant == "halves + norms":

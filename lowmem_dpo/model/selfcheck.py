@@ -19,8 +19,14 @@ from torch import Tensor, nn
 
 from lowmem_dpo.machine.trial import check_error, passes_trial
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.plain_head import WIDTH, plain_gradients, plain_logps
-from lowmem_dpo.model.scoring import head_logps, score, score_plain
+from lowmem_dpo.model.scoring import (
+    WIDTH,
+    head_logps,
+    plain_gradients,
+    plain_logps,
+    score,
+    score_plain,
+)
 from lowmem_dpo.packs.packing import Pack
 from lowmem_dpo_kernels.heads import weight_slices
 from lowmem_dpo_kernels.token_logps import token_logps_path
@@ -39,19 +45,13 @@ def logp_tolerance(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def check_packing(
-    model: LanguageModel,
-    pack: Pack,
-    sequences: Sequence[tuple[int, ...]],
-    dtype: torch.dtype,
-) -> float:
+def check_packing(model: LanguageModel, pack: Pack, sequences: Sequence[tuple[int, ...]]) -> float:
     """Compare one packed micro-batch with the same sequences one by one.
 
     Args:
         model: The model.
         pack: Trees with both branches.
         sequences: Token ids: chosen and rejected of each tree in the pack, in pack order.
-        dtype: What the model computes in.
 
     Returns:
         The rms difference per token, in nats.
@@ -73,18 +73,23 @@ def check_packing(
         )
     differences = []
     for i, (start, trunk, chosen, rejected) in enumerate(pack.layout):
-        for sequence, branch in enumerate(((trunk, chosen), (trunk + chosen, rejected))):
-            plain = score_plain(model, sequences[2 * i + sequence]).cpu()
-            inside = _inside(pack.rows, start, trunk, branch)
+        for ids, offset, length in (
+            (sequences[2 * i], trunk, chosen),
+            (sequences[2 * i + 1], trunk + chosen, rejected),
+        ):
+            plain = score_plain(model, ids).cpu()
+            place = pack.rows - start  # in the tree: the trunk begins it, the branch comes later
+            inside = (place >= 0) & (place < trunk)
+            inside |= (place >= offset) & (place < offset + length)
             positions = pack.position_ids[pack.rows[inside]]
-            right = pack.targets[inside] == torch.tensor(sequences[2 * i + sequence])[positions + 1]
+            right = pack.targets[inside] == torch.tensor(ids)[positions + 1]
             differences.append((packed[inside] - plain[positions])[right])
     difference = torch.cat(differences).double().pow(2).mean().sqrt().item()
-    tolerance = logp_tolerance(dtype)
+    tolerance = logp_tolerance(model.dtype)
     if math.isnan(difference):
         raise ValueError(
             "self-check failed: the model's log-probs are not numbers; its weights or the adapter "
-            f"hold NaN, or overflow in {str(dtype).removeprefix('torch.')}"
+            f"hold NaN, or overflow in {str(model.dtype).removeprefix('torch.')}"
         )
     if not difference <= tolerance:
         raise ValueError(
@@ -124,9 +129,9 @@ def check_head_kernels(model: LanguageModel) -> None:
         logps = head_logps(model, hidden, torch.arange(len(hidden), device=hidden.device), targets)
         (gradients,) = torch.autograd.grad(logps.sum(), hidden)
     hidden = hidden.detach()
-    wanted = plain_logps(model, hidden, targets)
+    wanted, log_sums = plain_logps(model, hidden, targets)
     check_error(logps.detach(), wanted, HEAD_LOGPS_TOLERANCE, "log-probs")
-    wanted = plain_gradients(model, hidden, targets)
+    wanted = plain_gradients(model, hidden, targets, log_sums)
     check_error(gradients.to(wanted.dtype), wanted, HEAD_GRADIENTS_TOLERANCE, "gradients")
 
 
@@ -154,10 +159,3 @@ def head_that_passed_its_trial(model: LanguageModel) -> LanguageModel:
     if path == "torch" or passes_trial(trial, kernels, device, "the torch path"):
         return model
     return replace(model, head_implementation="torch")
-
-
-def _inside(rows: Tensor, start: int, trunk: int, branch: tuple[int, int]) -> Tensor:
-    """Which rows lie in a tree's trunk or in its branch (offset, length)."""
-    offset, length = branch
-    in_trunk = (rows >= start) & (rows < start + trunk)
-    return in_trunk | ((rows >= start + offset) & (rows < start + offset + length))

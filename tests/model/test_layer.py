@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem_dpo.model.families import family_of
+from lowmem_dpo.model.families import FAMILIES as RECORDS
 from lowmem_dpo.model.layer import DecoderLayer
 from lowmem_dpo.model.lora import (
     LoraLinear,
@@ -33,13 +33,13 @@ def adapted_model(family="llama", *, dropout=0.0, own_norms=False, **changes):
         if name.endswith("lora_b"):
             nn.init.normal_(parameter, std=0.1)
     if own_norms:
-        replace_norms(model.model, family_of(model.config))
+        replace_norms(model.model, RECORDS[model.config.model_type])
     return model
 
 
 def with_halves(model, *, tile_rows=64, has_dropout=False, on_host=False):
     """The same model with its layers replaced."""
-    family = family_of(model.config)
+    family = RECORDS[model.config.model_type]
     for i, layer in enumerate(model.model.layers):
         model.model.layers[i] = DecoderLayer(
             layer,

@@ -339,12 +339,12 @@ def test_adapters_disabled_gives_the_base_and_comes_back():
 
 
 @pytest.mark.parametrize("rank", [0, RANK])
-def test_for_gradient_leaves_the_output_out_and_has_the_gradients_of_forward(rank):
+def test_without_values_the_output_is_left_out_and_the_gradients_are_those_of_forward(rank):
     results = []
     for left_out in (False, True):
         layer = make_layer("nf4", rank=rank)
         x = torch.randn(NUM_TOKENS, IN, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        y = (layer.for_gradient if left_out else layer)(x)
+        y = layer(x, needs_values=not left_out)
         assert y.isnan().all() == left_out and y.shape == (NUM_TOKENS, OUT)
         assert y.untyped_storage().nbytes() == (4 if left_out else 4 * y.numel())
         y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
@@ -353,20 +353,20 @@ def test_for_gradient_leaves_the_output_out_and_has_the_gradients_of_forward(ran
         assert torch.equal(got, want)
 
 
-def test_for_gradient_computes_no_product_with_the_weight_before_the_backward_pass():
+def test_without_values_there_is_no_product_with_the_weight_before_the_backward_pass():
     layer = make_layer("nf4")
     layer.weight.dequantize = lambda dtype: pytest.fail("the weight was made dense")
-    layer.for_gradient(torch.randn(NUM_TOKENS, IN, requires_grad=True))
+    layer(torch.randn(NUM_TOKENS, IN, requires_grad=True), needs_values=False)
 
 
-def test_for_gradient_draws_the_dropout_of_forward():
+def test_without_values_the_dropout_of_forward_is_drawn():
     results = []
     for left_out in (False, True):
         layer = make_layer(dropout=0.5)
         x = torch.ones(NUM_TOKENS, IN, requires_grad=True)
         torch.manual_seed(4)
         with dropout_live(layer):
-            y = (layer.for_gradient if left_out else layer)(x)
+            y = layer(x, needs_values=not left_out)
         state = torch.get_rng_state()
         y.backward(torch.ones_like(y))
         results.append([state, x.grad, layer.lora_a.grad, layer.lora_b.grad])
