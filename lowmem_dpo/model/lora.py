@@ -36,8 +36,8 @@ class AdapterSpec:
     Attributes:
         rank: R.
         alpha: The adapter's output is scaled by alpha / R, rank-stabilised by alpha / sqrt(R).
-        dropout: Probability that an element of the adapters' input is dropped in training.
-        targets: all, or names of layers as `add_lora` takes them.
+        dropout: Probability in [0, 1) that an element of the adapter's input is dropped.
+        targets: all, or names: the last part of a layer's path (q_proj), or more of it.
         rank_stabilised: Which scaling.
     """
 
@@ -205,25 +205,12 @@ def wrap_linears(layers: nn.Module, prefix: str) -> None:
                 setattr(module, child_name, linear.requires_grad_(False))
 
 
-def add_lora(
-    model: nn.Module,
-    *,
-    targets: str | Sequence[str],
-    rank: int,
-    alpha: float,
-    dropout: float,
-    rank_stabilised: bool,
-    seed: int,
-) -> list[str]:
+def add_lora(model: nn.Module, adapter: AdapterSpec, seed: int) -> list[str]:
     """Give the targeted linears of the decoder layers a new adapter each, in place.
 
     Args:
         model: A model whose linears are LoraLinear.
-        targets: all, or names: the last part of a layer's path (q_proj), or more of it.
-        rank: R.
-        alpha: The adapter's output is scaled by alpha / R, rank-stabilised by alpha / sqrt(R).
-        dropout: Probability in [0, 1) on the adapters' input.
-        rank_stabilised: Which scaling.
+        adapter: Of which kind.
         seed: Decides the A matrices, each by itself; torch's own generator plays no part.
 
     Returns:
@@ -233,11 +220,12 @@ def add_lora(
         ValueError: If a target names no layer.
     """
     layers = linear_layers(model)
+    targets, rank = adapter.targets, adapter.rank
     names = list(layers) if targets == "all" else match_targets(layers, targets)
+    scaling = adapter.alpha / (math.sqrt(rank) if adapter.rank_stabilised else rank)
     for name in names:
         assert layers[name].rank == 0, f"{name} has an adapter already"
-        scaling = alpha / (math.sqrt(rank) if rank_stabilised else rank)
-        layers[name].add_adapter(rank, scaling=scaling, dropout=dropout, seed=seed)
+        layers[name].add_adapter(rank, scaling=scaling, dropout=adapter.dropout, seed=seed)
     return names
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowmem_dpo.machine.trial import check_error, passes_trial
 from lowmem_dpo.model.language_model import LanguageModel
@@ -120,7 +120,12 @@ def check_head_kernels(model: LanguageModel) -> None:
     """
     weight, vocabulary = model.head_weight, model.head_weight.shape[0]
     targets = torch.linspace(0, vocabulary - 1, NUM_HEAD_ROWS).long().to(weight.device)
-    directions = _head_rows(model, targets.roll(1)).float()
+    tokens, start = targets.roll(1), 0
+    directions = torch.empty(NUM_HEAD_ROWS, weight.shape[1], device=weight.device)
+    for part in weight_slices(weight, WIDTH):
+        inside = (tokens >= start) & (tokens < start + len(part))
+        directions[inside] = part[tokens[inside] - start].float()
+        start += len(part)
     squares = directions.square().sum(1, keepdim=True)
     length = (math.log(vocabulary) + 1.0) / model.logit_scale  # of the largest logit
     hidden = directions * (length / squares.maximum(squares.mean()))
@@ -133,18 +138,6 @@ def check_head_kernels(model: LanguageModel) -> None:
     check_error(logps.detach(), wanted, HEAD_LOGPS_TOLERANCE, "log-probs")
     wanted = plain_gradients(model, hidden, targets, log_sums)
     check_error(gradients.to(wanted.dtype), wanted, HEAD_GRADIENTS_TOLERANCE, "gradients")
-
-
-@torch.no_grad()
-def _head_rows(model: LanguageModel, tokens: Tensor) -> Tensor:
-    """[T, D] of the head, whatever its form."""
-    weight, start = model.head_weight, 0
-    rows = torch.empty(len(tokens), weight.shape[1], dtype=weight.dtype, device=tokens.device)
-    for part in weight_slices(weight, WIDTH):
-        inside = (tokens >= start) & (tokens < start + len(part))
-        rows[inside] = part[tokens[inside] - start]
-        start += len(part)
-    return rows
 
 
 def head_that_passed_its_trial(model: LanguageModel) -> LanguageModel:

@@ -8,6 +8,7 @@ from torch import nn
 from lowmem_dpo.model.families import FAMILIES as RECORDS
 from lowmem_dpo.model.layer import DecoderLayer
 from lowmem_dpo.model.lora import (
+    AdapterSpec,
     LoraLinear,
     add_lora,
     dropout_live,
@@ -28,7 +29,7 @@ def adapted_model(family="llama", *, dropout=0.0, own_norms=False, **changes):
         if "norm" in name:
             parameter.add_(0.2 * torch.randn_like(parameter))
     wrap_linears(model.model.layers, "model.layers")
-    add_lora(model, targets="all", rank=3, alpha=6, dropout=dropout, rank_stabilised=False, seed=0)
+    add_lora(model, AdapterSpec(3, 6.0, dropout, "all", rank_stabilised=False), seed=0)
     for name, parameter in lora_parameters(model).items():
         if name.endswith("lora_b"):
             nn.init.normal_(parameter, std=0.1)

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from lowmem_dpo.model.layer import GatedMlp
-from lowmem_dpo.model.lora import LoraLinear, add_lora, lora_parameters, wrap_linears
+from lowmem_dpo.model.lora import AdapterSpec, LoraLinear, add_lora, lora_parameters, wrap_linears
 
 HIDDEN, INNER, NUM_TOKENS = 24, 40, 6
 
@@ -26,7 +26,7 @@ class Mlp(nn.Module):
         self.act_fn = ACT2FN[act]
         self.requires_grad_(False)
         wrap_linears(self, "layers.0.mlp")
-        add_lora(self, targets="all", rank=2, alpha=2, dropout=0, rank_stabilised=False, seed=0)
+        add_lora(self, AdapterSpec(2, 2.0, 0.0, "all", rank_stabilised=False), seed=0)
         for name, parameter in lora_parameters(self).items():
             if name.endswith("lora_b"):
                 nn.init.normal_(parameter)

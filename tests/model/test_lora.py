@@ -1,6 +1,7 @@
 import gc
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowmem_dpo.model.lora import (
+    AdapterSpec,
     LoraLinear,
     adapters_disabled,
     add_lora,
@@ -20,7 +22,7 @@ from lowmem_dpo.model.lora import (
 from lowmem_dpo.model.nf4 import quantize_nf4
 
 NUM_TOKENS, IN, OUT, RANK = 5, 32, 24, 3
-ADD = {"targets": "all", "rank": RANK, "alpha": 6.0, "dropout": 0.0, "rank_stabilised": False}
+ADAPTER = AdapterSpec(RANK, alpha=6.0, dropout=0.0, targets="all", rank_stabilised=False)
 
 
 def make_layer(
@@ -244,7 +246,7 @@ def test_add_lora_starts_as_peft_does_and_changes_nothing():
     tower = Tower()
     x = torch.randn(NUM_TOKENS, 8)
     before = tower(x)
-    names = add_lora(tower, **ADD, seed=3)
+    names = add_lora(tower, ADAPTER, seed=3)
     assert names == [
         "model.layers.0.q_proj",
         "model.layers.0.up_proj",
@@ -262,13 +264,13 @@ def test_add_lora_starts_as_peft_does_and_changes_nothing():
 
 def test_add_lora_draws_a_by_seed_and_name_alone():
     towers = [Tower() for _ in range(4)]
-    add_lora(towers[0], **ADD, seed=3)
+    add_lora(towers[0], ADAPTER, seed=3)
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    add_lora(towers[1], **ADD, seed=3)
+    add_lora(towers[1], ADAPTER, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
-    add_lora(towers[2], **{**ADD, "targets": ["up_proj"]}, seed=3)
-    add_lora(towers[3], **ADD, seed=4)
+    add_lora(towers[2], replace(ADAPTER, targets=["up_proj"]), seed=3)
+    add_lora(towers[3], ADAPTER, seed=4)
     layers = [lora_layers(tower) for tower in towers]
     for name, layer in layers[0].items():
         assert torch.equal(layer.lora_a, layers[1][name].lora_a)
@@ -281,13 +283,15 @@ def test_add_lora_draws_a_by_seed_and_name_alone():
 
 def test_add_lora_scales_rank_stabilised_by_the_square_root():
     tower = Tower()
-    add_lora(tower, **{**ADD, "rank": 4, "rank_stabilised": True}, seed=3)
+    add_lora(tower, replace(ADAPTER, rank=4, rank_stabilised=True), seed=3)
     assert {layer.scaling for layer in lora_layers(tower).values()} == {3.0}
 
 
 def test_add_lora_takes_parts_of_names():
     tower = Tower()
-    assert add_lora(tower, **{**ADD, "targets": ["1.q_proj"]}, seed=3) == ["model.layers.1.q_proj"]
+    assert add_lora(tower, replace(ADAPTER, targets=["1.q_proj"]), seed=3) == [
+        "model.layers.1.q_proj"
+    ]
     assert list(lora_layers(tower)) == ["model.layers.1.q_proj"]
     assert len(linear_layers(tower)) == 4
 
@@ -297,7 +301,7 @@ def test_add_lora_refuses_unknown_targets_and_names_the_known(targets):
     with pytest.raises(
         ValueError, match=r"no linear layer .*; use all, or some of q_proj, up_proj$"
     ):
-        add_lora(Tower(), **{**ADD, "targets": targets}, seed=3)
+        add_lora(Tower(), replace(ADAPTER, targets=targets), seed=3)
 
 
 def test_names_are_canonical_under_wrappers():
@@ -308,7 +312,7 @@ def test_names_are_canonical_under_wrappers():
 
     tower = Tower()
     tower.layers[0] = Wrapper(tower.layers[0])
-    add_lora(tower, **{**ADD, "targets": ["q_proj"]}, seed=3)
+    add_lora(tower, replace(ADAPTER, targets=["q_proj"]), seed=3)
     assert list(lora_parameters(tower)) == [
         "model.layers.0.q_proj.lora_a",
         "model.layers.0.q_proj.lora_b",
@@ -319,7 +323,7 @@ def test_names_are_canonical_under_wrappers():
 
 def test_lora_parameters_are_all_that_needs_a_gradient():
     tower = Tower()
-    add_lora(tower, **ADD, seed=3)
+    add_lora(tower, ADAPTER, seed=3)
     trainable = {id(p) for p in tower.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in lora_parameters(tower).values()}
 
@@ -328,7 +332,7 @@ def test_adapters_disabled_gives_the_base_and_comes_back():
     tower = Tower()
     x = torch.randn(NUM_TOKENS, 8)
     before = tower(x)
-    add_lora(tower, **ADD, seed=3)
+    add_lora(tower, ADAPTER, seed=3)
     for layer in lora_layers(tower).values():
         nn.init.normal_(layer.lora_b)
     after = tower(x)
