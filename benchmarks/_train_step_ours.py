@@ -82,5 +82,5 @@ def random_policy(options: argparse.Namespace, config: TrainConfig) -> Policy:
         device=options.device,
     )
     adapter = AdapterSpec(config.lora_r, config.lora_alpha, 0.0, "all", rank_stabilised=False)
-    model = prepare_model(LanguageModel(model, identity="random"), adapter, seed=config.seed)
+    model = prepare_model(LanguageModel.of(model, identity="random"), adapter, seed=config.seed)
     return Policy(model, byte_tokenizer(), adapter, "random", None, {})

@@ -40,9 +40,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lowmem_dpo.model.families import family_of
+from lowmem_dpo.model.families import FAMILIES
 from lowmem_dpo.model.layer import TILE_ROWS, DecoderLayer
-from lowmem_dpo.model.lora import add_lora, wrap_linears
+from lowmem_dpo.model.lora import AdapterSpec, add_lora, wrap_linears
 from lowmem_dpo.model.norms import replace_norms
 from lowmem_dpo_kernels import rms_norm
 
@@ -80,17 +80,10 @@ def make_layer(options: argparse.Namespace, variant: str) -> tuple[nn.Module, Pr
         model = AutoModelForCausalLM.from_config(config, dtype=options.dtype)
     wrap_linears(model.model.layers, "model.layers")
     model.requires_grad_(False).eval()
-    add_lora(
-        model,
-        targets="all",
-        rank=max(1, 16 // scale),
-        alpha=16,
-        dropout=0,
-        rank_stabilised=False,
-        seed=0,
-    )
+    adapter = AdapterSpec(max(1, 16 // scale), 16, 0.0, "all", rank_stabilised=False)
+    add_lora(model, adapter, seed=0)
     model.set_attn_implementation(ONE_SEQUENCE)
-    layer, family = model.model.layers[0], family_of(config)
+    layer, family = model.model.layers[0], FAMILIES[config.model_type]
     if variant == "plain":
         return layer, model
     if variant == "halves + norms":

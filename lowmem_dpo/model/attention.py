@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig
 
 import lowmem_dpo_kernels
 from lowmem_dpo.machine.trial import check_error, passes_trial
@@ -255,9 +255,5 @@ def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     return is_half and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Without this transformers would build a dense mask; the layout says it all."""
-
-
+# transformers builds no mask for an attention function that has no mask function beside it.
 AttentionInterface.register(TREE_ATTENTION, tree_attention)
-AttentionMaskInterface.register(TREE_ATTENTION, _no_mask)

@@ -106,17 +106,3 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(rms_norm=RmsNorm("Qwen3RMSNorm")),
 }
 """By the `model_type` of config.json."""
-
-
-def family_of(config: Any) -> Family:
-    """The family of a model.
-
-    Args:
-        config: The content of its config.json.
-
-    Raises:
-        ValueError: If it is of no type that is trained.
-    """
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"model type {config.model_type!r}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[config.model_type]

@@ -11,8 +11,7 @@ from transformers import (
 )
 
 from lowmem_dpo.machine.device import cuda_devices
-from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.positions import rope_limit
+from lowmem_dpo.model.language_model import LanguageModel, rope_limit
 from lowmem_dpo.model.scoring import attention
 from lowmem_dpo.settings.groups import SamplingSettings
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem_dpo.model.language_model import LanguageModel, StorageRow
+from lowmem_dpo.model.language_model import LanguageModel
 
 HeadQuantization = Literal["none", "int8"]
 
@@ -34,20 +34,22 @@ class SlicedHead(nn.Module):
     Args:
         shape: (V, D).
         dtype: Of the slices.
+        device: Of the slices.
         bias: [V], or None.
     """
 
     bias: Tensor | None
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        bias: Tensor | None,
+    ) -> None:
         super().__init__()
-        self.shape, self.dtype = shape, dtype
+        self.shape, self.dtype, self.device = shape, dtype, device
         self.register_buffer("bias", bias)
-
-    @property
-    def weight(self) -> "SlicedHead":
-        """Where a dense head has its tensor."""
-        return self
 
     def split(self, width: int) -> Iterator[Tensor]:
         """All rows in order, `width` at a time: [S, D]."""
@@ -75,7 +77,7 @@ class Int8Head(SlicedHead):
     scales: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__((weight.shape[0], weight.shape[1]), weight.dtype, bias)
+        super().__init__((weight.shape[0], weight.shape[1]), weight.dtype, weight.device, bias)
         self.register_buffer("codes", torch.empty_like(weight, dtype=torch.int8))
         self.register_buffer("scales", weight.new_empty(len(weight), dtype=torch.float32))
         for start in range(0, len(weight), CHUNK_ROWS):
@@ -88,11 +90,6 @@ class Int8Head(SlicedHead):
             self.scales[start : start + len(part)] = scales
             scales = torch.where(scales > 0, scales, 1.0)[:, None]  # a row of zeros stays zeros
             self.codes[start : start + len(part)] = (part / scales).round_().to(torch.int8)
-
-    @property
-    def device(self) -> torch.device:
-        """Of the slices."""
-        return self.codes.device
 
     def split(self, width: int) -> Iterator[Tensor]:
         """All rows in order, `width` at a time: [S, D], rounded once from fp32, in one buffer."""
@@ -111,11 +108,10 @@ class HostHead(SlicedHead):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
-        super().__init__((weight.shape[0], weight.shape[1]), weight.dtype, bias)
+        super().__init__((weight.shape[0], weight.shape[1]), weight.dtype, device, bias)
         host = weight.detach().cpu()
         # No buffer: a model that is moved to a device must not take it along.
         self.host = host.pin_memory() if device.type == "cuda" else host
-        self.device = device
 
     def split(self, width: int) -> Iterator[Tensor]:
         """All rows in order, `width` at a time: [S, D], in two buffers by turns."""
@@ -147,56 +143,53 @@ class HostHead(SlicedHead):
             compute.wait_stream(uploads)
 
 
-def quantize_head(model: LanguageModel, method: HeadQuantization) -> LanguageModel:
-    """Replace the head of a loaded model by a quantised one.
+def quantize_head(model: LanguageModel) -> LanguageModel:
+    """Replace the head of a loaded model by one in int8.
 
     Args:
-        model: Its head is dense and its own, not the embedding; changed in place.
-        method: int8, or none, which changes nothing.
+        model: Its head is dense and its own, not the embedding; its network is changed in place.
 
     Returns:
-        The model with the storage and the identity that it has now.
+        The model with the head, the storage and the identity that it has now.
 
     Raises:
         ValueError: If the head cannot be quantised.
     """
-    if method == "none":
-        return model
-    head = model.network.lm_head
+    dense = model.network.lm_head
     try:
-        new = Int8Head(head.weight, head.bias)
+        head = Int8Head(dense.weight, dense.bias)
     except ValueError as error:
         raise ValueError(f"lm_head: {error}") from None
-    text = "int8, a scale a row"
-    model.network.lm_head = new
-    identity = f"{model.identity}\nhead {method} {INT8_VERSION}"
-    return replace(
-        model,
-        storage=_with_head(model.storage, text, sum(b.nbytes for b in new.buffers())),
-        identity=hashlib.sha256(identity.encode()).hexdigest(),
-    )
+    identity = f"{model.identity}\nhead int8 {INT8_VERSION}"
+    model = replace(model, identity=hashlib.sha256(identity.encode()).hexdigest())
+    return _with_head(model, head, "int8, a scale a row", sum(b.nbytes for b in head.buffers()))
 
 
-def head_to_host(model: LanguageModel, device: torch.device) -> LanguageModel:
+def head_to_host(model: LanguageModel) -> LanguageModel:
     """Move the dense head of a loaded model to pinned host memory; its numbers stay what they are.
 
     Args:
-        model: Its head is dense and its own, not the embedding; changed in place.
-        device: Where the model computes.
+        model: Its head is dense and its own, not the embedding; its network is changed in place.
     """
-    head = HostHead(model.network.lm_head.weight, model.network.lm_head.bias, device)
-    model.network.lm_head = head
+    head = HostHead(model.network.lm_head.weight, model.network.lm_head.bias, model.device)
     text = f"{str(head.dtype).removeprefix('torch.')}, in host memory"
-    return replace(model, storage=_with_head(model.storage, text, head.host.nbytes))
+    return _with_head(model, head, text, head.host.nbytes)
 
 
-def check_head(
-    tied: bool, quantization: HeadQuantization, place: Literal["device", "host"]
-) -> None:
-    """Refuse settings that do not fit a model's head.
+def _with_head(model: LanguageModel, head: SlicedHead, text: str, nbytes: int) -> LanguageModel:
+    """Put another head into a model, and another line for it into the storage table."""
+    model.network.lm_head = head
+    rows = [
+        replace(row, format=text, nbytes=nbytes) if row.kind == "head" else row
+        for row in model.storage
+    ]
+    return replace(model, head_weight=head, head_bias=head.bias, storage=rows)
+
+
+def check_tied_head(quantization: HeadQuantization, place: Literal["device", "host"]) -> None:
+    """Refuse settings that do not fit a head which is the embedding.
 
     Args:
-        tied: Whether the head is the embedding.
         quantization: The setting head_quantization.
         place: The setting head_weight.
 
@@ -207,13 +200,8 @@ def check_head(
         (f"head_quantization {quantization}", quantization != "none"),
         (f"head_weight {place}", place != "device"),
     ):
-        if wanted and tied:
+        if wanted:
             raise ValueError(
                 f"{setting} cannot be: this model's head is its embedding, which is looked up in "
                 f"dense form on the device; leave {setting.split()[0]} out"
             )
-
-
-def _with_head(storage: list[StorageRow], text: str, nbytes: int) -> list[StorageRow]:
-    """The storage table with another line for the head."""
-    return [replace(r, format=text, nbytes=nbytes) if r.kind == "head" else r for r in storage]

@@ -1,13 +1,16 @@
-"""A causal language model in memory, and what is known of it."""
+"""A causal language model in memory, and what is read off its config.json."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lowmem_dpo.model.families import Family, family_of
+from lowmem_dpo.model.families import FAMILIES, Family
 from lowmem_dpo_kernels.heads import Weight
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -28,61 +31,76 @@ class LanguageModel:
         network: The modules, in eval mode, everything but adapters frozen; the linears of the
             decoder layers are LoraLinear.
         identity: Digest of the files it came from and of how they were quantised.
+        config: The content of config.json.
+        family: What sets it apart from models of other types.
+        backbone: Token ids or embeddings to hidden states, final norm included.
+        layers: The decoder layers.
+        device: Where it computes.
+        dtype: In what it computes.
+        head_weight: [V, D], or what hands out its slices (`head`, which puts it here and into the
+            network).
+        head_bias: [V] or None.
+        logit_scale: Factor on the logits.
+        logit_softcap: The c of c * tanh(logits / c), or None.
         storage: What is stored how, and how large.
         head_implementation: Of `token_logps`.
     """
 
     network: PreTrainedModel
     identity: str
+    config: PretrainedConfig
+    family: Family
+    backbone: PreTrainedModel
+    layers: nn.ModuleList
+    device: torch.device
+    dtype: torch.dtype
+    head_weight: Weight
+    head_bias: Tensor | None
+    logit_scale: float
+    logit_softcap: float | None
     storage: list[StorageRow] = field(default_factory=list)
     head_implementation: str = "auto"
 
-    @property
-    def config(self) -> PretrainedConfig:
-        """The content of config.json."""
-        return self.network.config
+    @classmethod
+    def of(
+        cls, network: PreTrainedModel, identity: str, storage: list[StorageRow] | None = None
+    ) -> "LanguageModel":
+        """What is known of a network whose head is a dense one."""
+        config, head = network.config, network.lm_head
+        family = FAMILIES[config.model_type]
+        return cls(
+            network=network,
+            identity=identity,
+            config=config,
+            family=family,
+            backbone=network.model,
+            layers=network.model.layers,
+            device=head.weight.device,
+            dtype=head.weight.dtype,
+            head_weight=head.weight,
+            head_bias=head.bias,
+            logit_scale=family.logit_scale(config),
+            logit_softcap=family.logit_softcap(config),
+            storage=storage or [],
+        )
 
-    @property
-    def backbone(self) -> PreTrainedModel:
-        """Token ids or embeddings to hidden states, final norm included."""
-        return self.network.model
 
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The decoder layers."""
-        return self.network.model.layers
+def rope_limit(config: PretrainedConfig) -> int | None:
+    """Longest sequence, in tokens, whose position encoding is that of every shorter one.
 
-    @property
-    def head_weight(self) -> Weight:
-        """[V, D], or what hands out its slices (`head`)."""
-        return self.network.lm_head.weight
+    Longrope has two sets of frequencies. Which one a batch gets depends on its longest sequence, so
+    up to this length all get the first.
+    """
+    limits = [
+        rope["original_max_position_embeddings"]
+        for rope in rope_settings(config)
+        if rope.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=None)
 
-    @property
-    def head_bias(self) -> Tensor | None:
-        """[V] or None."""
-        return self.network.lm_head.bias
 
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self.head_weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In what it computes."""
-        return self.head_weight.dtype
-
-    @property
-    def family(self) -> Family:
-        """What sets it apart from models of other types."""
-        return family_of(self.config)
-
-    @property
-    def logit_scale(self) -> float:
-        """Factor on the logits."""
-        return self.family.logit_scale(self.config)
-
-    @property
-    def logit_softcap(self) -> float | None:
-        """The c of c * tanh(logits / c), or None."""
-        return self.family.logit_softcap(self.config)
+def rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The position encodings of a model: one, or one for each type of layer."""
+    rope = config.rope_parameters or {}
+    by_layer_type = [rope[name] for name in LAYER_TYPES if rope.get(name)]
+    return by_layer_type or [rope]

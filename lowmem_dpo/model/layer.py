@@ -19,20 +19,23 @@ hidden states that enter the first layer must require a gradient, or no layer's 
 
 All tiles have one shape, the last one padded, so that a token's bits do not depend on its place.
 
-Shapes: B sequences (1 of a pack), N tokens, D hidden, T rows of a tile.
+Shapes: B sequences (1 of a pack), N tokens, D hidden, I intermediate size, T rows of a tile.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from lowmem_dpo.machine.device import cuda_devices
-from lowmem_dpo.model.families import Family, NormNames
-from lowmem_dpo.model.mlp import GatedMlp
+from lowmem_dpo.model.families import Family
+from lowmem_dpo.model.lora import LoraLinear
 
 TILE_ROWS = 2048
 """Most rows of a tile. A tile's weights are dequantised for it: 5 to 10 % of its products' time."""
@@ -65,7 +68,15 @@ class DecoderLayer(nn.Module):
         tile_rows: int = TILE_ROWS,
     ) -> None:
         super().__init__()
-        _check_parts(layer, family)
+        known = {"self_attn", "mlp", *family.attention_norms, *family.mlp_norms}
+        parts = [n for n, child in layer.named_children() if not isinstance(child, nn.Dropout)]
+        parts += [n for n, _ in layer.named_parameters(recurse=False)]
+        if unknown := [name for name in parts if name not in known]:
+            raise ValueError(
+                f"{type(layer).__name__} of this transformers version has {', '.join(unknown)}, "
+                "which this version of lowmem_dpo does not know; install the transformers it was "
+                "tested with"
+            )
         self.attention = AttentionHalf(layer, family, residual_multiplier)
         self.token_wise = TokenWiseHalf(layer, family, residual_multiplier, tile_rows)
         self.inputs_on_host = inputs_on_host
@@ -88,16 +99,18 @@ class AttentionHalf(nn.Module):
 
     def __init__(self, layer: nn.Module, family: Family, residual_multiplier: float) -> None:
         super().__init__()
-        self.norm_before, self.norm_after = _norms(layer, family.attention_norms)
+        before, after = family.attention_norms
+        self.norm_before = layer.get_submodule(before) if before else nn.Identity()
+        self.norm_after = layer.get_submodule(after) if after else nn.Identity()
         self.self_attn = layer.get_submodule("self_attn")
         self.residual_multiplier = residual_multiplier
         self.is_parallel = family.is_parallel
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Give h, and what the token-wise half reads: h, or norm(x) in a parallel layer."""
-        normed = _normed(self.norm_before, x)
-        attended = _normed(self.norm_after, self.self_attn(normed, **kwargs)[0])
-        h = x + _scaled(attended, self.residual_multiplier)
+        normed = self.norm_before(x)
+        added = self.norm_after(self.self_attn(normed, **kwargs)[0])
+        h = x + _scaled(added, self.residual_multiplier)
         return h, normed if self.is_parallel else h
 
 
@@ -108,7 +121,9 @@ class TokenWiseHalf(nn.Module):
         self, layer: nn.Module, family: Family, residual_multiplier: float, tile_rows: int
     ) -> None:
         super().__init__()
-        self.norm_before, self.norm_after = _norms(layer, family.mlp_norms)
+        before, after = family.mlp_norms
+        self.norm_before = layer.get_submodule(before) if before else nn.Identity()
+        self.norm_after = layer.get_submodule(after) if after else nn.Identity()
         self.mlp = GatedMlp(layer.get_submodule("mlp"))
         self.residual_multiplier = residual_multiplier
         self.tile_rows = tile_rows
@@ -116,13 +131,16 @@ class TokenWiseHalf(nn.Module):
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
         """Map h and what the MLP reads (h too, or norm(x)), [B, N, D] each, to y."""
         tiles = self.tiles(x.shape[1])
-        if len(tiles) == 1:
-            return h + self._added(x)
-        y = torch.empty_like(h)
+        y = torch.empty_like(h) if len(tiles) > 1 else None
         for tile in tiles:
+            part = _padded(x[:, tile], tiles[0].stop)
+            added = self.norm_after(self.mlp(self.norm_before(part)))
+            added = _scaled(added, self.residual_multiplier)
+            if y is None:
+                return h + added
             rows = h[:, tile]
-            added = self._added(_padded(x[:, tile], tiles[0].stop))
             y[:, tile] = rows + added[:, : rows.shape[1]]
+        assert y is not None
         return y
 
     def input_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
@@ -137,11 +155,15 @@ class TokenWiseHalf(nn.Module):
         """
         tiles = self.tiles(x.shape[1])
         grad_x = torch.empty_like(x) if len(tiles) > 1 else None
+        # What comes out of the MLP is read by a norm, if at all: the residual wants no gradient.
+        needs_values = not isinstance(self.norm_after, nn.Identity)
         for tile in tiles:
             part = _padded(x[:, tile].detach(), tiles[0].stop).requires_grad_()
             grad = _padded(_scaled(grad_y[:, tile], self.residual_multiplier), tiles[0].stop)
             with torch.enable_grad():
-                edge = get_gradient_edge(self._added_for_gradient(part))
+                out = self.mlp(self.norm_before(part), needs_values=needs_values)
+                edge = get_gradient_edge(self.norm_after(out))
+                del out  # its place in the graph is all that is needed
             torch.autograd.backward(edge, grad)
             assert part.grad is not None
             if grad_x is None:
@@ -157,17 +179,93 @@ class TokenWiseHalf(nn.Module):
         height = -(-num_rows // num_tiles)
         return [slice(i, min(i + height, num_rows)) for i in range(0, num_rows, height or 1)]
 
-    def _added(self, x: Tensor) -> Tensor:
-        """What is added to h, for one tile."""
-        added = _normed(self.norm_after, self.mlp(_normed(self.norm_before, x)))
-        return _scaled(added, self.residual_multiplier)
 
-    def _added_for_gradient(self, x: Tensor) -> Tensor:
-        """As `_added` but for the factor; the values are computed only where a norm reads them."""
-        normed = _normed(self.norm_before, x)
-        if self.norm_after is None:
-            return self.mlp.for_gradient(normed)
-        return self.norm_after(self.mlp(normed))
+class _Activation(NamedTuple):
+    """What is done to the gate: its values, and its gradient written over what comes in."""
+
+    values: Callable[[Tensor], Tensor]
+    write_gradient: Callable[..., Tensor]
+
+
+_SILU = _Activation(F.silu, torch.ops.aten.silu_backward.grad_input)
+_GELU_TANH = _Activation(
+    functools.partial(F.gelu, approximate="tanh"),
+    functools.partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh"),
+)
+_ACTIVATIONS = {"SiLUActivation": _SILU, "SiLU": _SILU, "GELUTanh": _GELU_TANH}
+
+
+class GatedMlp(nn.Module):
+    """The MLP of a decoder layer, which keeps gate and up alone and differentiates in place.
+
+        y = down(act(gate) * up),  act SiLU (SwiGLU) or the tanh approximation of GELU (GeGLU)
+
+    Ordinary operations keep act(gate) too, and their backward pass writes three more tensors of
+    that size before the first is freed: seven are alive, of the intermediate size each. Here
+    act(gate) is computed again and the gradient of the product becomes that of the gate where it
+    lies: four.
+
+    Values and gradients have the bits of the ordinary operations, which do the arithmetic. Any
+    other activation runs by these.
+
+    Args:
+        mlp: That of transformers, whose parts are taken over. Has `down_proj`, and `gate_proj` and
+            `up_proj` or both in one as `gate_up_proj`, all LoraLinear; and its activation, as
+            `act_fn` or `activation_fn`.
+
+    Source: Shazeer (arXiv 2002.05202).
+    """
+
+    gate_up_proj: LoraLinear
+    gate_proj: LoraLinear
+    up_proj: LoraLinear
+    down_proj: LoraLinear
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.in_one = hasattr(mlp, "gate_up_proj")
+        gates = ("gate_up_proj",) if self.in_one else ("gate_proj", "up_proj")
+        for name in (*gates, "down_proj"):
+            self.add_module(name, mlp.get_submodule(name))
+        self.act_fn = mlp.get_submodule("act_fn" if hasattr(mlp, "act_fn") else "activation_fn")
+        self.activation = _ACTIVATIONS.get(type(self.act_fn).__name__)
+
+    def forward(self, x: Tensor, *, needs_values: bool = True) -> Tensor:
+        """Map [..., D] to [..., D].
+
+        Args:
+            x: The input.
+            needs_values: Whether the output is read or only differentiated: see `LoraLinear`.
+        """
+        if self.in_one:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.activation is None:
+            product = self.act_fn(gate) * up
+        else:
+            product = _GatedProduct.apply(gate, up, self.activation)
+        del gate, up  # without a gradient to come, the last product runs without them
+        return self.down_proj(product, needs_values=needs_values)
+
+
+class _GatedProduct(torch.autograd.Function):
+    """act(gate) * up, [..., I]."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: _Activation) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activation.values(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        grad_up = ctx.activation.values(gate).mul_(grad)
+        grad.mul_(up)  # the down projection made it for nobody else
+        ctx.activation.write_gradient(grad, gate, grad_input=grad)
+        return grad, grad_up, None
 
 
 class _LayerFunction(torch.autograd.Function):
@@ -185,7 +283,7 @@ class _LayerFunction(torch.autograd.Function):
         x = ctx.x.to(grad_y.device, non_blocking=True).detach().requires_grad_()
         ctx.x = None
         # What is drawn here is drawn in the order of the first run: attention, then tile by tile.
-        with _repeated(ctx.random_state, grad_y.device):
+        with _repeated(*ctx.random_state) if layer.has_dropout else nullcontext():
             with torch.enable_grad():
                 h, read = layer.attention(x, **ctx.kwargs)
             edges = [get_gradient_edge(t) for t in ((h, read) if read is not h else (h,))]
@@ -195,27 +293,6 @@ class _LayerFunction(torch.autograd.Function):
         grads = [grad_y, grad_read] if len(edges) > 1 else [grad_read.add_(grad_y)]
         torch.autograd.backward(edges, grads)
         return x.grad, None, None
-
-
-def _check_parts(layer: nn.Module, family: Family) -> None:
-    """Refuse a layer with a part that would be left out."""
-    known = {"self_attn", "mlp", *family.attention_norms, *family.mlp_norms}
-    parts = [name for name, child in layer.named_children() if not isinstance(child, nn.Dropout)]
-    parts += [name for name, _ in layer.named_parameters(recurse=False)]
-    if unknown := [name for name in parts if name not in known]:
-        raise ValueError(
-            f"{type(layer).__name__} of this transformers version has {', '.join(unknown)}, which "
-            "this version of lowmem_dpo does not know; install the transformers it was tested with"
-        )
-
-
-def _norms(layer: nn.Module, names: NormNames) -> tuple[nn.Module | None, nn.Module | None]:
-    before, after = (layer.get_submodule(name) if name else None for name in names)
-    return before, after
-
-
-def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:
@@ -235,20 +312,16 @@ def _to_host(x: Tensor) -> Tensor:
     return host.copy_(x.detach(), non_blocking=True)
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """States of the CPU's generator and, on a card, of the card's."""
-    on_card = device.type == "cuda"
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_card else None
+def _random_state(device: torch.device) -> tuple[torch.device, Tensor, Tensor | None]:
+    """A device, and the states of the CPU's generator and, on a card, of the card's."""
+    on_card = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return device, torch.get_rng_state(), on_card
 
 
 @contextmanager
-def _repeated(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
-    """Inside, the generators repeat what followed `state`; afterwards they go on."""
-    if state is None:
-        yield
-        return
+def _repeated(device: torch.device, on_cpu: Tensor, on_card: Tensor | None) -> Iterator[None]:
+    """Inside, the generators repeat what followed a state; afterwards they go on."""
     with torch.random.fork_rng(cuda_devices(device)):
-        on_cpu, on_card = state
         torch.set_rng_state(on_cpu)
         if on_card is not None:
             torch.cuda.set_rng_state(on_card, device)

@@ -36,8 +36,8 @@ class AdapterSpec:
     Attributes:
         rank: R.
         alpha: The adapter's output is scaled by alpha / R, rank-stabilised by alpha / sqrt(R).
-        dropout: Probability that an element of the adapters' input is dropped in training.
-        targets: all, or names of layers as `add_lora` takes them.
+        dropout: Probability in [0, 1) that an element of the adapter's input is dropped.
+        targets: all, or names: the last part of a layer's path (q_proj), or more of it.
         rank_stabilised: Which scaling.
     """
 
@@ -58,6 +58,7 @@ class LoraLinear(nn.Module):
         bias: [out], frozen, or None.
 
     Attributes:
+        rank: R; 0 without an adapter.
         lora_a: [R, in] fp32, or None without an adapter.
         lora_b: [out, R] fp32, or None without an adapter.
         scaling: Factor on the adapter's output.
@@ -81,15 +82,11 @@ class LoraLinear(nn.Module):
         self.bias = bias
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
+        self.rank = 0
         self.scaling = 1.0
         self.dropout = 0.0
         self.dropout_live = False
         self.enabled = True
-
-    @property
-    def rank(self) -> int:
-        """Rank of the adapter; 0 without one."""
-        return 0 if self.lora_a is None else self.lora_a.shape[0]
 
     def add_adapter(self, rank: int, *, scaling: float, dropout: float, seed: int) -> None:
         """Give the layer a new adapter whose output is zero.
@@ -109,8 +106,7 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
         self.lora_a = nn.Parameter(lora_a.to(device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
-        self.scaling = scaling
-        self.dropout = dropout
+        self.rank, self.scaling, self.dropout = rank, scaling, dropout
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The base weight [out, in] in `dtype`; a new tensor if it has to be."""
@@ -118,23 +114,19 @@ class LoraLinear(nn.Module):
             return self.weight.dequantize(dtype)
         return self.weight.detach().to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in] to [..., out] in x's dtype."""
-        return self._run(x, has_values=True)
+    def forward(self, x: Tensor, *, needs_values: bool = True) -> Tensor:
+        """Map [..., in] to [..., out] in x's dtype.
 
-    def for_gradient(self, x: Tensor) -> Tensor:
-        """`forward` for its gradients alone, where nobody reads its values.
-
-        Gradients need no product with the weight in the forward pass, so it is left out. The values
-        are NaN, in the memory of one number: whoever does read them will notice.
+        Args:
+            x: The input.
+            needs_values: Whether anybody reads the output, or wants its gradients alone. Those need
+                no product with the weight in the forward pass, so it is left out; the values are
+                NaN then, in the memory of one number: whoever does read them will notice.
         """
-        return self._run(x, has_values=False)
-
-    def _run(self, x: Tensor, *, has_values: bool) -> Tensor:
         if not self.enabled or self.lora_a is None:
-            return _LoraLinearFunction.apply(x, None, None, self, 0.0, has_values)
+            return _LoraLinearFunction.apply(x, None, None, self, 0.0, needs_values)
         drop = self.dropout if self.dropout_live else 0.0
-        return _LoraLinearFunction.apply(x, self.lora_a, self.lora_b, self, drop, has_values)
+        return _LoraLinearFunction.apply(x, self.lora_a, self.lora_b, self, drop, needs_values)
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
@@ -152,20 +144,26 @@ class _LoraLinearFunction(torch.autograd.Function):
         lora_b: Tensor | None,
         layer: LoraLinear,
         drop: float,
-        has_values: bool,
+        needs_values: bool,
     ) -> Tensor:
         y_shape = (*x.shape[:-1], layer.out_features)
-        y = _base_output(x, layer) if has_values else x.new_full((), torch.nan).expand(y_shape)
+        rows = x.reshape(-1, layer.in_features)
+        if needs_values:
+            bias = None if layer.bias is None else layer.bias.to(x.dtype)
+            y = F.linear(rows, layer.dense_weight(x.dtype), bias)
+        else:
+            y = x.new_full((), torch.nan).expand(y_shape)
         ctx.layer, ctx.x_shape, ctx.dtype = layer, x.shape, x.dtype
         if lora_a is None or lora_b is None:
             ctx.save_for_backward(None, None, None, None, None)
             return y.view(y_shape)
-        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - drop) if drop else None
+        # Dropped elements are at zero; the scaling holds the factor 1 / (1 - p).
+        keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - drop) if drop else None
         ctx.scaling = layer.scaling / (1 - drop)
-        low = _dropped(x, keep) @ lora_a.to(x.dtype).T  # [N, R]
+        low = (rows if keep is None else rows * keep) @ lora_a.to(x.dtype).T  # [N, R]
         trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(x if trains else None, keep, low if trains else None, lora_a, lora_b)
-        if not has_values:
+        if not needs_values:
             return y
         return y.addmm_(low, lora_b.to(x.dtype).T, alpha=ctx.scaling).view(y_shape)
 
@@ -180,27 +178,17 @@ class _LoraLinearFunction(torch.autograd.Function):
         if lora_a is not None:
             grad_low = (grad_y @ lora_b.to(ctx.dtype)).mul_(ctx.scaling)  # [N, R]
             if ctx.needs_input_grad[1]:
-                grad_a = (grad_low.T @ _dropped(x, keep)).to(lora_a.dtype)
+                rows = x.reshape(-1, x.shape[-1])
+                grad_a = (grad_low.T @ (rows if keep is None else rows * keep)).to(lora_a.dtype)
             if ctx.needs_input_grad[2]:
                 grad_b = (grad_y.T @ low).to(lora_b.dtype).mul_(ctx.scaling)
             if grad_x is not None and keep is None:
                 grad_x.addmm_(grad_low, lora_a.to(ctx.dtype))
             elif grad_x is not None:
-                grad_x += (grad_low @ lora_a.to(ctx.dtype)) * keep.view(grad_x.shape)
+                grad_x += (grad_low @ lora_a.to(ctx.dtype)) * keep
         if grad_x is not None:
             grad_x = grad_x.view(ctx.x_shape)
         return grad_x, grad_a, grad_b, None, None, None
-
-
-def _base_output(x: Tensor, layer: LoraLinear) -> Tensor:
-    """[N, out], without the adapter's part."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return F.linear(x.reshape(-1, x.shape[-1]), layer.dense_weight(x.dtype), bias)
-
-
-def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:
-    """The input as [N, in], dropped elements at zero; the scaling holds the factor 1 / (1 - p)."""
-    return (x if keep is None else x * keep).reshape(-1, x.shape[-1])
 
 
 def wrap_linears(layers: nn.Module, prefix: str) -> None:
@@ -217,25 +205,12 @@ def wrap_linears(layers: nn.Module, prefix: str) -> None:
                 setattr(module, child_name, linear.requires_grad_(False))
 
 
-def add_lora(
-    model: nn.Module,
-    *,
-    targets: str | Sequence[str],
-    rank: int,
-    alpha: float,
-    dropout: float,
-    rank_stabilised: bool,
-    seed: int,
-) -> list[str]:
+def add_lora(model: nn.Module, adapter: AdapterSpec, seed: int) -> list[str]:
     """Give the targeted linears of the decoder layers a new adapter each, in place.
 
     Args:
         model: A model whose linears are LoraLinear.
-        targets: all, or names: the last part of a layer's path (q_proj), or more of it.
-        rank: R.
-        alpha: The adapter's output is scaled by alpha / R, rank-stabilised by alpha / sqrt(R).
-        dropout: Probability in [0, 1) on the adapters' input.
-        rank_stabilised: Which scaling.
+        adapter: Of which kind.
         seed: Decides the A matrices, each by itself; torch's own generator plays no part.
 
     Returns:
@@ -245,11 +220,12 @@ def add_lora(
         ValueError: If a target names no layer.
     """
     layers = linear_layers(model)
+    targets, rank = adapter.targets, adapter.rank
     names = list(layers) if targets == "all" else match_targets(layers, targets)
+    scaling = adapter.alpha / (math.sqrt(rank) if adapter.rank_stabilised else rank)
     for name in names:
         assert layers[name].rank == 0, f"{name} has an adapter already"
-        scaling = alpha / (math.sqrt(rank) if rank_stabilised else rank)
-        layers[name].add_adapter(rank, scaling=scaling, dropout=dropout, seed=seed)
+        layers[name].add_adapter(rank, scaling=scaling, dropout=adapter.dropout, seed=seed)
     return names
 
 
@@ -284,10 +260,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What is trained: `<layer>.lora_a` and `<layer>.lora_b`, in module order."""
     parameters: dict[str, nn.Parameter] = {}
-    for name, layer in lora_layers(model).items():
-        assert layer.lora_a is not None and layer.lora_b is not None
-        parameters[f"{name}.lora_a"] = layer.lora_a
-        parameters[f"{name}.lora_b"] = layer.lora_b
+    for name, layer in linear_layers(model).items():
+        if layer.lora_a is not None and layer.lora_b is not None:
+            parameters |= {f"{name}.lora_a": layer.lora_a, f"{name}.lora_b": layer.lora_b}
     return parameters
 
 

@@ -9,15 +9,15 @@ distribution. The absmax are quantised themselves: their mean (offset) is taken 
     scale[j]  = code[absmax[j]] * absmax2[j // 256] + offset
 
 The first number of a pair is in the high half of its byte. Levels, rounding and layout are those of
-bitsandbytes, whose functions do the arithmetic; on CUDA with Triton, `lowmem_dpo_kernels.nf4`
-undoes both levels in one kernel, to the same bits. Checkpoints may leave the second level out: then
-absmax are the scales, in fp32, and it is 4.5 bits a number.
+bitsandbytes, whose functions do the arithmetic; importing them takes seconds, so that waits until
+they are needed. On CUDA with Triton, `lowmem_dpo_kernels.nf4` undoes both levels in one kernel, to
+the same bits. Checkpoints may leave the second level out: then absmax are the scales, in fp32, and
+it is 4.5 bits a number.
 
 Source: Dettmers et al., QLoRA (arXiv 2305.14314), sections 3 and 4.
 """
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,9 @@ class Nf4Weight(nn.Module):
         offset: [] fp32, or None.
         shape: (out, in).
         code: [256] fp32, what absmax's codes stand for; None for bitsandbytes' present table.
+
+    Attributes:
+        nbytes: Bytes that the weight takes.
     """
 
     packed: Tensor
@@ -72,30 +75,20 @@ class Nf4Weight(nn.Module):
         self.register_buffer("offset", offset)
         self.register_buffer("code", code)
         self.shape = shape
-
-    @property
-    def is_double(self) -> bool:
-        """Whether the blocks' absmax are quantised themselves."""
-        return self.absmax2 is not None
+        self.nbytes = sum(buffer.nbytes for buffer in self.buffers())
 
     @torch.no_grad()
     def scales(self) -> Tensor:
         """[ceil(out * in / 64)] fp32, a factor a block."""
-        self._check_scales()
+        from bitsandbytes import functional
+
         if self.absmax2 is None or self.offset is None:
             return self.absmax
-        scale = _bitsandbytes().dequantize_blockwise(
-            self.absmax, absmax=self.absmax2, code=self._table(), blocksize=BLOCK2
+        code = dynamic_code(self.packed.device) if self.code is None else self.code
+        scale = functional.dequantize_blockwise(
+            self.absmax, absmax=self.absmax2, code=code, blocksize=BLOCK2
         )
         return scale.add_(self.offset)
-
-    def _check_scales(self) -> None:
-        exact = self.absmax if self.absmax2 is None else self.absmax2
-        assert exact.dtype == torch.float32, "a cast of the model reached the scales of NF4"
-
-    def _table(self) -> Tensor:
-        """What the second level's codes stand for: [256] fp32."""
-        return dynamic_code(self.packed.device) if self.code is None else self.code
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -107,33 +100,32 @@ class Nf4Weight(nn.Module):
         Returns:
             [out, in], on the weight's device.
         """
-        if self.shape[0] * self.shape[1] % 8 == 0 and _has_kernel(self.packed.device, dtype):
+        exact = self.absmax if self.absmax2 is None else self.absmax2
+        assert exact.dtype == torch.float32, "a cast of the model reached the scales of NF4"
+        numel = self.shape[0] * self.shape[1]
+        if numel % 8 == 0 and _has_kernel(self.packed.device, dtype):
             return self._dequantize_by_kernel(dtype)
         return self._dequantize_by_bitsandbytes(dtype)
 
     def _dequantize_by_kernel(self, dtype: torch.dtype) -> Tensor:
         from lowmem_dpo_kernels import nf4  # imports triton
 
-        self._check_scales()
         out = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
+        code = dynamic_code(out.device) if self.code is None else self.code
         state = self.packed, self.absmax, self.absmax2, self.offset
-        return nf4.nf4_dequantize(*state, self._table(), _levels(out.device), out)
+        return nf4.nf4_dequantize(*state, code, _levels(out.device), out)
 
     def _dequantize_by_bitsandbytes(self, dtype: torch.dtype) -> Tensor:
+        import bitsandbytes  # noqa: F401  registers the operation
+
         numel = self.shape[0] * self.shape[1]
         # One block a row: bitsandbytes' CPU kernel misplaces the scales where blocks straddle rows.
         rows = (numel // BLOCK, BLOCK) if numel % BLOCK == 0 else (1, numel)
         kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
-        _bitsandbytes()  # registers the operation
         dense = torch.ops.bitsandbytes.dequantize_4bit(
             self.packed.view(-1, 1), self.scales(), BLOCK, "nf4", rows, kernel_dtype
         )
         return dense.view(self.shape).to(dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the weight takes."""
-        return sum(buffer.nbytes for buffer in self.buffers())
 
     def extra_repr(self) -> str:
         """Shape for `print(model)`."""
@@ -154,6 +146,8 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
     Raises:
         ValueError: If the weight is not a matrix, has an odd number of elements, or is not finite.
     """
+    from bitsandbytes import functional
+
     if weight.ndim != 2 or weight.numel() % 2 or not weight.numel():
         raise ValueError(
             "NF4 needs a matrix with an even number of elements, "
@@ -163,31 +157,23 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
     packed = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32, device=weight.device)
     finite = torch.ones((), dtype=torch.bool, device=weight.device)
-    bnb = _bitsandbytes()
     step = _CHUNK if weight.device.type == "cpu" else 4 * _CHUNK
     for start in range(0, flat.numel(), step):
         chunk = flat[start : start + step]
         if chunk.dtype == torch.float64:
             chunk = chunk.float()
         finite &= chunk.isfinite().all()  # a maximum may pass over NaN
-        codes, state = bnb.quantize_4bit(chunk, blocksize=BLOCK, quant_type="nf4")
+        codes, state = functional.quantize_4bit(chunk, blocksize=BLOCK, quant_type="nf4")
         packed[start // 2 : start // 2 + codes.numel()] = codes.view(-1)
         absmax[start // BLOCK : start // BLOCK + state.absmax.numel()] = state.absmax
     if not finite:
         raise ValueError("the weight holds NaN or infinite numbers; the checkpoint is damaged")
     # Summed in float64, the order of the sum (threads, device) is lost in the rounding to fp32.
     offset = absmax.double().mean().float()
-    absmax_codes, state = bnb.quantize_blockwise(
+    absmax_codes, state = functional.quantize_blockwise(
         absmax - offset, code=dynamic_code(weight.device), blocksize=BLOCK2
     )
     return Nf4Weight(packed, absmax_codes, state.absmax, offset, (weight.shape[0], weight.shape[1]))
-
-
-def _bitsandbytes() -> Any:
-    """Its functions, imported when they are needed: that takes seconds."""
-    from bitsandbytes import functional
-
-    return functional
 
 
 @functools.cache
@@ -214,17 +200,21 @@ def _try_kernel(device: torch.device, dtype: torch.dtype) -> None:
     for weight in (double, single):
         by_kernel = weight._dequantize_by_kernel(dtype)
         if not torch.equal(by_kernel, weight._dequantize_by_bitsandbytes(dtype)):
-            levels = "two levels" if weight.is_double else "one level"
+            levels = "two levels" if weight.absmax2 is not None else "one level"
             raise ValueError(f"other numbers than bitsandbytes' from scales of {levels}")
 
 
 @functools.cache
 def _levels(device: torch.device) -> Tensor:
     """The 16 levels: [16] fp32."""
-    return _bitsandbytes().get_4bit_type("nf4", device=str(device))
+    from bitsandbytes import functional
+
+    return functional.get_4bit_type("nf4", device=str(device))
 
 
 @functools.cache
 def dynamic_code(device: torch.device) -> Tensor:
     """The 256 values of the second level's codes, signed and finest near zero: [256] fp32."""
-    return _bitsandbytes().create_dynamic_map().to(device)
+    from bitsandbytes import functional
+
+    return functional.create_dynamic_map().to(device)

@@ -15,12 +15,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowmem_dpo.machine.trial import check_error, passes_trial
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.plain_head import WIDTH, plain_gradients, plain_logps
-from lowmem_dpo.model.scoring import head_logps, score, score_plain
+from lowmem_dpo.model.scoring import (
+    WIDTH,
+    head_logps,
+    plain_gradients,
+    plain_logps,
+    score,
+    score_plain,
+)
 from lowmem_dpo.packs.packing import Pack
 from lowmem_dpo_kernels.token_logps import token_logps_path
 
@@ -38,19 +44,13 @@ def logp_tolerance(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def check_packing(
-    model: LanguageModel,
-    pack: Pack,
-    sequences: Sequence[tuple[int, ...]],
-    dtype: torch.dtype,
-) -> float:
+def check_packing(model: LanguageModel, pack: Pack, sequences: Sequence[tuple[int, ...]]) -> float:
     """Compare one packed micro-batch with the same sequences one by one.
 
     Args:
         model: The model.
         pack: Trees with both branches.
         sequences: Token ids: chosen and rejected of each tree in the pack, in pack order.
-        dtype: What the model computes in.
 
     Returns:
         The rms difference per token, in nats.
@@ -72,18 +72,23 @@ def check_packing(
         )
     differences = []
     for i, (start, trunk, chosen, rejected) in enumerate(pack.layout):
-        for sequence, branch in enumerate(((trunk, chosen), (trunk + chosen, rejected))):
-            plain = score_plain(model, sequences[2 * i + sequence]).cpu()
-            inside = _inside(pack.rows, start, trunk, branch)
+        for ids, offset, length in (
+            (sequences[2 * i], trunk, chosen),
+            (sequences[2 * i + 1], trunk + chosen, rejected),
+        ):
+            plain = score_plain(model, ids).cpu()
+            place = pack.rows - start  # in the tree: the trunk begins it, the branch comes later
+            inside = (place >= 0) & (place < trunk)
+            inside |= (place >= offset) & (place < offset + length)
             positions = pack.position_ids[pack.rows[inside]]
-            right = pack.targets[inside] == torch.tensor(sequences[2 * i + sequence])[positions + 1]
+            right = pack.targets[inside] == torch.tensor(ids)[positions + 1]
             differences.append((packed[inside] - plain[positions])[right])
     difference = torch.cat(differences).double().pow(2).mean().sqrt().item()
-    tolerance = logp_tolerance(dtype)
+    tolerance = logp_tolerance(model.dtype)
     if math.isnan(difference):
         raise ValueError(
             "self-check failed: the model's log-probs are not numbers; its weights or the adapter "
-            f"hold NaN, or overflow in {str(dtype).removeprefix('torch.')}"
+            f"hold NaN, or overflow in {str(model.dtype).removeprefix('torch.')}"
         )
     if not difference <= tolerance:
         raise ValueError(
@@ -114,7 +119,12 @@ def check_head_kernels(model: LanguageModel) -> None:
     """
     weight, vocabulary = model.head_weight, model.head_weight.shape[0]
     targets = torch.linspace(0, vocabulary - 1, NUM_HEAD_ROWS).long().to(weight.device)
-    directions = _head_rows(model, targets.roll(1)).float()
+    tokens, start = targets.roll(1), 0
+    directions = torch.empty(NUM_HEAD_ROWS, weight.shape[1], device=weight.device)
+    for part in weight.split(WIDTH):
+        inside = (tokens >= start) & (tokens < start + len(part))
+        directions[inside] = part[tokens[inside] - start].float()
+        start += len(part)
     squares = directions.square().sum(1, keepdim=True)
     length = (math.log(vocabulary) + 1.0) / model.logit_scale  # of the largest logit
     hidden = directions * (length / squares.maximum(squares.mean()))
@@ -123,22 +133,10 @@ def check_head_kernels(model: LanguageModel) -> None:
         logps = head_logps(model, hidden, torch.arange(len(hidden), device=hidden.device), targets)
         (gradients,) = torch.autograd.grad(logps.sum(), hidden)
     hidden = hidden.detach()
-    wanted = plain_logps(model, hidden, targets)
+    wanted, log_sums = plain_logps(model, hidden, targets)
     check_error(logps.detach(), wanted, HEAD_LOGPS_TOLERANCE, "log-probs")
-    wanted = plain_gradients(model, hidden, targets)
+    wanted = plain_gradients(model, hidden, targets, log_sums)
     check_error(gradients.to(wanted.dtype), wanted, HEAD_GRADIENTS_TOLERANCE, "gradients")
-
-
-@torch.no_grad()
-def _head_rows(model: LanguageModel, tokens: Tensor) -> Tensor:
-    """[T, D] of the head, whatever its form."""
-    weight, start = model.head_weight, 0
-    rows = torch.empty(len(tokens), weight.shape[1], dtype=weight.dtype, device=tokens.device)
-    for part in weight.split(WIDTH):
-        inside = (tokens >= start) & (tokens < start + len(part))
-        rows[inside] = part[tokens[inside] - start]
-        start += len(part)
-    return rows
 
 
 def head_that_passed_its_trial(model: LanguageModel) -> LanguageModel:
@@ -153,10 +151,3 @@ def head_that_passed_its_trial(model: LanguageModel) -> LanguageModel:
     if path == "torch" or passes_trial(trial, kernels, device, "the torch path"):
         return model
     return replace(model, head_implementation="torch")
-
-
-def _inside(rows: Tensor, start: int, trunk: int, branch: tuple[int, int]) -> Tensor:
-    """Which rows lie in a tree's trunk or in its branch (offset, length)."""
-    offset, length = branch
-    in_trunk = (rows >= start) & (rows < start + trunk)
-    return in_trunk | ((rows >= start + offset) & (rows < start + offset + length))

@@ -43,11 +43,12 @@ def prepare_model(
         ValueError: If a target names no layer, the head cannot be quantised, or a layer has a part
             that is not known.
     """
-    model = quantize_head(model, head_quantization)
+    if head_quantization == "int8":
+        model = quantize_head(model)
     if head_on_host:
-        model = head_to_host(model, model.device)
+        model = head_to_host(model)
     if adapter is not None:
-        add_lora(model.network, **vars(adapter), seed=seed)
+        add_lora(model.network, adapter, seed)
     model = head_that_passed_its_trial(replace(model, head_implementation=head_kernel))
     replace_norms(model.backbone, model.family)
     has_dropout = adapter is not None and adapter.dropout > 0

@@ -27,7 +27,7 @@ from lowmem_dpo.console import say, warn
 from lowmem_dpo.machine.device import resolve_device, resolve_dtype
 from lowmem_dpo.memory.limits import limit_memory
 from lowmem_dpo.model.attention import attention_path
-from lowmem_dpo.model.head import check_head
+from lowmem_dpo.model.head import check_tied_head
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.layer import TILE_ROWS
 from lowmem_dpo.model.lora import AdapterSpec, linear_layers, lora_layers, match_targets
@@ -127,7 +127,8 @@ def read_source(
     comes_quantised = bool(getattr(config, "quantization_config", None))
     if comes_quantised:
         check_kept_quantised(base, settings.quantization)
-    check_head(config.tie_word_embeddings, settings.head_quantization, memory.head_weight)
+    if config.tie_word_embeddings:
+        check_tied_head(settings.head_quantization, memory.head_weight)
     if not Path(base).is_dir():
         copies = settings.quantization == "nf4" and settings.quantized_copy and not comes_quantised
         copy_bytes = ModelSize.of(config).nf4_bytes if copies else 0

@@ -239,7 +239,7 @@ def self_check(policy: Policy, trees: Sequence[Tree]) -> float:
     pack = pack_trees(two, round_up_tokens(sum(tree.num_tokens for tree in two)))[0]
     sequences = [ids for t in pack.trees for ids in (t.trunk + t.chosen, t.trunk + t.rejected)]
     try:
-        difference = check_packing(policy.model, pack, sequences, policy.model.dtype)
+        difference = check_packing(policy.model, pack, sequences)
     except ValueError as error:
         raise RunStopped(str(error)) from None
     say(f"self-check: packed trees equal plain sequences within {difference:.1e} nat per token")

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from lowmem_dpo.data.hub_errors import one_line
 from lowmem_dpo.model.families import FAMILIES
-from lowmem_dpo.model.positions import LAYER_TYPES, rope_limit, rope_settings
+from lowmem_dpo.model.language_model import LAYER_TYPES, rope_limit, rope_settings
 from lowmem_dpo.weights.bitsandbytes_files import check_quantization_config
 from lowmem_dpo.weights.hub import download_config, download_model, download_small_files
 

@@ -124,7 +124,7 @@ def load_model(
         _say_as_stored(source, network, quantized_copy)
     if ends := answer_ends(folder):
         network.generation_config.eos_token_id = ends
-    return LanguageModel(network.eval(), identity, storage_rows(network))
+    return LanguageModel.of(network.eval(), identity, storage_rows(network))
 
 
 def _read_copied(

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlamaConfig
+from transformers.masking_utils import create_causal_mask
 
 from lowmem_dpo.model import attention
 from lowmem_dpo.model.attention import attention_path, segment_attention, tree_attention
@@ -128,6 +129,19 @@ def test_tree_attention_refuses_to_run_without_a_layout():
         tree_attention(torch.nn.Module(), x, x, x, None, scaling=1.0)
 
 
+def test_transformers_builds_no_mask_for_tree_attention():
+    embeddings = torch.zeros(1, 6, 64)
+    masks = []
+    for implementation in ("lowmem_dpo_tree", "eager"):
+        config = LlamaConfig(hidden_size=64, attn_implementation=implementation)
+        masks.append(
+            create_causal_mask(
+                config=config, inputs_embeds=embeddings, attention_mask=None, past_key_values=None
+            )
+        )
+    assert masks[0] is None and masks[1] is not None
+
+
 def test_attention_path_names_the_kernel_and_its_tiles_where_it_runs(monkeypatch):
     asked = []
 
@@ -196,6 +210,7 @@ def test_a_full_card_does_not_change_the_path(trial):
     assert trial(segment_attention) == "triton"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 def test_models_with_the_kernels_equal_the_portable_path_in_the_interpreter():
     assert_passes_in_the_interpreter(Path(__file__).with_name("interpreted_attention.py"))

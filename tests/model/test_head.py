@@ -6,7 +6,7 @@ from lowmem_dpo.model import head as head_module
 from lowmem_dpo.model.head import (
     HostHead,
     Int8Head,
-    check_head,
+    check_tied_head,
     head_to_host,
     quantize_head,
 )
@@ -107,10 +107,9 @@ def test_a_quantised_head_refuses_a_damaged_weight():
 
 def test_quantize_head_tells_storage_and_identity(loaded):
     weight = loaded.network.lm_head.weight
-    assert quantize_head(loaded, "none") is loaded
-    int8 = quantize_head(loaded, "int8")
+    int8 = quantize_head(loaded)
     head = int8.head_weight
-    assert isinstance(head, Int8Head)
+    assert isinstance(head, Int8Head) and head is int8.network.lm_head
     (line,) = [row for row in int8.storage if row.kind == "head"]
     assert (line.count, line.format) == (1, "int8, a scale a row")
     assert line.nbytes == weight.numel() + 4 * len(weight)
@@ -119,7 +118,8 @@ def test_quantize_head_tells_storage_and_identity(loaded):
 
 def test_head_to_host_changes_no_number_and_no_identity(loaded):
     weight = loaded.network.lm_head.weight
-    moved = head_to_host(loaded, torch.device("cpu"))
+    moved = head_to_host(loaded)
+    assert moved.head_weight is moved.network.lm_head
     assert moved.identity == loaded.identity
     assert torch.equal(next(moved.head_weight.split(4096)), weight)
     (line,) = [row for row in moved.storage if row.kind == "head"]
@@ -130,11 +130,10 @@ def test_head_to_host_changes_no_number_and_no_identity(loaded):
     "quantization, place, setting",
     [("int8", "device", "head_quantization"), ("none", "host", "head_weight")],
 )
-def test_check_head_refuses_a_head_that_is_the_embedding(quantization, place, setting):
+def test_check_tied_head_refuses_what_the_embedding_cannot_be(quantization, place, setting):
     with pytest.raises(ValueError, match=rf"^{setting} .* leave {setting} out$"):
-        check_head(True, quantization, place)
-    check_head(False, quantization, place)
-    check_head(True, "none", "device")
+        check_tied_head(quantization, place)
+    check_tied_head("none", "device")
 
 
 @pytest.mark.gpu

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem_dpo.model.families import family_of
+from lowmem_dpo.model.families import FAMILIES as RECORDS
 from lowmem_dpo.model.layer import DecoderLayer
 from lowmem_dpo.model.lora import (
+    AdapterSpec,
     LoraLinear,
     add_lora,
     dropout_live,
@@ -28,18 +29,18 @@ def adapted_model(family="llama", *, dropout=0.0, own_norms=False, **changes):
         if "norm" in name:
             parameter.add_(0.2 * torch.randn_like(parameter))
     wrap_linears(model.model.layers, "model.layers")
-    add_lora(model, targets="all", rank=3, alpha=6, dropout=dropout, rank_stabilised=False, seed=0)
+    add_lora(model, AdapterSpec(3, 6.0, dropout, "all", rank_stabilised=False), seed=0)
     for name, parameter in lora_parameters(model).items():
         if name.endswith("lora_b"):
             nn.init.normal_(parameter, std=0.1)
     if own_norms:
-        replace_norms(model.model, family_of(model.config))
+        replace_norms(model.model, RECORDS[model.config.model_type])
     return model
 
 
 def with_halves(model, *, tile_rows=64, has_dropout=False, on_host=False):
     """The same model with its layers replaced."""
-    family = family_of(model.config)
+    family = RECORDS[model.config.model_type]
     for i, layer in enumerate(model.model.layers):
         model.model.layers[i] = DecoderLayer(
             layer,

@@ -1,6 +1,7 @@
 import gc
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowmem_dpo.model.lora import (
+    AdapterSpec,
     LoraLinear,
     adapters_disabled,
     add_lora,
@@ -20,7 +22,7 @@ from lowmem_dpo.model.lora import (
 from lowmem_dpo.model.nf4 import quantize_nf4
 
 NUM_TOKENS, IN, OUT, RANK = 5, 32, 24, 3
-ADD = {"targets": "all", "rank": RANK, "alpha": 6.0, "dropout": 0.0, "rank_stabilised": False}
+ADAPTER = AdapterSpec(RANK, alpha=6.0, dropout=0.0, targets="all", rank_stabilised=False)
 
 
 def make_layer(
@@ -244,7 +246,7 @@ def test_add_lora_starts_as_peft_does_and_changes_nothing():
     tower = Tower()
     x = torch.randn(NUM_TOKENS, 8)
     before = tower(x)
-    names = add_lora(tower, **ADD, seed=3)
+    names = add_lora(tower, ADAPTER, seed=3)
     assert names == [
         "model.layers.0.q_proj",
         "model.layers.0.up_proj",
@@ -262,13 +264,13 @@ def test_add_lora_starts_as_peft_does_and_changes_nothing():
 
 def test_add_lora_draws_a_by_seed_and_name_alone():
     towers = [Tower() for _ in range(4)]
-    add_lora(towers[0], **ADD, seed=3)
+    add_lora(towers[0], ADAPTER, seed=3)
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    add_lora(towers[1], **ADD, seed=3)
+    add_lora(towers[1], ADAPTER, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
-    add_lora(towers[2], **{**ADD, "targets": ["up_proj"]}, seed=3)
-    add_lora(towers[3], **ADD, seed=4)
+    add_lora(towers[2], replace(ADAPTER, targets=["up_proj"]), seed=3)
+    add_lora(towers[3], ADAPTER, seed=4)
     layers = [lora_layers(tower) for tower in towers]
     for name, layer in layers[0].items():
         assert torch.equal(layer.lora_a, layers[1][name].lora_a)
@@ -281,13 +283,15 @@ def test_add_lora_draws_a_by_seed_and_name_alone():
 
 def test_add_lora_scales_rank_stabilised_by_the_square_root():
     tower = Tower()
-    add_lora(tower, **{**ADD, "rank": 4, "rank_stabilised": True}, seed=3)
+    add_lora(tower, replace(ADAPTER, rank=4, rank_stabilised=True), seed=3)
     assert {layer.scaling for layer in lora_layers(tower).values()} == {3.0}
 
 
 def test_add_lora_takes_parts_of_names():
     tower = Tower()
-    assert add_lora(tower, **{**ADD, "targets": ["1.q_proj"]}, seed=3) == ["model.layers.1.q_proj"]
+    assert add_lora(tower, replace(ADAPTER, targets=["1.q_proj"]), seed=3) == [
+        "model.layers.1.q_proj"
+    ]
     assert list(lora_layers(tower)) == ["model.layers.1.q_proj"]
     assert len(linear_layers(tower)) == 4
 
@@ -297,7 +301,7 @@ def test_add_lora_refuses_unknown_targets_and_names_the_known(targets):
     with pytest.raises(
         ValueError, match=r"no linear layer .*; use all, or some of q_proj, up_proj$"
     ):
-        add_lora(Tower(), **{**ADD, "targets": targets}, seed=3)
+        add_lora(Tower(), replace(ADAPTER, targets=targets), seed=3)
 
 
 def test_names_are_canonical_under_wrappers():
@@ -308,7 +312,7 @@ def test_names_are_canonical_under_wrappers():
 
     tower = Tower()
     tower.layers[0] = Wrapper(tower.layers[0])
-    add_lora(tower, **{**ADD, "targets": ["q_proj"]}, seed=3)
+    add_lora(tower, replace(ADAPTER, targets=["q_proj"]), seed=3)
     assert list(lora_parameters(tower)) == [
         "model.layers.0.q_proj.lora_a",
         "model.layers.0.q_proj.lora_b",
@@ -319,7 +323,7 @@ def test_names_are_canonical_under_wrappers():
 
 def test_lora_parameters_are_all_that_needs_a_gradient():
     tower = Tower()
-    add_lora(tower, **ADD, seed=3)
+    add_lora(tower, ADAPTER, seed=3)
     trainable = {id(p) for p in tower.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in lora_parameters(tower).values()}
 
@@ -328,7 +332,7 @@ def test_adapters_disabled_gives_the_base_and_comes_back():
     tower = Tower()
     x = torch.randn(NUM_TOKENS, 8)
     before = tower(x)
-    add_lora(tower, **ADD, seed=3)
+    add_lora(tower, ADAPTER, seed=3)
     for layer in lora_layers(tower).values():
         nn.init.normal_(layer.lora_b)
     after = tower(x)
@@ -339,12 +343,12 @@ def test_adapters_disabled_gives_the_base_and_comes_back():
 
 
 @pytest.mark.parametrize("rank", [0, RANK])
-def test_for_gradient_leaves_the_output_out_and_has_the_gradients_of_forward(rank):
+def test_without_values_the_output_is_left_out_and_the_gradients_are_those_of_forward(rank):
     results = []
     for left_out in (False, True):
         layer = make_layer("nf4", rank=rank)
         x = torch.randn(NUM_TOKENS, IN, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        y = (layer.for_gradient if left_out else layer)(x)
+        y = layer(x, needs_values=not left_out)
         assert y.isnan().all() == left_out and y.shape == (NUM_TOKENS, OUT)
         assert y.untyped_storage().nbytes() == (4 if left_out else 4 * y.numel())
         y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
@@ -353,20 +357,20 @@ def test_for_gradient_leaves_the_output_out_and_has_the_gradients_of_forward(ran
         assert torch.equal(got, want)
 
 
-def test_for_gradient_computes_no_product_with_the_weight_before_the_backward_pass():
+def test_without_values_there_is_no_product_with_the_weight_before_the_backward_pass():
     layer = make_layer("nf4")
     layer.weight.dequantize = lambda dtype: pytest.fail("the weight was made dense")
-    layer.for_gradient(torch.randn(NUM_TOKENS, IN, requires_grad=True))
+    layer(torch.randn(NUM_TOKENS, IN, requires_grad=True), needs_values=False)
 
 
-def test_for_gradient_draws_the_dropout_of_forward():
+def test_without_values_the_dropout_of_forward_is_drawn():
     results = []
     for left_out in (False, True):
         layer = make_layer(dropout=0.5)
         x = torch.ones(NUM_TOKENS, IN, requires_grad=True)
         torch.manual_seed(4)
         with dropout_live(layer):
-            y = (layer.for_gradient if left_out else layer)(x)
+            y = layer(x, needs_values=not left_out)
         state = torch.get_rng_state()
         y.backward(torch.ones_like(y))
         results.append([state, x.grad, layer.lora_a.grad, layer.lora_b.grad])

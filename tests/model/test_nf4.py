@@ -95,6 +95,7 @@ def test_quantize_nf4_does_not_depend_on_its_chunks(monkeypatch):
         assert torch.equal(buffer, getattr(pieces, name)), name
 
 
+@pytest.mark.slow
 def test_quantize_nf4_does_not_depend_on_the_number_of_threads():
     weight = random_weight((2048, 4096))  # enough blocks for torch to split their sum
     before = torch.get_num_threads()
@@ -141,7 +142,7 @@ def test_a_kernel_that_differs_from_bitsandbytes_fails_its_trial(fault, monkeypa
     def kernel(weight, dtype):
         if fault == "no kernel image":
             raise RuntimeError(fault)
-        levels = "two levels" if weight.is_double else "one level"
+        levels = "two levels" if weight.absmax2 is not None else "one level"
         return weight._dequantize_by_bitsandbytes(dtype) + (2.0**-20 if levels == fault else 0)
 
     monkeypatch.setattr(Nf4Weight, "_dequantize_by_kernel", kernel)

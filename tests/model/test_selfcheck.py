@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lowmem_dpo.model import scoring, selfcheck
+from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.selfcheck import check_head_kernels, check_packing, head_that_passed_its_trial
 from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.packs.trees import build_tree
@@ -57,7 +58,7 @@ def test_check_head_kernels_passes_half_numbers_and_a_bias(tmp_path, dtype):
     with torch.no_grad():
         head.weight[7] = 0  # as the rows that only pad a vocabulary
     head.bias = torch.nn.Parameter(torch.linspace(-1, 1, len(head.weight)).to(dtype), False)
-    check_head_kernels(model)
+    check_head_kernels(LanguageModel.of(model.network, "half"))
 
 
 @pytest.mark.parametrize(
@@ -70,10 +71,10 @@ def test_check_head_kernels_passes_half_numbers_and_a_bias(tmp_path, dtype):
 def test_check_packing_sees_a_head_that_is_wrong_for_all(tmp_path, monkeypatch, fault, message):
     policy = make_policy(tmp_path)
     pack, sequences = packed(token_pairs()[:2])
-    assert check_packing(policy.model, pack, sequences, policy.model.dtype) < 1e-4
+    assert check_packing(policy.model, pack, sequences) < 1e-4
     wrong_head(monkeypatch, fault)
     with pytest.raises(ValueError, match=f"self-check failed: {message}"):
-        check_packing(policy.model, pack, sequences, policy.model.dtype)
+        check_packing(policy.model, pack, sequences)
 
 
 @pytest.mark.parametrize("fault", ["", "values", "gradients", "crash"])

@@ -40,7 +40,7 @@ def load_base(folder):
 
 
 def give_adapter(model, settings, seed=0):
-    add_lora(model, **vars(settings), seed=seed)
+    add_lora(model, settings, seed)
 
 
 def trained(folder, settings=SETTINGS):

@@ -7,7 +7,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lowmem_dpo.model.lora import add_lora, linear_layers
+from lowmem_dpo.model.lora import AdapterSpec, add_lora, linear_layers
 from lowmem_dpo.model.nf4 import Nf4Weight
 from lowmem_dpo.weights import loading
 from lowmem_dpo.weights.bitsandbytes_files import check_quantization_config, group_nf4
@@ -170,9 +170,7 @@ def test_load_model_names_single_quantisation_in_the_storage_table(bnb_checkpoin
 
 def test_adapters_go_on_layers_left_in_16_bit_too(bnb_checkpoint):
     model = load(bnb_checkpoint(skip=["lm_head", "q_proj"])).network
-    names = add_lora(
-        model, targets="all", rank=2, alpha=2.0, dropout=0.0, rank_stabilised=False, seed=0
-    )
+    names = add_lora(model, AdapterSpec(2, 2.0, 0.0, "all", rank_stabilised=False), seed=0)
     assert len(names) == 14 and Q_PROJ in names
     model(input_ids=torch.arange(12)[None], use_cache=False).logits.pow(2).sum().backward()
     for layer in linear_layers(model).values():

@@ -255,7 +255,7 @@ def test_storage_adds_up_and_says_what_is_quantised(tiny_checkpoint):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_language_model_names_the_parts_of_the_network(tiny_checkpoint, family):
     _, model = tiny_checkpoint(family)
-    language_model = LanguageModel(model, "identity")
+    language_model = LanguageModel.of(model, "identity")
     ids = torch.arange(12)[None]
     hidden = language_model.backbone(input_ids=ids, use_cache=False).last_hidden_state
     products = hidden @ language_model.head_weight.T
@@ -270,7 +270,7 @@ def test_language_model_names_the_parts_of_the_network(tiny_checkpoint, family):
 
 def test_language_model_leaves_out_what_a_type_does_not_read(tiny_checkpoint):
     _, model = tiny_checkpoint("llama", logit_scale=3.0, final_logit_softcapping=1.0)
-    language_model = LanguageModel(model, "identity")
+    language_model = LanguageModel.of(model, "identity")
     assert model.config.logit_scale == 3.0
     assert (language_model.logit_scale, language_model.logit_softcap) == (1.0, None)
 

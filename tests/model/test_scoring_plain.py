@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowmem_dpo.model.head import Int8Head
-from lowmem_dpo.model.plain_head import WIDTH, plain_gradients, plain_logps
+from lowmem_dpo.model.scoring import WIDTH, plain_gradients, plain_logps
 from lowmem_dpo_kernels import twins
 
 RULES = [
@@ -36,8 +36,10 @@ def test_plain_head_equals_the_reference_in_value_and_gradient(vocabulary, rule)
     expected = twins.token_logps(hidden, torch.arange(6), weight, targets, **settings)
     (gradients,) = torch.autograd.grad(expected.sum(), hidden)
     model = make_model(weight, **settings)
-    torch.testing.assert_close(plain_logps(model, hidden.detach(), targets), expected.detach())
-    torch.testing.assert_close(plain_gradients(model, hidden.detach(), targets), gradients)
+    logps, log_sums = plain_logps(model, hidden.detach(), targets)
+    torch.testing.assert_close(logps, expected.detach())
+    found = plain_gradients(model, hidden.detach(), targets, log_sums)
+    torch.testing.assert_close(found, gradients)
 
 
 def test_plain_head_reads_a_head_that_is_no_tensor():
@@ -46,15 +48,17 @@ def test_plain_head_reads_a_head_that_is_no_tensor():
     head = Int8Head(weight, None)
     dense = torch.cat([part.clone() for part in head.split(WIDTH)])
     hidden, targets = torch.randn(4, 8), torch.tensor([0, WIDTH, 3 * WIDTH - 1, 5])
-    for function in (plain_logps, plain_gradients):
-        found = function(make_model(head), hidden, targets)
-        assert torch.equal(found, function(make_model(dense), hidden, targets))
+    results = []
+    for model in (make_model(head), make_model(dense)):
+        logps, log_sums = plain_logps(model, hidden, targets)
+        results.append((logps, plain_gradients(model, hidden, targets, log_sums)))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(*results, strict=True))
 
 
 def test_plain_head_computes_half_numbers_in_fp32():
     weight, hidden = torch.randn(100, 8).bfloat16(), torch.randn(3, 8).bfloat16()
     targets = torch.tensor([1, 2, 3])
-    found = plain_logps(make_model(weight), hidden, targets)
+    found, _ = plain_logps(make_model(weight), hidden, targets)
     assert found.dtype == torch.float32
     exact = twins.token_logps(hidden, torch.arange(3), weight, targets)
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
