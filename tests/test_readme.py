@@ -43,6 +43,18 @@ def test_tables_are_those_of_the_code(path):
     assert GENERATOR.with_tables(text) == text, "run python docs/generate.py"
 
 
+def test_documents_name_files_that_exist():
+    folders = ("lowmem_dpo", "kernels", "tests", "benchmarks", "docs")
+    files = [
+        path.relative_to(ROOT).as_posix() for f in folders for path in ROOT.glob(f"{f}/**/*.py")
+    ]
+    records = [path for path in DOCS if path.stem == "experiments"]  # of trees that are gone
+    documents = set(ROOT.glob("*.md")) | set(ROOT.glob("docs/**/*.md")) - set(records)
+    for path in documents:
+        for name in re.findall(r"`([\w/]+\.py)\b", read(path)):
+            assert any(f"/{file}".endswith(f"/{name}") for file in files), f"{path}: {name}"
+
+
 def test_every_table_stands_in_one_document():
     names = [name for path in DOCS for name in re.findall(r"<!-- table (\w+) -->", read(path))]
     assert sorted(names) == sorted(GENERATOR.TABLES)
