@@ -110,7 +110,9 @@ class AttentionHalf(nn.Module):
         """Give h, and what the token-wise half reads: h, or norm(x) in a parallel layer."""
         normed = self.norm_before(x)
         added = self.norm_after(self.self_attn(normed, **kwargs)[0])
-        h = x + _scaled(added, self.residual_multiplier)
+        if self.residual_multiplier != 1.0:
+            added = added * self.residual_multiplier
+        h = x + added
         return h, normed if self.is_parallel else h
 
 
@@ -135,7 +137,8 @@ class TokenWiseHalf(nn.Module):
         for tile in tiles:
             part = _padded(x[:, tile], tiles[0].stop)
             added = self.norm_after(self.mlp(self.norm_before(part)))
-            added = _scaled(added, self.residual_multiplier)
+            if self.residual_multiplier != 1.0:
+                added = added * self.residual_multiplier
             if y is None:
                 return h + added
             rows = h[:, tile]
@@ -159,7 +162,9 @@ class TokenWiseHalf(nn.Module):
         needs_values = not isinstance(self.norm_after, nn.Identity)
         for tile in tiles:
             part = _padded(x[:, tile].detach(), tiles[0].stop).requires_grad_()
-            grad = _padded(_scaled(grad_y[:, tile], self.residual_multiplier), tiles[0].stop)
+            grad = _padded(grad_y[:, tile], tiles[0].stop)
+            if self.residual_multiplier != 1.0:
+                grad = grad * self.residual_multiplier
             with torch.enable_grad():
                 out = self.mlp(self.norm_before(part), needs_values=needs_values)
                 edge = get_gradient_edge(self.norm_after(out))
@@ -293,10 +298,6 @@ class _LayerFunction(torch.autograd.Function):
         grads = [grad_y, grad_read] if len(edges) > 1 else [grad_read.add_(grad_y)]
         torch.autograd.backward(edges, grads)
         return x.grad, None, None
-
-
-def _scaled(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1.0 else x * factor
 
 
 def _padded(tile: Tensor, height: int) -> Tensor:
