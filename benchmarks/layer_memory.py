@@ -43,7 +43,7 @@ from transformers import (
 from lowmem_dpo.model.families import FAMILIES
 from lowmem_dpo.model.layer import TILE_ROWS, DecoderLayer
 from lowmem_dpo.model.lora import AdapterSpec, add_lora, wrap_linears
-from lowmem_dpo.model.norms import replace_norms
+from lowmem_dpo.model.surgery import replace_norms
 from lowmem_dpo_kernels import rms_norm
 
 SMALL_TILE_ROWS = 64

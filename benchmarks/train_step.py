@@ -39,7 +39,7 @@ from _random_models import SHAPES, shape_config
 from lowmem_dpo.data.encoding import TokenPair
 from lowmem_dpo.machine.device import DTYPES, resolve_device, resolve_dtype
 from lowmem_dpo.memory.limits import limit_memory
-from lowmem_dpo.model.selfcheck import logp_tolerance
+from lowmem_dpo.model.scoring import LOGP_TOLERANCE
 from lowmem_dpo.settings.groups import parse_bytes
 
 OP = "train_step"
@@ -188,7 +188,7 @@ def disagreement(
     """What of the first step differs by more than rounding, or None."""
     num_tokens = options.length - options.num_prompt_tokens
     # The mean of many tokens' log-probs is a good deal more exact than one of them.
-    allowed = logp_tolerance(options.dtype) / 4
+    allowed = LOGP_TOLERANCE[options.dtype] / 4
     for name in ("logps_chosen_0", "logps_rejected_0"):
         difference = abs(ours[name] - peer[name]) / num_tokens
         if not difference <= allowed:

@@ -185,7 +185,21 @@ def check_loss_settings(config: Any) -> list[str]:
             "f_alpha_divergence_coef must be in [0, 2] and not 1, which is f_divergence_type "
             "reverse_kl; set that"
         )
-    _check_combinations(config, losses)
+    alone = [name for name in ("simpo", "orpo") if name in losses]
+    if alone and len(losses) > 1 and set(losses) != {"simpo", "sft"}:
+        raise ValueError(
+            f"loss_type {alone[0]} does not go with {', '.join(n for n in losses if n != alone[0])}"
+            ": only simpo goes with another, sft; choose one"
+        )
+    if config.rpo_alpha and len(losses) > 1:
+        raise ValueError(
+            f"rpo_alpha={config.rpo_alpha:g} goes with one loss; with several, name sft in "
+            "loss_type and its weight in loss_weights"
+        )
+    if "exo_pair" in losses and not config.label_smoothing:
+        raise ValueError("loss_type exo_pair needs label_smoothing > 0, usually 0.001; set it")
+    if config.f_divergence_type != "reverse_kl":
+        _check_divergence(config, losses)
     settings = set().union(*(loss.reads for loss in LOSS_TYPES.values()))
     return sorted(settings.difference(*(loss.reads for loss in losses.values())))
 
@@ -213,23 +227,8 @@ def _check_weights(config: Any, names: list[str]) -> None:
     object.__setattr__(config, "loss_weights", [float(weight) for weight in weights])
 
 
-def _check_combinations(config: Any, losses: dict[str, LossType]) -> None:
-    """Refuse what has no meaning together."""
-    alone = [name for name in ("simpo", "orpo") if name in losses]
-    if alone and len(losses) > 1 and set(losses) != {"simpo", "sft"}:
-        raise ValueError(
-            f"loss_type {alone[0]} does not go with {', '.join(n for n in losses if n != alone[0])}"
-            ": only simpo goes with another, sft; choose one"
-        )
-    if config.rpo_alpha and len(losses) > 1:
-        raise ValueError(
-            f"rpo_alpha={config.rpo_alpha:g} goes with one loss; with several, name sft in "
-            "loss_type and its weight in loss_weights"
-        )
-    if "exo_pair" in losses and not config.label_smoothing:
-        raise ValueError("loss_type exo_pair needs label_smoothing > 0, usually 0.001; set it")
-    if config.f_divergence_type == "reverse_kl":
-        return
+def _check_divergence(config: Any, losses: dict[str, LossType]) -> None:
+    """Refuse an f-divergence other than reverse_kl where it has no meaning."""
     # Only in margins does log Z cancel.
     sided = [n for n, loss in losses.items() if "f_divergence_type" not in loss.reads]
     if sided := [name for name in sided if name != "sft"]:

@@ -110,7 +110,9 @@ class AttentionHalf(nn.Module):
         """Give h, and what the token-wise half reads: h, or norm(x) in a parallel layer."""
         normed = self.norm_before(x)
         added = self.norm_after(self.self_attn(normed, **kwargs)[0])
-        h = x + _scaled(added, self.residual_multiplier)
+        if self.residual_multiplier != 1.0:
+            added = added * self.residual_multiplier
+        h = x + added
         return h, normed if self.is_parallel else h
 
 
@@ -133,9 +135,12 @@ class TokenWiseHalf(nn.Module):
         tiles = self.tiles(x.shape[1])
         y = torch.empty_like(h) if len(tiles) > 1 else None
         for tile in tiles:
-            part = _padded(x[:, tile], tiles[0].stop)
+            part = x[:, tile]
+            if missing := tiles[0].stop - part.shape[1]:
+                part = F.pad(part, (0, 0, 0, missing))
             added = self.norm_after(self.mlp(self.norm_before(part)))
-            added = _scaled(added, self.residual_multiplier)
+            if self.residual_multiplier != 1.0:
+                added = added * self.residual_multiplier
             if y is None:
                 return h + added
             rows = h[:, tile]
@@ -158,8 +163,12 @@ class TokenWiseHalf(nn.Module):
         # What comes out of the MLP is read by a norm, if at all: the residual wants no gradient.
         needs_values = not isinstance(self.norm_after, nn.Identity)
         for tile in tiles:
-            part = _padded(x[:, tile].detach(), tiles[0].stop).requires_grad_()
-            grad = _padded(_scaled(grad_y[:, tile], self.residual_multiplier), tiles[0].stop)
+            part, grad = x[:, tile].detach(), grad_y[:, tile]
+            if missing := tiles[0].stop - part.shape[1]:
+                part, grad = (F.pad(rows, (0, 0, 0, missing)) for rows in (part, grad))
+            part.requires_grad_()
+            if self.residual_multiplier != 1.0:
+                grad = grad * self.residual_multiplier
             with torch.enable_grad():
                 out = self.mlp(self.norm_before(part), needs_values=needs_values)
                 edge = get_gradient_edge(self.norm_after(out))
@@ -293,17 +302,6 @@ class _LayerFunction(torch.autograd.Function):
         grads = [grad_y, grad_read] if len(edges) > 1 else [grad_read.add_(grad_y)]
         torch.autograd.backward(edges, grads)
         return x.grad, None, None
-
-
-def _scaled(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1.0 else x * factor
-
-
-def _padded(tile: Tensor, height: int) -> Tensor:
-    missing = height - tile.shape[1]
-    if not missing:
-        return tile
-    return torch.cat([tile, tile.new_zeros(tile.shape[0], missing, tile.shape[2])], dim=1)
 
 
 def _to_host(x: Tensor) -> Tensor:

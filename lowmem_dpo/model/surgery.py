@@ -1,18 +1,28 @@
 """What is done to a loaded model before it is run: one operation, whose steps have an order.
 
 The head changes before its kernels are tried, adapters are put on the linears while these are where
-transformers has them, and norms are replaced before the layers that hold them are taken apart.
+transformers has them, and norms are replaced before the layers that hold them are taken apart. The
+RMS norms that take the place of transformers' own, to keep less for the backward pass, are here
+too.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from lowmem_dpo.machine.trial import check_error, passes_trial
 from lowmem_dpo.model.attention import TREE_ATTENTION
+from lowmem_dpo.model.families import FAMILIES, Family
 from lowmem_dpo.model.head import HeadQuantization, head_to_host, quantize_head
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.layer import DecoderLayer
 from lowmem_dpo.model.lora import AdapterSpec, add_lora
-from lowmem_dpo.model.norms import replace_norms
-from lowmem_dpo.model.selfcheck import head_that_passed_its_trial
+from lowmem_dpo.model.scoring import head_that_passed_its_trial
+from lowmem_dpo_kernels import NormKind, rms_norm, triton_problem, twins
 
 
 def prepare_model(
@@ -62,3 +72,94 @@ def prepare_model(
         )
     model.backbone.set_attn_implementation(TREE_ATTENTION)
     return model
+
+
+def replace_norms(backbone: nn.Module, family: Family) -> int:
+    """Replace every RMS norm of a model, in place.
+
+    Args:
+        backbone: Frozen.
+        family: Names the class of its norms; a norm of another class stays as it is.
+
+    Returns:
+        How many.
+    """
+    if family.rms_norm is None:
+        return 0
+    kind = family.rms_norm
+    found = [
+        (parent, name, child)
+        for parent in backbone.modules()
+        for name, child in parent.named_children()
+        if type(child).__name__ == kind.class_name
+    ]
+    for parent, name, norm in found:
+        eps: Any = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        weight: Any = norm.weight
+        rule = NormKind(eps, kind.offset, kind.rounds_first)
+        setattr(parent, name, FusedRmsNorm(weight, rule))
+    return len(found)
+
+
+class FusedRmsNorm(nn.Module):
+    """An RMS norm with a frozen weight; see `lowmem_dpo_kernels.rms_norm`.
+
+    Args:
+        weight: [D], frozen.
+        rule: How the family normalises.
+    """
+
+    def __init__(self, weight: nn.Parameter, rule: NormKind) -> None:
+        super().__init__()
+        self.implementation = norm_implementation(weight.device, weight.dtype)
+        self.weight = weight
+        self.rule = rule
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the rows of [..., D]."""
+        return rms_norm(x, self.weight, self.rule, implementation=self.implementation)
+
+    def extra_repr(self) -> str:
+        """Sizes for `print(model)`."""
+        return f"{tuple(self.weight.shape)}, eps={self.rule.eps}"
+
+
+@functools.cache
+def norm_implementation(device: torch.device, dtype: torch.dtype) -> str:
+    """Triton on cards where its kernels can be compiled and are right, torch elsewhere."""
+    if device.type != "cuda" or dtype == torch.float64 or triton_problem() is not None:
+        return "torch"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "torch"
+    trial = functools.partial(_try_norm_kernels, device, dtype)
+    return "triton" if passes_trial(trial, "the norms' kernels", device, "PyTorch") else "torch"
+
+
+def _try_norm_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Compare values and gradients with the twin in float64, at a head's and a row's width."""
+    generator = torch.Generator().manual_seed(0)
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    for width in (128, 4096):
+        x, grad = torch.randn(2, 70, width, generator=generator).to(device, dtype)
+        weight = torch.randn(width, generator=generator).to(device, dtype)
+        norms = [family.rms_norm for family in FAMILIES.values() if family.rms_norm]
+        for offset, rounds_first in sorted({(norm.offset, norm.rounds_first) for norm in norms}):
+            rule = NormKind(1e-6, offset, rounds_first)
+            found = _value_and_gradient(
+                functools.partial(rms_norm, implementation="triton"), x, weight, grad, rule
+            )
+            exact = (x.double(), weight.double(), grad.double(), rule)
+            expected = _value_and_gradient(twins.rms_norm, *exact)
+            for got, want, what in zip(found, expected, ("value", "gradient"), strict=True):
+                check_error(got, want, limit, f"{what} at {width}")
+
+
+def _value_and_gradient(
+    norm: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor, rule: NormKind
+) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        out = norm(x, weight, rule)
+    out.backward(grad)
+    assert x.grad is not None
+    return out.detach(), x.grad

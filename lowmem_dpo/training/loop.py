@@ -25,8 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lowmem_dpo.console import name_rows, say, warn
 from lowmem_dpo.losses.pairs import join_pairs
 from lowmem_dpo.model.lora import lora_parameters
-from lowmem_dpo.model.scoring import score
-from lowmem_dpo.model.selfcheck import logp_tolerance
+from lowmem_dpo.model.scoring import LOGP_TOLERANCE, score
 from lowmem_dpo.packs.packing import Pack, fill, pack_trees
 from lowmem_dpo.packs.trees import Tree
 from lowmem_dpo.records.checkpoints import TrainingState
@@ -114,7 +113,7 @@ def _judge_first_step(run: Run, metrics: Metrics, rms_per_token: float) -> dict[
         metrics["loss"] - run.objective.nll_weight * metrics.get("nll_loss", 0.0),
         run.objective.zero_margin_loss(),
         rms_per_token,
-        logp_tolerance(run.policy.model.dtype),
+        LOGP_TOLERANCE[run.policy.model.dtype],
         run.reference.same_fingerprint,
     )
     if warning:

@@ -31,8 +31,7 @@ from lowmem_dpo.model.head import check_tied_head
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.layer import TILE_ROWS
 from lowmem_dpo.model.lora import AdapterSpec, linear_layers, lora_layers, match_targets
-from lowmem_dpo.model.norms import norm_implementation
-from lowmem_dpo.model.surgery import prepare_model
+from lowmem_dpo.model.surgery import norm_implementation, prepare_model
 from lowmem_dpo.reference.cache import Fingerprint
 from lowmem_dpo.settings.groups import (
     AdapterSettings,

@@ -15,8 +15,7 @@ from lowmem_dpo.data.reading import is_single_file, read_preferences
 from lowmem_dpo.data.split import prompt_key, split_by_prompt
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.machine.rate import matmul_rate
-from lowmem_dpo.model.scoring import score
-from lowmem_dpo.model.selfcheck import check_packing, logp_tolerance
+from lowmem_dpo.model.scoring import LOGP_TOLERANCE, check_packing, score
 from lowmem_dpo.packs.packing import choose_pack_tokens, pack_trees, round_up_tokens
 from lowmem_dpo.packs.trees import Tree, build_tree
 from lowmem_dpo.reference.cache import ReferenceCache
@@ -225,7 +224,7 @@ def forward_tokens(pairs: Pairs, batches: Batches, objective: Objective, *, trai
 
 
 def self_check(policy: Policy, trees: Sequence[Tree]) -> float:
-    """Compare two packed real trees with four plain sequences; see `model.selfcheck`.
+    """Compare two packed real trees with four plain sequences; see `model.scoring`.
 
     Returns:
         The difference, nat rms per token.
@@ -292,7 +291,7 @@ def score_reference(
         cache,
         policy.fingerprint(pack_tokens),
         pack_tokens=pack_tokens,
-        tolerance=logp_tolerance(policy.model.dtype),
+        tolerance=LOGP_TOLERANCE[policy.model.dtype],
         accept_other=accept_other,
         seed=seed,
     )

@@ -15,7 +15,7 @@ from lowmem_dpo.model.lora import (
     lora_parameters,
     wrap_linears,
 )
-from lowmem_dpo.model.norms import replace_norms
+from lowmem_dpo.model.surgery import replace_norms
 from tests.tiny import FAMILIES, tiny_model
 
 NUM_TOKENS = 20

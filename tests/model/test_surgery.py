@@ -10,9 +10,8 @@ from lowmem_dpo.model.head import HostHead, Int8Head
 from lowmem_dpo.model.language_model import LanguageModel, StorageRow
 from lowmem_dpo.model.layer import DecoderLayer
 from lowmem_dpo.model.lora import AdapterSpec, lora_layers, wrap_linears
-from lowmem_dpo.model.norms import FusedRmsNorm
 from lowmem_dpo.model.scoring import attention
-from lowmem_dpo.model.surgery import prepare_model
+from lowmem_dpo.model.surgery import FusedRmsNorm, prepare_model
 from tests.tiny import FAMILIES, tiny_model
 
 ADAPTER = AdapterSpec(rank=4, alpha=8.0, dropout=0.0, targets="all", rank_stabilised=False)

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from lowmem_dpo.model import scoring, selfcheck
+from lowmem_dpo.model import scoring
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.selfcheck import check_head_kernels, check_packing, head_that_passed_its_trial
+from lowmem_dpo.model.scoring import check_head_kernels, check_packing, head_that_passed_its_trial
 from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.packs.trees import build_tree
 from lowmem_dpo.settings.configs import TrainConfig
@@ -82,7 +82,7 @@ def test_the_head_takes_torchs_products_where_the_kernels_are_wrong(
     tmp_path, monkeypatch, capsys, fault
 ):
     model = make_policy(tmp_path).model
-    monkeypatch.setattr(selfcheck, "token_logps_path", lambda *_: "triton, blocks of 1 rows")
+    monkeypatch.setattr(scoring, "token_logps_path", lambda *_: "triton, blocks of 1 rows")
     wrong_head(monkeypatch, fault)
     assert head_that_passed_its_trial(model).head_implementation == ("torch" if fault else "auto")
     assert ("the output head's triton kernels failed" in capsys.readouterr().out) == bool(fault)
@@ -92,7 +92,7 @@ def test_head_that_passed_its_trial_takes_no_other_path_because_a_card_is_full(
     tmp_path, monkeypatch
 ):
     model = make_policy(tmp_path).model
-    monkeypatch.setattr(selfcheck, "token_logps_path", lambda *_: "triton, blocks of 1 rows")
+    monkeypatch.setattr(scoring, "token_logps_path", lambda *_: "triton, blocks of 1 rows")
     wrong_head(monkeypatch, "memory")
     with pytest.raises(torch.OutOfMemoryError):
         head_that_passed_its_trial(model)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from lowmem_dpo.machine.trial import passes_trial
-from lowmem_dpo.model import norms
+from lowmem_dpo.model import surgery
 from lowmem_dpo.model.families import FAMILIES as RECORDS
-from lowmem_dpo.model.norms import FusedRmsNorm, replace_norms
+from lowmem_dpo.model.surgery import FusedRmsNorm, replace_norms
 from lowmem_dpo_kernels import rms_norm
 from tests.model.test_layer import adapted_model
 from tests.tiny import FAMILIES
@@ -52,8 +52,8 @@ def test_norm_kernels_are_tried_before_they_are_used(is_right, monkeypatch, caps
         assert implementation == "triton"
         return rms_norm(x, weight, rule) * (1.0 if is_right else 1.1)
 
-    monkeypatch.setattr(norms, "rms_norm", by_kernel)
-    trial = functools.partial(norms._try_norm_kernels, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(surgery, "rms_norm", by_kernel)
+    trial = functools.partial(surgery._try_norm_kernels, torch.device("cpu"), torch.float32)
     assert passes_trial(trial, "the norms' kernels", torch.device("cpu"), "PyTorch") == is_right
     assert ("the norms' kernels failed their trial" in capsys.readouterr().out) != is_right
 
@@ -64,10 +64,10 @@ def test_the_norm_of_every_family_is_tried(is_wrong, monkeypatch):
         fault = (rule.offset, rule.rounds_first) == is_wrong
         return rms_norm(x, weight, rule) * (1.1 if fault else 1.0)
 
-    monkeypatch.setattr(norms, "rms_norm", by_kernel)
+    monkeypatch.setattr(surgery, "rms_norm", by_kernel)
     with pytest.raises(ValueError, match="value at 128: relative error 1"):
-        norms._try_norm_kernels(torch.device("cpu"), torch.float32)
+        surgery._try_norm_kernels(torch.device("cpu"), torch.float32)
 
 
 def test_norms_run_by_pytorch_without_a_card():
-    assert norms.norm_implementation(torch.device("cpu"), torch.bfloat16) == "torch"
+    assert surgery.norm_implementation(torch.device("cpu"), torch.bfloat16) == "torch"
