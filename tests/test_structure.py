@@ -102,7 +102,6 @@ def test_files_stay_short():
     assert {path: n for path, n in lengths.items() if n > MAX_FILE_LINES} == {}
 
 
-@pytest.mark.xfail(strict=True, reason="training/ is being rewritten")
 def test_rooms_stay_small():
     lines: Counter[str] = Counter()
     for path in source_files():
@@ -111,7 +110,6 @@ def test_rooms_stay_small():
     assert {room: n for room, n in lines.items() if n > MAX_ROOM_LINES} == {}
 
 
-@pytest.mark.xfail(strict=True, reason="training/ is being rewritten")
 def test_product_stays_small():
     assert sum(map(count_lines, source_files())) <= MAX_PRODUCT_LINES
 
