@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from lowmem_dpo.losses.objective import Objective
-from lowmem_dpo.packs.trees import Tree
+from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.packs.packing import Tree
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.groups import LossSettings, OptimizerSettings
+from lowmem_dpo.training.loop import new_state
 from lowmem_dpo.training.policy import Policy
-from lowmem_dpo.training.run import Pairs, Run, plan_pack_tokens, score_reference
-from lowmem_dpo.training.steps import Batches, new_state
+from lowmem_dpo.training.run import Batches, Pairs, Run, plan_pack_tokens, score_reference
 
 
 def run_on(
@@ -43,5 +46,8 @@ def run_on(
     reference = score_reference(trees, policy, cache, pack_tokens)
     batches = Batches.of(optimizer, len(trees))
     pairs = Pairs(list(trees), [], "", {})
-    run = Run(policy, pairs, batches, Objective.of(losses), pack_tokens, 0.0, reference)
-    return run, new_state(optimizer, policy.model, batches.num_steps)
+    run = Run(policy, pairs, batches, Objective.of(losses), pack_tokens, 0.0, reference, {})
+    model = policy.model
+    parameters = list(lora_parameters(model.network).values())
+    is_scaled = model.dtype == torch.float16
+    return run, new_state(optimizer, parameters, batches.num_steps, is_scaled=is_scaled)

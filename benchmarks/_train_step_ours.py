@@ -15,8 +15,7 @@ from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.lora import AdapterSpec, LoraLinear
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.surgery import prepare_model
-from lowmem_dpo.packs.packing import pack_trees
-from lowmem_dpo.packs.trees import build_tree
+from lowmem_dpo.packs.packing import build_tree, pack_trees
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.loop import train_steps
 from lowmem_dpo.training.policy import Policy
@@ -83,4 +82,4 @@ def random_policy(options: argparse.Namespace, config: TrainConfig) -> Policy:
     )
     adapter = AdapterSpec(config.lora_r, config.lora_alpha, 0.0, "all", rank_stabilised=False)
     model = prepare_model(LanguageModel.of(model, identity="random"), adapter, seed=config.seed)
-    return Policy(model, byte_tokenizer(), adapter, "random", None, {})
+    return Policy(model, {"base": "random"}, byte_tokenizer(), adapter, "random", None, {})

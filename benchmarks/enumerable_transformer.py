@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lowmem_dpo.data.encoding import TokenPair
 from lowmem_dpo.model.scoring import attention
-from lowmem_dpo.packs.trees import Tree, build_tree
+from lowmem_dpo.packs.packing import Tree, build_tree
 from lowmem_dpo.settings.groups import (
     AdapterSettings,
     LossSettings,
@@ -104,7 +104,7 @@ def save_reference(directory: Path, steps: int) -> None:
 def load(directory: Path, *, rank: int, quantization: Any) -> Policy:
     """The saved model with a new adapter on every linear, computing in fp32."""
     config, no_tokenizer = load_config(str(directory)), cast(PreTrainedTokenizerBase, None)
-    source = Source(str(directory), None, config, no_tokenizer, CPU, torch.float32)
+    source = Source(str(directory), None, config, no_tokenizer, CPU, torch.float32, {}, directory)
     adapter = AdapterSettings(lora_r=rank, lora_alpha=float(rank))
     return load_policy(ModelSettings(quantization=quantization), adapter, source=source)
 

@@ -8,8 +8,8 @@ import errno
 import io
 import logging
 import os
+import pkgutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,33 +40,6 @@ _REMEDIES = {
 }
 
 
-def _train(config: TrainConfig) -> int:
-    from lowmem_dpo.training.fit import fit
-
-    fit(config)
-    return 0
-
-
-def _precompute(config: TrainConfig) -> int:
-    from lowmem_dpo.training.fit import precompute
-
-    precompute(config)
-    return 0
-
-
-def _generate(config: GenerateConfig) -> int:
-    from lowmem_dpo.pipeline.generate import generate
-
-    generate(config)
-    return 0
-
-
-def _demo(config: DemoConfig) -> int:
-    from lowmem_dpo.demo.demo import demo
-
-    return 0 if demo(config) else 1
-
-
 @dataclass(frozen=True)
 class Verb:
     """One thing that the program does.
@@ -74,13 +47,13 @@ class Verb:
     Attributes:
         summary: What it does, in a line of the usage text.
         config: Its settings.
-        run: Does it with such settings; returns the exit code.
+        function: Does it with such settings. Imported when it is needed: `--help` loads no torch.
         first: The settings that its short help shows.
     """
 
     summary: str
     config: type[Settings]
-    run: Callable[[Any], int]
+    function: str
     first: tuple[str, ...]
 
 
@@ -88,28 +61,28 @@ VERBS = {
     "train": Verb(
         "train an adapter on preference pairs",
         TrainConfig,
-        _train,
+        "lowmem_dpo.training.fit:fit",
         ("model", "data", "output_dir", "eval_fraction", "learning_rate", "beta")
         + ("num_train_epochs", "batch_size", "max_length", "resume"),
     ),
     "precompute": Verb(
         "compute and cache the reference log-probs, then stop",
         TrainConfig,
-        _precompute,
+        "lowmem_dpo.training.fit:precompute",
         ("model", "data", "max_length", "init_adapter", "quantization", "dtype", "device")
         + ("cache_dir", "chat_template", "system_prompt"),
     ),
     "generate": Verb(
         "answer prompts with the base and an adapter, side by side",
         GenerateConfig,
-        _generate,
+        "lowmem_dpo.pipeline.generate:generate",
         ("model", "adapter", "prompt", "prompts", "compare", "max_new_tokens", "temperature")
         + ("seed", "system_prompt", "device"),
     ),
     "demo": Verb(
         "a whole two-minute run on a small model made on the spot, offline",
         DemoConfig,
-        _demo,
+        "lowmem_dpo.demo.demo:demo",
         ("output_dir", "seed", "device"),
     ),
 }
@@ -151,14 +124,14 @@ def main(arguments: list[str] | None = None) -> int:
         if show:
             print(to_yaml(config), end="")
             return 0
-        return _run(verb.run, config)
+        return _run(verb.function, config)
     except (ValueError, OSError) as error:
         if os.environ.get("LOWMEM_DPO_DEBUG"):
             raise
         return _fail(_os_error(error) if isinstance(error, OSError) else str(error))
 
 
-def _run(run: Callable[[Any], int], config: Any) -> int:
+def _run(function: str, config: Any) -> int:
     """Run a verb with quiet libraries; interrupts and failed checks end without a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -167,12 +140,13 @@ def _run(run: Callable[[Any], int], config: Any) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from lowmem_dpo.console import note
-    from lowmem_dpo.stopping import Interrupt, RunStopped
+    from lowmem_dpo.stopping import RunStopped, catch_signals
 
     disable_progress_bar()
     try:
-        with Interrupt(requested=True):  # nothing to save yet: Ctrl-C and SIGTERM stop at once
-            return run(config)
+        with catch_signals(requested=True):  # nothing to save yet: the first one stops at once
+            result = pkgutil.resolve_name(function)(config)
+            return 1 if result is False else 0  # the demo says whether it learned
     except KeyboardInterrupt:
         note("interrupted")
         return 130

@@ -1,9 +1,10 @@
 """What a run says while it works: a progress bar where there is a terminal, else lines."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -44,7 +46,7 @@ def note(line: str) -> None:
 
 @dataclass
 class ProgressBar:
-    """Progress through a known number of units; use it as a context manager.
+    """Progress through a known number of units; `progress` opens it.
 
     Attributes:
         title: What is being done.
@@ -52,41 +54,25 @@ class ProgressBar:
         unit: Their name, for the rate.
         done: Units that are done; those of before too (a resumed run).
         lines: Where there is no terminal, print a line from time to time.
-        time_left: Predicted time to the end, as text.
         bar: What is drawn where there is a terminal.
+        task: What it knows the title by.
+        begun: When it was opened.
+        start: Units that were done then.
+        last_line: When a line was printed last.
+        time_left: Predicted time to the end, as text.
     """
 
     title: str
     total: int
     unit: str
-    done: int = 0
-    lines: bool = True
-    time_left: str = field(default="unknown time", init=False)
-    bar: Progress | None = field(default=None, init=False)
-
-    def __enter__(self) -> "ProgressBar":
-        self.start = self.done
-        self.begun = self.last_line = time.perf_counter()
-        if console.is_terminal:
-            one_line = Column(no_wrap=True, min_width=9)
-            self.bar = Progress(
-                TextColumn("{task.description}", table_column=one_line),
-                BarColumn(bar_width=10),
-                MofNCompleteColumn(table_column=one_line),
-                TextColumn("{task.fields[note]}", table_column=Column(ratio=1)),
-                TimeRemainingColumn(compact=True, table_column=one_line),
-                console=console,
-                expand=True,
-            )
-            self.bar.start()
-            self.task = self.bar.add_task(
-                self.title, total=self.total, completed=self.done, note=""
-            )
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar:
-            self.bar.stop()
+    done: int
+    lines: bool
+    bar: Progress | None
+    task: TaskID
+    begun: float
+    start: int
+    last_line: float
+    time_left: str = "unknown time"
 
     def advance(self, units: int, note: str = "") -> None:
         """Count finished units; `note` is shown beside the bar."""
@@ -103,6 +89,32 @@ class ProgressBar:
         ):
             self.last_line = now
             say(f"{self.title}: {self.done}/{self.total}, {note}, {self.time_left} left")
+
+
+@contextlib.contextmanager
+def progress(
+    title: str, total: int, unit: str, *, done: int = 0, lines: bool = True
+) -> Iterator[ProgressBar]:
+    """Show progress while inside; the arguments are the bar's attributes."""
+    begun, bar, task = time.perf_counter(), None, TaskID(0)
+    if console.is_terminal:
+        one_line = Column(no_wrap=True, min_width=9)
+        bar = Progress(
+            TextColumn("{task.description}", table_column=one_line),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(table_column=one_line),
+            TextColumn("{task.fields[note]}", table_column=Column(ratio=1)),
+            TimeRemainingColumn(compact=True, table_column=one_line),
+            console=console,
+            expand=True,
+        )
+        bar.start()
+        task = bar.add_task(title, total=total, completed=done, note="")
+    try:
+        yield ProgressBar(title, total, unit, done, lines, bar, task, begun, done, begun)
+    finally:
+        if bar:
+            bar.stop()
 
 
 def duration(seconds: float) -> str:

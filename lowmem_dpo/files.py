@@ -114,14 +114,6 @@ def recover(directory: Path, *names: str) -> None:
                 part.unlink(missing_ok=True)
 
 
-def remove_stale_parts(directory: Path, older_than_seconds: float) -> None:
-    """Delete what killed processes left in a folder that others may be writing to right now."""
-    for part in directory.glob(".*.part"):
-        with contextlib.suppress(OSError):  # another run was faster, or may delete here alone
-            if time.time() - part.stat().st_mtime > older_than_seconds:
-                part.unlink()
-
-
 class NoLocksError(OSError):
     """A file system that gives no locks to anybody, as network file systems may."""
 

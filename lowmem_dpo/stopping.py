@@ -4,11 +4,9 @@ import contextlib
 import os
 import signal
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RunStopped(RuntimeError):
@@ -17,27 +15,32 @@ class RunStopped(RuntimeError):
 
 @dataclass
 class Interrupt:
-    """A context in which the first signal only sets `requested`; a second one stops at once.
+    """Whether a signal asked the run to end."""
 
-    Where it is requested from the start, the first one stops. Outside the main thread, where Python
-    takes no signals, it does nothing.
-    """
+    requested: bool
 
-    requested: bool = False
-    previous: dict[signal.Signals, Any] = field(default_factory=dict)
-
-    def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Ask for the end; where that was asked before, end."""
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
         with contextlib.suppress(OSError):  # print() may be what was interrupted
             os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops now\n")
+
+
+@contextlib.contextmanager
+def catch_signals(requested: bool = False) -> Iterator[Interrupt]:
+    """Inside, the first signal only sets `requested`; a second one stops at once.
+
+    Where it is requested from the start, the first one stops. Outside the main thread, where Python
+    takes no signals, it does nothing.
+    """
+    interrupt = Interrupt(requested)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    previous = {number: signal.signal(number, interrupt.receive) for number in numbers}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,11 +1,11 @@
 import errno
 import json
 import os
+import pkgutil
 import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -273,6 +273,11 @@ def test_usage_names_every_verb(capsys):
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_every_verb_names_a_function():
+    for verb in VERBS.values():
+        assert callable(pkgutil.resolve_name(verb.function))
+
+
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["--beta", "x", "--help"]])
 def test_help_shows_the_first_settings_whatever_stands_beside(words, capsys):
     assert main(["train", *words]) == 0
@@ -397,11 +402,11 @@ def test_generate_uses_the_quantised_copy(llama_dir, capsys, monkeypatch):
 def test_sigterm_before_there_is_anything_to_save_is_ctrl_c(monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
 
-    def terminated(config: DemoConfig) -> int:
+    def terminated(config: DemoConfig) -> bool:
         os.kill(os.getpid(), signal.SIGTERM)
-        return 0
+        return True
 
-    monkeypatch.setitem(VERBS, "demo", replace(VERBS["demo"], run=terminated))
+    monkeypatch.setattr("lowmem_dpo.demo.demo.demo", terminated)
     assert main(["demo"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before

@@ -12,7 +12,6 @@ from lowmem_dpo.files import (
     append,
     lock_file,
     recover,
-    remove_stale_parts,
     replace_file,
     replace_folder,
     unlock_file,
@@ -177,15 +176,6 @@ def test_recover_leaves_what_is_not_its_own(tmp_path):
     (tmp_path / ".run.json.12.34.part").write_text("half")
     recover(tmp_path, "best", "run.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".bashrc.old", ".mine.part"]
-
-
-def test_remove_stale_parts_leaves_young_ones_to_their_writers(tmp_path):
-    old, young = tmp_path / ".a.1.2.part", tmp_path / ".b.1.2.part"
-    for path in (old, young):
-        path.write_bytes(b"half")
-    os.utime(old, (0, 0))
-    remove_stale_parts(tmp_path, 60.0)
-    assert list(tmp_path.iterdir()) == [young]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

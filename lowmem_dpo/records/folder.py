@@ -2,9 +2,10 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lowmem_dpo.console import warn
 from lowmem_dpo.files import (
@@ -23,7 +24,7 @@ from lowmem_dpo.settings.groups import RunSettings
 
 SCHEMA_VERSION = 1
 
-# Settings under which a run may be resumed although they changed.
+# Settings under which a run may be resumed although they changed; it shares all others.
 FREE_TO_CHANGE = {
     "output_dir",
     "eval_steps",
@@ -61,93 +62,27 @@ RUN_FILES = ("config.yaml", "adapter", "best", "checkpoints")
 RECORD_FILES = ("run.json", "metrics.jsonl")
 
 
+@dataclass
 class RunFolder:
-    """Paths and records of one run.
-
-    Used as a context manager: inside, no other run writes there.
-
-    Args:
-        settings: Where the run goes, and whether it goes on with an earlier one.
+    """Paths and records of one run; `hold_folder` makes it.
 
     Attributes:
-        checkpoint: Where to resume from, once the folder is entered; None to start afresh.
+        root: The folder.
+        checkpoints: Its checkpoints' folder.
+        metrics: Its metrics.jsonl.
+        best: The folder of the best adapter.
+        checkpoint: Where to resume from; None to start afresh.
+        record: What run.json says.
     """
 
-    def __init__(self, settings: RunSettings) -> None:
-        self.resume = settings.resume
-        self.root = Path(settings.output_dir)
-        self.checkpoint: Path | None = None
-        self.checkpoints = self.root / "checkpoints"
-        self.metrics = self.root / "metrics.jsonl"
-        self.best = self.root / "best"
-        self.record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "sessions": []}
-        self._lock: IO[bytes] | None = None
-
-    def __enter__(self) -> "RunFolder":
-        """Make the folder and hold it against other runs; find where to resume.
-
-        Raises:
-            ValueError: If the folder holds a run and resume is not set, the checkpoint is not
-                there, there is none and a new run would overwrite what an earlier one left, or the
-                folder cannot be written.
-        """
-        holds_run = any((self.root / name).exists() for name in RUN_FILES)
-        if self.resume is None and holds_run:
-            raise ValueError(
-                f"{self.root} holds a run already; go on with --resume auto, "
-                "or choose another --output_dir"
-            )
-        if self.resume not in (None, "auto"):
-            self.checkpoint = Path(str(self.resume))
-            if holds_run and self.checkpoint.resolve().parent != self.checkpoints.resolve():
-                raise ValueError(
-                    f"{self.root} holds a run and {self.checkpoint} is not its checkpoint; "
-                    "choose another --output_dir"
-                )
-            check_undamaged(self.checkpoint)
-        self._take_lock()
-        try:
-            recover(self.root, *RUN_FILES, *RECORD_FILES)
-            recover(self.checkpoints, "step-")
-            if self.resume == "auto":
-                self.checkpoint = newest_good_checkpoint(self.checkpoints)
-                if self.checkpoint is None:
-                    self._check_nothing_is_lost()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Let other runs have the folder."""
-        if self._lock is not None:
-            unlock_file(self._lock)
-            self._lock = None
-
-    def _take_lock(self) -> None:
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_file(self.root / ".lock")
-            is_free = self._lock is not None
-        except NoLocksError as error:
-            is_free = True
-            warn(f"{self.root} cannot be locked: {error.strerror}; let no other run write to it")
-        except OSError as error:
-            raise ValueError(f"cannot write output_dir {self.root}: {error.strerror}") from None
-        if not is_free:
-            raise ValueError(f"another run is writing to {self.root}; choose another --output_dir")
-
-    def _check_nothing_is_lost(self) -> None:
-        """Refuse to start afresh over adapters, or over the record of a finished run."""
-        left = [f"{name}/" for name in ("adapter", "best") if (self.root / name).exists()]
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            if json.loads((self.root / "run.json").read_text(encoding="utf-8"))["finished"]:
-                left.append("the record of a finished run")
-        if left:
-            raise ValueError(
-                f"{self.root} holds {' and '.join(left)} but no checkpoint to go on from, and "
-                "starting afresh would overwrite that; choose another --output_dir"
-            )
+    root: Path
+    checkpoints: Path
+    metrics: Path
+    best: Path
+    checkpoint: Path | None
+    record: dict[str, Any] = field(
+        default_factory=lambda: {"schema_version": SCHEMA_VERSION, "sessions": []}
+    )
 
     def start(self, settings_yaml: str, resumed_step: int) -> None:
         """Write config.yaml; cut metrics.jsonl back to the step that the run goes on from."""
@@ -204,6 +139,68 @@ class RunFolder:
         append(self.metrics, (json.dumps(line, allow_nan=False) + "\n").encode())
 
 
+@contextlib.contextmanager
+def hold_folder(settings: RunSettings) -> Iterator[RunFolder]:
+    """Make a run's folder, find where to resume, and hold it: inside, no other run writes there.
+
+    Args:
+        settings: Where the run goes, and whether it goes on with an earlier one.
+
+    Raises:
+        ValueError: If the folder holds a run and resume is not set, the checkpoint is not there,
+            there is none and a new run would overwrite what an earlier one left, or the folder
+            cannot be written.
+    """
+    root, resume = Path(settings.output_dir), settings.resume
+    checkpoints = root / "checkpoints"
+    holds_run = any((root / name).exists() for name in RUN_FILES)
+    if resume is None and holds_run:
+        raise ValueError(
+            f"{root} holds a run already; go on with --resume auto, or choose another --output_dir"
+        )
+    checkpoint = None if resume in (None, "auto") else Path(str(resume))
+    if checkpoint is not None:
+        if holds_run and checkpoint.resolve().parent != checkpoints.resolve():
+            raise ValueError(
+                f"{root} holds a run and {checkpoint} is not its checkpoint; "
+                "choose another --output_dir"
+            )
+        check_undamaged(checkpoint)
+    lock = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if (lock := lock_file(root / ".lock")) is None:
+            raise ValueError(f"another run is writing to {root}; choose another --output_dir")
+    except NoLocksError as error:
+        warn(f"{root} cannot be locked: {error.strerror}; let no other run write to it")
+    except OSError as error:
+        raise ValueError(f"cannot write output_dir {root}: {error.strerror}") from None
+    try:
+        recover(root, *RUN_FILES, *RECORD_FILES)
+        recover(checkpoints, "step-")
+        if resume == "auto":
+            checkpoint = newest_good_checkpoint(checkpoints)
+            if checkpoint is None:
+                _check_nothing_is_lost(root)
+        yield RunFolder(root, checkpoints, root / "metrics.jsonl", root / "best", checkpoint)
+    finally:
+        if lock is not None:
+            unlock_file(lock)
+
+
+def _check_nothing_is_lost(root: Path) -> None:
+    """Refuse to start afresh over adapters, or over the record of a finished run."""
+    left = [f"{name}/" for name in ("adapter", "best") if (root / name).exists()]
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        if json.loads((root / "run.json").read_text(encoding="utf-8"))["finished"]:
+            left.append("the record of a finished run")
+    if left:
+        raise ValueError(
+            f"{root} holds {' and '.join(left)} but no checkpoint to go on from, and "
+            "starting afresh would overwrite that; choose another --output_dir"
+        )
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, if there is one; what a kill cut short is left out."""
     rows = []
@@ -220,7 +217,7 @@ def check_resumable(checkpoint: Path, facts: Mapping[str, Any]) -> None:
 
     Args:
         checkpoint: To go on from.
-        facts: Some of what the run must share with it: `resume_facts`, digests.
+        facts: Some of what the run must share with it: settings, digests.
 
     Raises:
         ValueError: Naming what changed.
@@ -236,8 +233,3 @@ def check_resumable(checkpoint: Path, facts: Mapping[str, Any]) -> None:
             f"cannot resume {checkpoint}: {'; '.join(changed)}; "
             "set it back, or start afresh in another output_dir"
         )
-
-
-def resume_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a resumed run must share with the run it goes on with."""
-    return {name: value for name, value in settings.items() if name not in FREE_TO_CHANGE}

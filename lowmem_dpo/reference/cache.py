@@ -17,8 +17,10 @@ Beside the key stands the fingerprint: everything else that can move a log-prob'
 versions, dtype, micro-batch size). Numbers of the same fingerprint are reproduced exactly.
 """
 
+import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +31,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lowmem_dpo.console import warn
-from lowmem_dpo.files import remove_stale_parts, replace_file
+from lowmem_dpo.files import replace_file
 
 SCHEMA_VERSION = 1
 STALE_SECONDS = 3600.0  # no shard takes that long to write: what is older, a kill has left
@@ -54,9 +56,16 @@ class CachedLogps:
 class ReferenceCache:
     """The shards of one reference.
 
+    They are read when it is made; a damaged one is said, set aside and counts as absent.
+
     Args:
         cache_dir: The cache folder.
         identity: Everything that the numbers depend on but the pair; JSON values.
+
+    Attributes:
+        digest: Of the identity.
+        directory: Where the shards are.
+        shards: Of each, its fingerprint, and pair keys to token log-probs.
     """
 
     def __init__(self, cache_dir: Path, identity: Mapping[str, Any]) -> None:
@@ -64,19 +73,19 @@ class ReferenceCache:
         self.identity = dict(identity)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         self.directory = cache_dir / "reference" / self.digest[:32]
-        self._parsed: list[tuple[Fingerprint, dict[str, Tensor]]] | None = None
+        paths = sorted(self.directory.glob("*.safetensors"))
+        contents = [content for path in paths if (content := _read_whole(path)) is not None]
+        self.shards = [_parse_shard(content) for content in contents]
 
     def read(self, keys: Sequence[str], fingerprint: Fingerprint) -> CachedLogps:
         """Find the given pairs.
-
-        A damaged shard is said, set aside and counts as absent.
 
         Args:
             keys: Digests of the pairs' token trees.
             fingerprint: Of this run.
         """
         wanted, found = set(keys), CachedLogps()
-        for shard_fingerprint, logps in self._shards():
+        for shard_fingerprint, logps in self.shards:
             fits = shard_fingerprint == fingerprint
             known = {key: logps[key] for key in logps.keys() & wanted}
             (found.same if fits else found.other).update(known)
@@ -94,7 +103,7 @@ class ReferenceCache:
             fingerprint: Of this run; its `pack_tokens` is ignored.
         """
         wanted, votes = set(keys), dict[int, int]()
-        for shard_fingerprint, logps in self._shards():
+        for shard_fingerprint, logps in self.shards:
             if {**shard_fingerprint, "pack_tokens": 0} == {**fingerprint, "pack_tokens": 0}:
                 size = shard_fingerprint["pack_tokens"]
                 votes[size] = votes.get(size, 0) + len(logps.keys() & wanted)
@@ -102,7 +111,7 @@ class ReferenceCache:
         return best if best is not None and votes[best] else None
 
     def write(self, logps: Mapping[str, Tensor], fingerprint: Fingerprint) -> None:
-        """Write one shard.
+        """Write one shard, for the next run.
 
         Args:
             logps: Pair key to its token log-probs, [T] fp32 on the CPU.
@@ -111,9 +120,11 @@ class ReferenceCache:
         Raises:
             OSError: If it cannot be written; what was written before is whole.
         """
-        self._parsed = None
         self.directory.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(self.directory, STALE_SECONDS)
+        for part in self.directory.glob(".*.part"):
+            with contextlib.suppress(OSError):  # another run was faster, or may delete here alone
+                if time.time() - part.stat().st_mtime > STALE_SECONDS:
+                    part.unlink()
         manifest = self.directory / "manifest.json"
         if not manifest.exists():
             record = {"schema_version": SCHEMA_VERSION, "identity": self.identity}
@@ -128,17 +139,6 @@ class ReferenceCache:
         content = save(tensors, metadata)
         name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
         replace_file(self.directory / name, content)
-
-    def _shards(self) -> list[tuple[Fingerprint, dict[str, Tensor]]]:
-        if self._parsed is not None:
-            return self._parsed
-        shards = []
-        for path in sorted(self.directory.glob("*.safetensors")):
-            content = _read_whole(path)
-            if content is not None:
-                shards.append(_parse_shard(content))
-        self._parsed = shards
-        return shards
 
 
 def _read_whole(path: Path) -> bytes | None:

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowmem_dpo.console import ProgressBar, duration, name_rows, say, warn
-from lowmem_dpo.packs.packing import Pack, pack_trees
-from lowmem_dpo.packs.trees import Tree
+from lowmem_dpo.console import duration, name_rows, progress, say, warn
+from lowmem_dpo.packs.packing import Pack, Tree, pack_trees
 from lowmem_dpo.reference.cache import Fingerprint, ReferenceCache, fingerprint_difference
-from lowmem_dpo.stopping import Interrupt, RunStopped
+from lowmem_dpo.stopping import RunStopped, catch_signals
 
 WINDOW = 256  # pairs packed together; sorting by length within a window fills packs well
 SECONDS_PER_SHARD = 30.0
@@ -123,7 +122,7 @@ def _score_missing(
     scored: dict[str, Tensor] = {}
     writer = _ShardWriter(cache, fingerprint)
     try:
-        with Interrupt() as interrupt, ProgressBar("reference", len(missing), "pairs") as bar:
+        with catch_signals() as interrupt, progress("reference", len(missing), "pairs") as bar:
             for start in range(0, len(missing), WINDOW):
                 for pack in pack_trees(missing[start : start + WINDOW], pack_tokens):
                     logps = _by_tree(pack, score(pack).cpu())
@@ -135,7 +134,9 @@ def _score_missing(
                             "not)"
                         )
                     scored.update(logps)
-                    writer.add(logps)
+                    writer.unwritten.update(logps)
+                    if time.perf_counter() - writer.tried_at > SECONDS_PER_SHARD:
+                        writer.write()
                     bar.advance(len(pack.trees))
                     if interrupt.requested:
                         raise KeyboardInterrupt
@@ -146,9 +147,11 @@ def _score_missing(
 
 @dataclass
 class _ShardWriter:
-    """Writes a shard every half minute; a full disk is said once, and tried again each time.
+    """Writes shards; a full disk is said once, and tried again each time.
 
     Attributes:
+        unwritten: Pair keys to their log-probs: the next shard.
+        tried_at: When one was last written, or could not be.
         error: Why the numbers since the last shard are not written.
     """
 
@@ -157,11 +160,6 @@ class _ShardWriter:
     unwritten: dict[str, Tensor] = field(default_factory=dict)
     tried_at: float = field(default_factory=time.perf_counter)
     error: OSError | None = None
-
-    def add(self, logps: dict[str, Tensor]) -> None:
-        self.unwritten.update(logps)
-        if time.perf_counter() - self.tried_at > SECONDS_PER_SHARD:
-            self.write()
 
     def write(self) -> None:
         if not self.unwritten:

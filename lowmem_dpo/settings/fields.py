@@ -69,8 +69,11 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
+        changed = set()
         for f in fields(self):
             value = getattr(self, f.name)
+            if value != f.default:
+                changed.add(f.name)
             if f.name in _PATHS:
                 value = os.fspath(value) if isinstance(value, os.PathLike) else value
                 if isinstance(value, str) and not value.strip():
@@ -97,7 +100,9 @@ class Settings:
                     raise ValueError(f"{f.name} {rule}, got {value}{hint}")
             object.__setattr__(self, f.name, value)
         for group in reversed(type(self).__mro__):
-            if "check" in vars(group):
+            own = inspect.get_annotations(group).keys()
+            # A group at its defaults has nothing to refuse; a config without own settings may.
+            if "check" in vars(group) and (not own or changed & own):
                 vars(group)["check"](self)
 
 
@@ -192,7 +197,7 @@ def _read_flags(
         if name == "config":
             path = text
         elif of_other_trainer:
-            foreign[name] = _yaml_value(text)
+            foreign[name] = _field_value(name, Any, text)
         elif text in ("null", "~") and NoneType in get_args(types[name]):
             own[name] = None  # null unsets a setting that may be left out
         else:
@@ -216,8 +221,10 @@ def _field_value(name: str, annotation: Any, value: Any) -> Any:
         for kind in kinds:
             with suppress(ValueError):
                 return _field_value(name, kind, value)
-    if isinstance(value, str) and origin is not Literal and annotation not in (str, Any, NoneType):
-        value = _yaml_value(f"[{value}]" if origin is list and value[:1] != "[" else value)
+    if isinstance(value, str) and origin is not Literal and annotation not in (str, NoneType):
+        text = f"[{value}]" if origin is list and value[:1] != "[" else value
+        with suppress(yaml.YAMLError):
+            value = yaml.load(text, _StrictLoader)
         if isinstance(value, str) and annotation in (int, float):
             with suppress(ValueError):
                 return annotation(value)
@@ -235,14 +242,6 @@ def _field_value(name: str, annotation: Any, value: Any) -> Any:
         got = " ".join(str(given).split())
         raise ValueError(f"{name} must be {type_name(annotation)}, got {got}{example}")
     return value
-
-
-def _yaml_value(text: str) -> Any:
-    """What a text means in YAML; itself, where it is none."""
-    try:
-        return yaml.load(text, _StrictLoader)
-    except yaml.YAMLError:
-        return text
 
 
 def _unknown(cls: type[Settings], name: str) -> str:

@@ -1,5 +1,6 @@
 """A training run, top to bottom: `prepare` brings it to its first step, `fit` takes the steps."""
 
+import itertools
 import math
 import platform
 import random
@@ -11,22 +12,24 @@ from typing import Any
 
 import torch
 
-from lowmem_dpo.console import ProgressBar, duration, say, warn
+from lowmem_dpo.console import duration, progress, say, warn
 from lowmem_dpo.data.rendering import build_renderer
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import unusual_values
 from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.packs.packing import Pack, fill, pack_trees
 from lowmem_dpo.records.checkpoints import load_checkpoint, read_record
-from lowmem_dpo.records.folder import RunFolder, check_resumable, resume_facts
+from lowmem_dpo.records.folder import FREE_TO_CHANGE, check_resumable, hold_folder
 from lowmem_dpo.records.trackers import Trackers, check_installed
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.fields import to_yaml
-from lowmem_dpo.stopping import Interrupt
-from lowmem_dpo.training.loop import StepResult, check_adapter_moves, predicted_fill, train_steps
-from lowmem_dpo.training.policy import Policy, cache_directory, load_policy, read_source
+from lowmem_dpo.stopping import catch_signals
+from lowmem_dpo.training.loop import StepResult, check_adapter_moves, new_state, train_steps
+from lowmem_dpo.training.policy import Policy, load_policy, read_source
 from lowmem_dpo.training.recorder import Recorder, leave_later_steps
 from lowmem_dpo.training.run import (
+    Batches,
     Run,
     check_cpu_time,
     check_token_ids,
@@ -34,16 +37,14 @@ from lowmem_dpo.training.run import (
     plan_pack_tokens,
     score_reference,
     self_check,
-)
-from lowmem_dpo.training.steps import (
-    Batches,
-    check_optimizer,
-    new_state,
     warn_of_short_run,
 )
 from lowmem_dpo.version import __version__
 from lowmem_dpo.weights.adapters import load_adapter
+from lowmem_dpo.weights.size import ModelSize
 from lowmem_dpo.weights.storage import storage_table
+
+STEPS_TO_PREDICT_FILL = 16
 
 StepCallback = Callable[[StepResult], Any]
 
@@ -81,62 +82,59 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     """
     if config.data is None:
         raise ValueError("no data given; set --data to a file of preference pairs")
-    random.seed(config.seed)
-    torch.manual_seed(config.seed)
+    seed = config.seed
+    random.seed(seed)
+    torch.manual_seed(seed)
     objective = Objective.of(config)
 
     source = read_source(
         config, config, init_adapter=config.init_adapter, max_length=config.max_length
     )
-    check_optimizer(config.optim, source.device)
+    if config.optim == "paged_adamw_8bit" and source.device.type != "cuda":
+        raise ValueError(f"optim {config.optim} cannot page on {source.device}; use adamw_8bit")
 
-    pairs = load_pairs(config, config, source.tokenizer, seed=config.seed)
+    pairs = load_pairs(config, config, source.tokenizer, seed=seed)
     check_token_ids(pairs, source.config)
     batches = Batches.of(config, len(pairs.train))
+    facts = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
+    facts["data_digest"] = pairs.digest
     if checkpoint is not None:
-        facts = resume_facts(asdict(config)) | {"data_digest": pairs.digest}
         check_resumable(checkpoint, facts)
     if trains:
         warn_of_short_run(config, config.warmup_steps, batches)
-    if source.device.type == "cpu":
+    if source.device.type == "cpu" and (size := ModelSize.of(source.config)).is_large_for_a_cpu:
         is_named = config.device != "auto"
-        check_cpu_time(source, pairs, batches, objective, trains=trains, is_named=is_named)
+        check_cpu_time(source, size, pairs, batches, objective, trains=trains, is_named=is_named)
 
     dtype = str(source.dtype).removeprefix("torch.")
     say(
         f"model: {source.base}, {source.config.model_type}, computing in {dtype} on {source.device}"
     )
     template = build_renderer(source.tokenizer, config).template
-    policy = load_policy(
-        config, config, config, source=source, seed=config.seed, chat_template=template
-    )
+    policy = load_policy(config, config, config, source=source, seed=seed, chat_template=template)
     say(storage_table(policy.model.storage))
+    cache = ReferenceCache(source.cache_dir, policy.identity)
+    facts["model_digest"] = cache.digest
     if checkpoint is not None:
-        check_resumable(checkpoint, {"model_digest": policy.digest})
+        check_resumable(checkpoint, facts)
     rms = self_check(policy, pairs.train)
 
     trees = pairs.train + pairs.evaluation
-    cache = ReferenceCache(cache_directory(config.cache_dir), policy.identity)
     if checkpoint is None:
+        batch_size, wanted = config.batch_size, config.pack_tokens
         pack_tokens = plan_pack_tokens(
-            trees,
-            policy,
-            cache,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            wanted=config.pack_tokens,
+            trees, policy, cache, batch_size=batch_size, seed=seed, wanted=wanted
         )
     else:  # under another micro-batch size log-probs would differ in the last bits
         pack_tokens = read_record(checkpoint)["facts"]["planned_pack_tokens"]
+    facts["planned_pack_tokens"] = pack_tokens
     _say_plan(config, policy, objective, pack_tokens)
 
     reference = None
     if objective.needs_reference:
         accept = config.reference == "accept"
-        reference = score_reference(
-            trees, policy, cache, pack_tokens, accept_other=accept, seed=config.seed
-        )
-    return Run(policy, pairs, batches, objective, pack_tokens, rms, reference)
+        reference = score_reference(trees, policy, cache, pack_tokens, accept=accept, seed=seed)
+    return Run(policy, pairs, batches, objective, pack_tokens, rms, reference, facts)
 
 
 def precompute(config: TrainConfig) -> int:
@@ -181,19 +179,16 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
     """
     if config.trackers:
         check_installed(config.trackers)
-    with RunFolder(config) as folder:
+    with hold_folder(config) as folder:
         checkpoint = folder.checkpoint
         run = prepare(config, checkpoint)
-        policy = run.policy
-        facts = resume_facts(asdict(config)) | {
-            "model_digest": policy.digest,
-            "data_digest": run.pairs.digest,
-            "planned_pack_tokens": run.pack_tokens,
-        }
+        model, num_steps = run.policy.model, run.batches.num_steps
 
-        state = new_state(config, policy.model, run.batches.num_steps)
+        parameters = list(lora_parameters(model.network).values())
+        is_scaled = model.dtype == torch.float16
+        state = new_state(config, parameters, num_steps, is_scaled=is_scaled)
         if checkpoint is not None:
-            load_adapter(policy.model.network, checkpoint)
+            load_adapter(model.network, checkpoint)
             load_checkpoint(checkpoint, state)
             leave_later_steps(folder, state, config.keep_checkpoints)
             say(f"resumed from {checkpoint}")
@@ -209,12 +204,13 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
             run_ids = folder.record.get("trackers", {})
             trackers = Trackers(config.trackers, folder.root, asdict(config), first_step, run_ids)
         folder.note(trackers=trackers.run_ids if trackers else {})
-        recorder = Recorder(run, state, folder, trackers, config, facts)
-        bar = ProgressBar("training", run.batches.num_steps, "steps", done=first_step, lines=False)
+        recorder = Recorder(run, state, folder, trackers, config)
+        opened_bar = progress("training", num_steps, "steps", done=first_step, lines=False)
         try:
-            with Interrupt() as interrupt, bar:
+            with catch_signals() as interrupt, opened_bar as bar:
+                had_stopped = checkpoint is not None and recorder.stops_early
                 steps = train_steps(run, state, config.max_grad_norm)
-                for result in steps if not recorder.stops_early else ():  # a resumed run's
+                for result in steps if not had_stopped else ():
                     is_last = recorder.record(result, bar)
                     if stops_here := interrupt.requested:
                         recorder.save()
@@ -245,7 +241,7 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
             metrics=state.eval_metrics | state.last_metrics,
             num_steps=state.step,
             output_dir=folder.root,
-            policy=policy,
+            policy=run.policy,
         )
 
 
@@ -269,10 +265,12 @@ def _say_plan(config: TrainConfig, policy: Policy, objective: Objective, pack_to
 
 
 def _facts_at_start(run: Run) -> dict[str, Any]:
-    """What run.json says of a run before its first step."""
-    fill = predicted_fill(run)
-    num_steps = run.batches.num_steps
-    say(f"plan: {num_steps} steps, micro-batches {fill:.0%} filled")
+    """What run.json says of a run before its first step; its plan is said."""
+    packs: list[Pack] = []
+    for batch in itertools.islice(run.batches.from_step(0), STEPS_TO_PREDICT_FILL):
+        packs += pack_trees([run.pairs.train[i] for i in batch], run.pack_tokens)
+    num_steps, share = run.batches.num_steps, fill(packs)
+    say(f"plan: {num_steps} steps, micro-batches {share:.0%} filled")
     reference = run.reference and {
         "num_scored": run.reference.num_scored,
         "recheck_rms": run.reference.recheck_rms,
@@ -286,7 +284,7 @@ def _facts_at_start(run: Run) -> dict[str, Any]:
         "model": run.policy.identity,
         "data": run.pairs.facts,
         "data_digest": run.pairs.digest,
-        "plan": {"pack_tokens": run.pack_tokens, "fill": fill, "num_steps": num_steps},
+        "plan": {"pack_tokens": run.pack_tokens, "fill": share, "num_steps": num_steps},
         "self_check_rms": run.self_check_rms,
         "reference": reference,
         "finished": False,

@@ -14,7 +14,7 @@ summed over a completion.
 Shapes: P pairs, T scored tokens.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -83,22 +83,21 @@ class PairStats:
             block["log_odds_ratio"] = F.logsigmoid(block["log_odds_chosen"])
         self.blocks.append({name: row.detach() for name, row in block.items()})
 
-    def bad_pairs(self) -> list[int]:
-        """Places, in the order taken in, of the pairs with a number that is not finite."""
-        by_rank = ("loss",) if self.objective.couples_pairs else ()  # the rest is by pair
-        _, columns = self._columns(by_rank)
-        return (~columns.isfinite().all(dim=0)).nonzero().flatten().tolist()
+    def summary(self) -> tuple[Metrics, list[int]]:
+        """What all pairs taken in come to.
 
-    def means(self) -> Metrics:
-        """The mean of each number over all pairs taken in."""
-        names, columns = self._columns(())
-        return dict(zip(names, columns.double().mean(dim=1).tolist(), strict=True))
-
-    def _columns(self, without: Collection[str]) -> tuple[list[str], Tensor]:
-        """Names and [names, pairs] numbers of all blocks."""
-        names = [name for name in self.blocks[0] if name not in without]
+        Returns:
+            The mean of each number, and the places, in the order taken in, of the pairs with one
+            that is not finite.
+        """
+        names = list(self.blocks[0])
         blocks = [torch.stack([block[name] for name in names]) for block in self.blocks]
-        return names, torch.cat(blocks, dim=1)
+        columns = torch.cat(blocks, dim=1)  # [names, pairs]
+        means = dict(zip(names, columns.double().mean(dim=1).tolist(), strict=True))
+        # The loss stands first; where it couples the pairs of a step, only the rest is by pair.
+        by_pair = columns[1:] if self.objective.couples_pairs else columns
+        bad = (~by_pair.isfinite().all(dim=0)).nonzero().flatten().tolist()
+        return means, bad
 
 
 @dataclass(frozen=True)

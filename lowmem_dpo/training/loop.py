@@ -9,7 +9,6 @@ policy and reference are the same function: every margin must be 0 and the loss 
 (sigmoid: ln 2). Later numbers must be finite and the adapter must move.
 """
 
-import itertools
 import math
 import sys
 import time
@@ -21,19 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
 
 from lowmem_dpo.console import name_rows, say, warn
 from lowmem_dpo.losses.pairs import join_pairs
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.model.scoring import LOGP_TOLERANCE, score
-from lowmem_dpo.packs.packing import Pack, fill, pack_trees
-from lowmem_dpo.packs.trees import Tree
+from lowmem_dpo.packs.packing import Tree, pack_trees
 from lowmem_dpo.records.checkpoints import TrainingState
+from lowmem_dpo.settings.groups import OptimizerSettings
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.training.gradients import Metrics, PairStats, accumulate, pair_logps
 from lowmem_dpo.training.run import Run
 
-STEPS_TO_PREDICT_FILL = 16
 LOSS_TOLERANCE = 0.02
 MAX_SKIPPED_IN_A_ROW = 3
 STEPS_UNTIL_LORA_B_MOVES = 20
@@ -67,6 +66,8 @@ def train_steps(run: Run, state: TrainingState, max_grad_norm: float) -> Iterato
     """
     model = run.policy.model
     parameters = lora_parameters(model.network)
+    adapter = run.policy.adapter
+    assert adapter is not None
     for batch in run.batches.from_step(state.step):
         begun = time.perf_counter()
         is_first = state.step == 0
@@ -74,11 +75,19 @@ def train_steps(run: Run, state: TrainingState, max_grad_norm: float) -> Iterato
         stats = accumulate(
             model, run.objective, run.reference, packs, state.scaler, compares=is_first
         )
-        metrics = stats.means()
-        step_zero = _judge_first_step(run, metrics, stats.worst_rms) if is_first else None
+        metrics, bad_pairs = stats.summary()
+        step_zero = None
+        if is_first and run.reference is not None and adapter.dropout == 0:
+            step_zero = check_step_zero(
+                metrics["loss"] - run.objective.nll_weight * metrics.get("nll_loss", 0.0),
+                run.objective.zero_margin_loss(),
+                stats.worst_rms,
+                LOGP_TOLERANCE[model.dtype],
+                run.reference.same_fingerprint,
+            )
         metrics["learning_rate"] = float(state.lr_scheduler.get_last_lr()[0])
         rows = [tree.row for pack in packs for tree in pack.trees]
-        bad_rows = [rows[i] for i in stats.bad_pairs()]
+        bad_rows = [rows[i] for i in bad_pairs]
         metrics |= _update(state, parameters, max_grad_norm, metrics["loss"], bad_rows, rows)
         tokens = sum(num_sequence_tokens(tree) for pack in packs for tree in pack.trees)
         state.step += 1
@@ -104,23 +113,51 @@ def train_steps(run: Run, state: TrainingState, max_grad_norm: float) -> Iterato
         )
 
 
-def _judge_first_step(run: Run, metrics: Metrics, rms_per_token: float) -> dict[str, Any] | None:
-    """Hold the first step, without its likelihood terms, against zero margin."""
-    adapter = run.policy.adapter
-    if run.reference is None or adapter is None or adapter.dropout > 0:
-        return None
-    record, warning = check_step_zero(
-        metrics["loss"] - run.objective.nll_weight * metrics.get("nll_loss", 0.0),
-        run.objective.zero_margin_loss(),
-        rms_per_token,
-        LOGP_TOLERANCE[run.policy.model.dtype],
-        run.reference.same_fingerprint,
+def new_state(
+    settings: OptimizerSettings,
+    parameters: Sequence[nn.Parameter],
+    num_steps: int,
+    *,
+    is_scaled: bool = False,
+) -> TrainingState:
+    """The moving parts of a run at its start: optimizer, learning rate, scale of the loss.
+
+    Args:
+        settings: Of the optimizer.
+        parameters: Of the adapter.
+        num_steps: Optimizer steps of the run.
+        is_scaled: Whether losses are scaled, as float16 needs it.
+    """
+    decay = settings.weight_decay
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+        "weight_decay": decay,
+    }
+    optimizer: torch.optim.Optimizer
+    if settings.optim == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr=settings.learning_rate, weight_decay=decay)
+    elif settings.optim == "adamw":
+        optimizer = torch.optim.AdamW(parameters, **options, fused=True)
+    else:
+        import bitsandbytes as bnb
+
+        is_paged = settings.optim == "paged_adamw_8bit"
+        optimizer = bnb.optim.AdamW8bit(parameters, **options, is_paged=is_paged)
+    warmup_steps = settings.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = math.ceil(settings.warmup_ratio * num_steps)
+    lr_scheduler = get_scheduler(
+        settings.lr_scheduler_type,
+        optimizer,
+        # At least the last step trains: a run of one step would spend it at rate 0.
+        num_warmup_steps=min(warmup_steps, num_steps - 1),
+        num_training_steps=num_steps,
     )
-    if warning:
-        warn(warning)
-    elif record["exact"]:
-        say(f"step zero: every margin is exactly 0, loss {record['loss']:.6f}")
-    return record
+    device = parameters[0].device
+    scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
+    return TrainingState(optimizer, lr_scheduler, scaler, device)
 
 
 def _update(
@@ -196,22 +233,15 @@ def evaluate(run: Run, trees: Sequence[Tree]) -> Metrics:
         blocks.append(pair_logps(logps, pack, run.objective, run.reference))
     pairs = join_pairs(blocks)
     stats.add(pairs, run.objective.pair_losses(pairs))
-    if bad := set(stats.bad_pairs()):
+    metrics, bad_pairs = stats.summary()
+    if bad_pairs:
         in_order = [tree.row for pack in packs for tree in pack.trees]
-        rows = name_rows(row for i, row in enumerate(in_order) if i in bad)
+        rows = name_rows(in_order[i] for i in bad_pairs)
         raise RunStopped(
             f"evaluation: the loss of {rows} (of the pairs held out) is not finite; look at it, or "
             "lower the learning rate; earlier checkpoints are intact"
         )
-    return {f"eval_{name}": value for name, value in stats.means().items()}
-
-
-def predicted_fill(run: Run) -> float:
-    """Share of the micro-batches' tokens that are no padding, over the first steps of the run."""
-    packs: list[Pack] = []
-    for batch in itertools.islice(run.batches.from_step(0), STEPS_TO_PREDICT_FILL):
-        packs += pack_trees([run.pairs.train[i] for i in batch], run.pack_tokens)
-    return fill(packs)
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def num_sequence_tokens(tree: Tree) -> int:
@@ -237,8 +267,8 @@ def check_step_zero(
     rms_per_token: float,
     tolerance: float,
     same_fingerprint: bool,
-) -> tuple[dict[str, float | bool], str | None]:
-    """Judge the first step.
+) -> dict[str, Any]:
+    """Hold the first step against zero margin, and say what was found.
 
     Args:
         loss: Mean loss of the first step, without its likelihood terms.
@@ -248,8 +278,7 @@ def check_step_zero(
         same_fingerprint: Whether the reference was scored under this run's numerics.
 
     Returns:
-        The figures for run.json, and a warning if the numbers are right but not exact where they
-        should be.
+        The figures for run.json.
 
     Raises:
         RunStopped: If policy and reference differ by more than rounding.
@@ -269,13 +298,14 @@ def check_step_zero(
             f"is {loss:.4f} instead of {expected:.4f}; the reference numbers do not belong to this "
             "model: delete the cache folder, or set another cache_dir"
         )
-    warning = None
-    if not exact and same_fingerprint:
-        warning = (
+    if exact:
+        say(f"step zero: every margin is exactly 0, loss {loss:.6f}")
+    elif same_fingerprint:
+        warn(
             f"step zero is not exact: {rms_per_token:.2e} nat rms per token under equal numerics; "
             "training is sound, but please report it"
         )
-    return record, warning
+    return record
 
 
 def describe_non_finite(

@@ -5,9 +5,7 @@ read calls `read_source` first.
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -74,6 +72,8 @@ class Source:
         tokenizer: The base's, or the starting adapter's own.
         device: Where the run computes.
         dtype: In what it computes.
+        base_storage: The settings that say how the base is stored: with others it is another base.
+        cache_dir: The folder of caches.
     """
 
     base: str
@@ -82,6 +82,8 @@ class Source:
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
+    base_storage: dict[str, str]
+    cache_dir: Path
 
 
 def read_source(
@@ -128,22 +130,19 @@ def read_source(
         check_kept_quantised(base, settings.quantization)
     if config.tie_word_embeddings:
         check_tied_head(settings.head_quantization, memory.head_weight)
+    in_environment = os.environ.get("LOWMEM_DPO_CACHE")
+    cache_dir = Path(settings.cache_dir or in_environment or Path.home() / ".cache" / "lowmem_dpo")
     if not Path(base).is_dir():
         copies = settings.quantization == "nf4" and settings.quantized_copy and not comes_quantised
         copy_bytes = ModelSize.of(config).nf4_bytes if copies else 0
-        check_download(base, cache_directory(settings.cache_dir), copy_bytes)
+        check_download(base, cache_dir, copy_bytes)
     dtype = resolve_dtype(settings.dtype, device)
+    storage = {name: str(getattr(settings, name)) for name in ("quantization", "head_quantization")}
+    storage["dtype"] = str(dtype).removeprefix("torch.")
     if init_adapter is not None:
-        _warn_of_other_storage(Path(init_adapter), _base_storage(settings, dtype))
+        _warn_of_other_storage(Path(init_adapter), storage)
     tokenizer = load_tokenizer(tokenizer_source(base, init_adapter))
-    return Source(base, init_adapter, config, tokenizer, device, dtype)
-
-
-def cache_directory(setting: str | None) -> Path:
-    """The folder of caches: the setting, else $LOWMEM_DPO_CACHE, else ~/.cache/lowmem_dpo."""
-    return Path(
-        setting or os.environ.get("LOWMEM_DPO_CACHE") or Path.home() / ".cache" / "lowmem_dpo"
-    )
+    return Source(base, init_adapter, config, tokenizer, device, dtype, storage, cache_dir)
 
 
 @dataclass(frozen=True)
@@ -152,36 +151,23 @@ class Policy:
 
     Attributes:
         model: The base with its adapter.
+        identity: What the reference's numbers depend on, but the pair.
         tokenizer: Of the same source.
         adapter: What kind of adapter; None for a base alone.
         source: The base's folder or id.
         init_adapter: The adapter folder it starts from.
-        base_storage: The settings that say how the base is stored.
+        base_storage: As in `Source`.
         chat_template: Jinja text to save with the adapter, or None for plain text.
     """
 
     model: LanguageModel
+    identity: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     adapter: AdapterSpec | None
     source: str
     init_adapter: str | None
     base_storage: dict[str, str]
     chat_template: str | None = None
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What the reference's numbers depend on, but the pair."""
-        return {
-            "base": self.model.identity,
-            "init_adapter": adapter_digest(Path(self.init_adapter)) if self.init_adapter else None,
-            "logit_scale": self.model.logit_scale,
-            "logit_softcap": self.model.logit_softcap,
-        }
-
-    @property
-    def digest(self) -> str:
-        """Digest of the base and of the adapter it starts from."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     def save(self, directory: Path) -> None:
         """Write the adapter in PEFT's format, with the tokenizer and template it trained under."""
@@ -200,11 +186,20 @@ class Policy:
             self.tokenizer.chat_template = own
 
     def fingerprint(self, pack_tokens: int) -> Fingerprint:
-        """Everything else that can move the last bits of a log-prob."""
+        """Everything beside the identity that can move the last bits of a log-prob."""
         model, device = self.model, self.model.device
         on_cuda = device.type == "cuda"
+        if on_cuda:
+            name = torch.cuda.get_device_name(device)
+        else:
+            name = platform.processor() or platform.machine()
+            with contextlib.suppress(OSError):
+                text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+                found = re.search(r"^model name[^:]*:([^:\n]*)", text, re.MULTILINE)
+                name = found[1] if found else name
+            name = f"{name.strip()} {torch.backends.cpu.get_cpu_capability()}"
         return {
-            "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+            "device": name,
             "threads": None if on_cuda else torch.get_num_threads(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "pack_tokens": pack_tokens,
@@ -223,14 +218,6 @@ class Policy:
 
 def _triton_version() -> str | None:
     return import_module("triton").__version__ if find_spec("triton") else None
-
-
-def _cpu_name() -> str:
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":")[1] for line in lines if line.startswith("model name")), name)
-    return f"{name.strip()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def load_policy(
@@ -267,7 +254,7 @@ def load_policy(
         quantization=settings.quantization,
         dtype=source.dtype,
         device=source.device,
-        cache_dir=cache_directory(settings.cache_dir),
+        cache_dir=source.cache_dir,
         quantized_copy=settings.quantized_copy,
     )
     model = prepare_model(
@@ -283,10 +270,14 @@ def load_policy(
         load_adapter(model.network, Path(source.init_adapter))
         if adapter is not None:
             _warn_of_other_targets(model.network, adapter.lora_target_modules, source.init_adapter)
-    storage = _base_storage(settings, source.dtype)
-    return Policy(
-        model, source.tokenizer, spec, source.base, source.init_adapter, storage, chat_template
-    )
+    base, start, storage = source.base, source.init_adapter, source.base_storage
+    identity = {
+        "base": model.identity,
+        "init_adapter": adapter_digest(Path(start)) if start else None,
+        "logit_scale": model.logit_scale,
+        "logit_softcap": model.logit_softcap,
+    }
+    return Policy(model, identity, source.tokenizer, spec, base, start, storage, chat_template)
 
 
 def _adapter_spec(settings: AdapterSettings | None, init_adapter: str | None) -> AdapterSpec | None:
@@ -310,15 +301,6 @@ def _adapter_spec(settings: AdapterSettings | None, init_adapter: str | None) ->
             f"{given.rank} and alpha {given.alpha:g}"
         )
     return given
-
-
-def _base_storage(settings: ModelSettings, dtype: torch.dtype) -> dict[str, str]:
-    """The settings that say how the base is stored: with others it is another base."""
-    return {
-        "quantization": settings.quantization,
-        "head_quantization": settings.head_quantization,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
 
 
 def _warn_of_other_storage(adapter: Path, storage: dict[str, str]) -> None:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from lowmem_dpo.console import ProgressBar, say, size, speed, warn
 from lowmem_dpo.files import replace_folder
@@ -34,7 +33,6 @@ class Recorder:
         folder: Where the record goes.
         trackers: Where its lines go too; None for nowhere.
         settings: When to write what.
-        facts: What a resumed run must agree with, for the checkpoints.
     """
 
     def __init__(
@@ -44,10 +42,9 @@ class Recorder:
         folder: RunFolder,
         trackers: Trackers | None,
         settings: RunSettings,
-        facts: dict[str, Any],
     ) -> None:
         self.run, self.state, self.folder, self.trackers = run, state, folder, trackers
-        self.settings, self.facts = settings, facts
+        self.settings = settings
         self.parameters = lora_parameters(run.policy.model.network)
         self.num_steps, self.saved_step = run.batches.num_steps, state.step
         few = self.num_steps < FEW_STEPS_TO_LOG_ALL
@@ -93,7 +90,7 @@ class Recorder:
             return
         check_weights_finite(self.parameters, self.state.step)
         checkpoints = self.folder.checkpoints
-        save_checkpoint(checkpoints, self.state, self.run.policy.save, self.facts)
+        save_checkpoint(checkpoints, self.state, self.run.policy.save, self.run.facts)
         prune_checkpoints(checkpoints, self.settings.keep_checkpoints)
         self.saved_step = self.state.step
 

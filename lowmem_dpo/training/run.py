@@ -1,8 +1,8 @@
-"""What the training loop works on, and how it comes about: pairs, checks, plan, reference."""
+"""What a run works on, and how it comes about: pairs, steps, checks, plan, reference."""
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +16,31 @@ from lowmem_dpo.data.split import prompt_key, split_by_prompt
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.machine.rate import matmul_rate
 from lowmem_dpo.model.scoring import LOGP_TOLERANCE, check_packing, score
-from lowmem_dpo.packs.packing import choose_pack_tokens, pack_trees, round_up_tokens
-from lowmem_dpo.packs.trees import Tree, build_tree
+from lowmem_dpo.packs.packing import (
+    Tree,
+    build_tree,
+    choose_pack_tokens,
+    epoch_order,
+    pack_trees,
+    round_up_tokens,
+)
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.reference.fill import Reference, prepare_reference
-from lowmem_dpo.settings.groups import DataSettings, EncodingSettings
+from lowmem_dpo.settings.groups import (
+    DataSettings,
+    EncodingSettings,
+    OptimizerSettings,
+    RunSettings,
+)
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.training.policy import Policy, Source
-from lowmem_dpo.training.steps import Batches
 from lowmem_dpo.weights.size import ModelSize
 
 # Activations of one layer at this size fit small cards; larger micro-batches gain little.
 PACK_TOKENS_LIMIT = 4096
 # The pass itself, its recomputation and the gradient of its inputs; the weights are frozen.
 FORWARDS_OF_A_STEP = 3
+FEW_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,38 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Batches:
+    """How many steps a run has, and which pairs each takes."""
+
+    num_pairs: int
+    batch_size: int
+    steps_per_epoch: int
+    num_steps: int
+    seed: int
+    shuffle: bool
+
+    @classmethod
+    def of(cls, settings: OptimizerSettings, num_pairs: int) -> "Batches":
+        """Those of a run: whole epochs in batches, the last one possibly short."""
+        per_epoch = math.ceil(num_pairs / settings.batch_size)
+        # Rounded first: 100 * 1.1 is a little more than 110.
+        steps = math.ceil(round(per_epoch * settings.num_train_epochs, 6))
+        num_steps = settings.max_steps or max(1, steps)
+        return cls(
+            num_pairs, settings.batch_size, per_epoch, num_steps, settings.seed, settings.shuffle
+        )
+
+    def from_step(self, first_step: int) -> Iterator[list[int]]:
+        """Indices of the pairs of each step, from `first_step` to the end."""
+        order, order_epoch = list(range(self.num_pairs)), -1
+        for step in range(first_step, self.num_steps):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if self.shuffle and epoch != order_epoch:
+                order, order_epoch = epoch_order(self.num_pairs, self.seed, epoch), epoch
+            yield order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything the training loop works on.
 
@@ -61,6 +104,7 @@ class Run:
         pack_tokens: Tokens per micro-batch.
         self_check_rms: Packed trees against plain sequences, nat rms per token.
         reference: Log-probs of the policy at the start; None in a reference-free run.
+        facts: What a resumed run must share with it, for the checkpoints.
     """
 
     policy: Policy
@@ -69,7 +113,8 @@ class Run:
     objective: Objective
     pack_tokens: int
     self_check_rms: float
-    reference: Reference | None = None
+    reference: Reference | None
+    facts: dict[str, Any]
 
 
 def load_pairs(
@@ -162,8 +207,43 @@ def check_token_ids(pairs: Pairs, config: PretrainedConfig) -> None:
         )
 
 
+def warn_of_short_run(run: RunSettings, warmup_steps: int | None, batches: Batches) -> None:
+    """Say before it starts that a run will hardly move the model, or that settings come too late.
+
+    Those count in more steps than the run has; what happens instead is said too.
+    """
+    steps = batches.num_steps
+    if steps < FEW_STEPS:
+        warn(
+            f"only {'1 step' if steps == 1 else f'{steps} steps'}: {batches.num_pairs} pairs in "
+            f"batches of {batches.batch_size}; for more, lower batch_size or raise num_train_epochs"
+        )
+    settings = {
+        "logging_steps": "metrics are written at the last step only",
+        "eval_steps": "it is evaluated at the last step only",
+        "save_steps": "the only checkpoint is that of the last step",
+    }
+    for name, instead in settings.items():
+        if (getattr(run, name) or 0) > steps:
+            warn(f"{name} {getattr(run, name)} is more than the run's {steps} steps: {instead}")
+    if (warmup_steps or 0) >= steps:
+        warn(
+            f"warmup_steps {warmup_steps} leaves nothing of the run's {steps} steps, "
+            f"{steps - 1} are used; lower it"
+        )
+    patience = run.early_stopping_patience
+    evaluations = math.ceil(steps / (run.eval_steps or batches.steps_per_epoch))
+    # The first evaluation is the best so far, and after the last there is nothing left to stop.
+    if patience is not None and patience + 1 >= evaluations:
+        warn(
+            f"early_stopping_patience {patience} cannot stop a run of {evaluations} evaluations; "
+            "lower it or eval_steps"
+        )
+
+
 def check_cpu_time(
     source: Source,
+    size: ModelSize,
     pairs: Pairs,
     batches: Batches,
     objective: Objective,
@@ -178,6 +258,7 @@ def check_cpu_time(
 
     Args:
         source: The model.
+        size: Of the model.
         pairs: As for `forward_tokens`.
         batches: As for `forward_tokens`.
         objective: As for `forward_tokens`.
@@ -187,9 +268,6 @@ def check_cpu_time(
     Raises:
         ValueError: If the device was left to choose.
     """
-    size = ModelSize.of(source.config)
-    if not size.is_large_for_a_cpu:
-        return
     num_tokens = forward_tokens(pairs, batches, objective, trains=trains)
     rate = matmul_rate(source.dtype)
     time_needed = duration(size.forward_flops(num_tokens) / rate)
@@ -281,7 +359,7 @@ def score_reference(
     cache: ReferenceCache,
     pack_tokens: int,
     *,
-    accept_other: bool = False,
+    accept: bool = False,
     seed: int = 0,
 ) -> Reference:
     """The log-probs of the policy as it stands, from the cache or scored now."""
@@ -292,6 +370,6 @@ def score_reference(
         policy.fingerprint(pack_tokens),
         pack_tokens=pack_tokens,
         tolerance=LOGP_TOLERANCE[policy.model.dtype],
-        accept_other=accept_other,
+        accept_other=accept,
         seed=seed,
     )

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lowmem_dpo.data.encoding import TokenPair
 from lowmem_dpo.losses.objective import Objective
-from lowmem_dpo.packs.packing import Pack, pack_trees
-from lowmem_dpo.packs.trees import build_tree
+from lowmem_dpo.packs.packing import Pack, build_tree, pack_trees
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.gradients import PairStats, pair_logps
 
@@ -128,7 +127,7 @@ def our_loss(
     pairs = pair_logps(policy, pack, objective, of)
     losses, stats = objective.pair_losses(pairs), PairStats(objective)
     stats.add(pairs, losses)
-    return losses.mean(), stats.means()
+    return losses.mean(), stats.summary()[0]
 
 
 def random_logps(pack: Pack, generator: torch.Generator) -> tuple[Tensor, Tensor]:

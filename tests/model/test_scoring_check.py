@@ -4,8 +4,7 @@ import torch
 from lowmem_dpo.model import scoring
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.scoring import check_head_kernels, check_packing, head_that_passed_its_trial
-from lowmem_dpo.packs.packing import pack_trees
-from lowmem_dpo.packs.trees import build_tree
+from lowmem_dpo.packs.packing import build_tree, pack_trees
 from lowmem_dpo.settings.configs import TrainConfig
 from tests.model.test_scoring import token_pairs
 from tests.policies import policy_for

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem_dpo.data.encoding import TokenPair
-from lowmem_dpo.packs.trees import build_tree, scored_tokens
+from lowmem_dpo.packs.packing import build_tree, scored_tokens
 from tests.packs.folding import fold
 
 

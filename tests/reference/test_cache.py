@@ -33,10 +33,10 @@ def cache(tmp_path):
     return ReferenceCache(tmp_path, IDENTITY)
 
 
-def test_read_returns_what_was_written_to_the_bit(cache):
+def test_read_returns_what_was_written_to_the_bit(tmp_path, cache):
     cache.write(entries(1, 2, 3), FINGERPRINT)
     cache.write(entries(4), FINGERPRINT)
-    found = cache.read([key(n) for n in (1, 2, 4, 9)], FINGERPRINT)
+    found = ReferenceCache(tmp_path, IDENTITY).read([key(n) for n in (1, 2, 4, 9)], FINGERPRINT)
     assert equal(found.same, 1, 2, 4) and not found.other
 
 
@@ -54,10 +54,10 @@ def test_another_identity_shares_nothing(tmp_path, cache, change):
     assert not found.same and not found.other
 
 
-def test_numbers_of_another_fingerprint_are_kept_apart(cache):
+def test_numbers_of_another_fingerprint_are_kept_apart(tmp_path, cache):
     cache.write(entries(1, 2), {**FINGERPRINT, "dtype": "bfloat16"})
     cache.write(entries(2), FINGERPRINT)
-    found = cache.read([key(1), key(2)], FINGERPRINT)
+    found = ReferenceCache(tmp_path, IDENTITY).read([key(1), key(2)], FINGERPRINT)
     assert equal(found.same, 2) and equal(found.other, 1)
     assert found.other_fingerprint["dtype"] == "bfloat16"
     assert (
@@ -85,11 +85,11 @@ def test_every_flipped_byte_is_found_and_the_shard_set_aside(tmp_path, cache, ca
     assert equal(read_afresh().same, 1)
 
 
-def test_pack_tokens_is_the_size_most_pairs_were_scored_with(cache):
+def test_pack_tokens_is_the_size_most_pairs_were_scored_with(tmp_path, cache):
     cache.write(entries(1, 2), {**FINGERPRINT, "pack_tokens": 256})
     cache.write(entries(3), FINGERPRINT)
     cache.write(entries(4, 5, 6), {**FINGERPRINT, "pack_tokens": 1024, "torch": "2.11"})
-    keys = [key(n) for n in range(9)]
+    cache, keys = ReferenceCache(tmp_path, IDENTITY), [key(n) for n in range(9)]
     assert cache.pack_tokens(keys, {**FINGERPRINT, "pack_tokens": 0}) == 256
     assert cache.pack_tokens([key(3)], FINGERPRINT) == 512
     assert cache.pack_tokens([key(4)], FINGERPRINT) is None

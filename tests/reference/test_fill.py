@@ -22,7 +22,7 @@ from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training import fit, policy
 from lowmem_dpo.training import run as preparation
 from lowmem_dpo.training.fit import prepare
-from lowmem_dpo.training.policy import Policy, cache_directory
+from lowmem_dpo.training.policy import Policy
 from tests.tiny import save_tiny_model
 from tests.training.conftest import environment
 
@@ -177,7 +177,7 @@ def test_model_may_be_an_adapter_folder(config, tmp_path, capsys):
 def tamper(config, amount: float) -> None:
     """Shift the cached numbers of every pair, under valid digests."""
     run = prepare(config)
-    cache = ReferenceCache(cache_directory(None), run.policy.identity)
+    cache = ReferenceCache(Path(os.environ["LOWMEM_DPO_CACHE"]), run.policy.identity)
     for path in cache.directory.glob("*.safetensors"):
         path.unlink()
     shifted = {key: logps + amount for key, logps in run.reference.logps.items()}
@@ -242,7 +242,7 @@ def test_losses_without_a_reference_score_nothing_and_say_so(config, forwards, c
     assert f"loss {loss_type}: without a reference" in capsys.readouterr().out
     assert forwards.count(False) == 5  # the self-check
     assert json.loads((result.output_dir / "run.json").read_text())["step_zero"] is None
-    assert not (cache_directory(None) / "reference").exists()
+    assert not (Path(os.environ["LOWMEM_DPO_CACHE"]) / "reference").exists()
     with pytest.raises(ValueError, match="precompute has nothing to do: loss_type"):
         Trainer(replace(config, **settings)).precompute()
 
@@ -260,7 +260,7 @@ def test_reference_free_scores_nothing_and_warns(config, forwards, capsys):
     assert "less stable" in capsys.readouterr().out
     assert forwards.count(False) == 5  # the self-check
     assert json.loads((result.output_dir / "run.json").read_text())["step_zero"] is None
-    assert not (cache_directory(None) / "reference").exists()
+    assert not (Path(os.environ["LOWMEM_DPO_CACHE"]) / "reference").exists()
 
 
 def every_shard_fails(monkeypatch, times: int) -> list[int]:
@@ -363,7 +363,7 @@ sys.exit(main(sys.argv[1:]))
 def test_two_runs_that_share_a_damaged_cache_do_no_harm(config, tmp_path):
     config = replace(config, pack_tokens=128)
     run = prepare(config)
-    cache = ReferenceCache(cache_directory(None), run.policy.identity)
+    cache = ReferenceCache(Path(os.environ["LOWMEM_DPO_CACHE"]), run.policy.identity)
     (shard,) = cache.directory.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-3])
     words = [sys.executable, "-c", SHARING, "precompute", "--model", str(config.model)]

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lowmem_dpo.settings import groups
 from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
 from lowmem_dpo.settings.fields import parse_config, settings_by_group, to_yaml
-from lowmem_dpo.settings.groups import parse_bytes
+from lowmem_dpo.settings.groups import ModelSettings, parse_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -329,3 +330,22 @@ def test_from_yaml_refuses_what_yaml_reads_otherwise_than_it_was_meant(text, mes
     with pytest.raises(ValueError) as error:
         TrainConfig.from_yaml(path)
     assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_groups_at_their_defaults_have_nothing_to_refuse():
+    """Their checks are left out then."""
+    checked = [
+        group for group in vars(groups).values() if "check" in getattr(group, "__dict__", ())
+    ]
+    assert len(checked) > 5
+    for group in checked:
+        group.check(group())
+
+
+def test_a_check_is_made_if_only_one_setting_of_its_group_is_given():
+    with pytest.raises(ValueError, match="quantized_copy=False has no effect"):
+        ModelSettings(quantization="none", quantized_copy=False)
+    with pytest.raises(ValueError, match="memory_limit must be a size"):
+        TrainConfig(memory_limit="much")
+    with pytest.raises(ValueError, match="save_strategy steps needs save_steps"):
+        TrainConfig(save_strategy="steps")

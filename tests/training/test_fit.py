@@ -12,6 +12,7 @@ import torch
 
 from lowmem_dpo.cli import main
 from lowmem_dpo.records.checkpoints import list_checkpoints, load_checkpoint
+from lowmem_dpo.records.folder import RunFolder
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.trainer import Trainer
@@ -294,14 +295,14 @@ def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_serves(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_metrics_on_a_full_disk_are_one_line_that_names_the_file(config, monkeypatch, capsys):
-    start = fit.RunFolder.start
+    start = RunFolder.start
 
     def full(self, settings, step):
         start(self, settings, step)
         self.metrics.unlink()
         self.metrics.symlink_to("/dev/full")
 
-    monkeypatch.setattr(fit.RunFolder, "start", full)
+    monkeypatch.setattr(RunFolder, "start", full)
     assert main(words(config)) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
     assert "metrics.jsonl: No space left on device" in line

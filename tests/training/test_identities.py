@@ -21,8 +21,7 @@ from lowmem_dpo.losses.functions import LOSSES
 from lowmem_dpo.losses.pairs import LossParameters, PairLogps
 from lowmem_dpo.model.lora import LoraLinear, lora_layers, lora_parameters
 from lowmem_dpo.model.scoring import score
-from lowmem_dpo.packs.packing import pack_trees, sequence_logps
-from lowmem_dpo.packs.trees import Tree, build_tree, scored_tokens
+from lowmem_dpo.packs.packing import Tree, build_tree, pack_trees, scored_tokens, sequence_logps
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.trainer import Trainer

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from lowmem_dpo.records.checkpoints import TrainingState
+from lowmem_dpo.records.checkpoints import (
+    TrainingState,
+    load_checkpoint,
+    page_state,
+    save_checkpoint,
+)
+from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.training.loop import (
     _update,
@@ -14,6 +20,7 @@ from lowmem_dpo.training.loop import (
     check_weights_finite,
     describe_non_finite,
     name_rows,
+    new_state,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
@@ -72,14 +79,17 @@ def test_update_skips_a_gradient_that_is_not_finite_without_a_scaler(capsys):
 LN2 = math.log(2)
 
 
-def test_check_step_zero_is_silent_on_exact_agreement():
-    record, warning = check_step_zero(LN2, LN2, 0.0, 1e-4, True)
-    assert record["exact"] and warning is None
+def test_check_step_zero_does_not_warn_of_exact_agreement(capsys):
+    assert check_step_zero(LN2, LN2, 0.0, 1e-4, True)["exact"]
+    printed = capsys.readouterr().out
+    assert "every margin is exactly 0" in printed and "warning" not in printed
 
 
-def test_check_step_zero_warns_of_rounding_under_the_same_fingerprint_only():
-    assert check_step_zero(LN2, LN2, 1e-5, 1e-4, True)[1] is not None
-    assert check_step_zero(LN2, LN2, 1e-5, 1e-4, False)[1] is None
+def test_check_step_zero_warns_of_rounding_under_the_same_fingerprint_only(capsys):
+    assert not check_step_zero(LN2, LN2, 1e-5, 1e-4, True)["exact"]
+    assert "warning: step zero is not exact" in capsys.readouterr().out
+    assert not check_step_zero(LN2, LN2, 1e-5, 1e-4, False)["exact"]
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("loss", "rms"), [(LN2, 2e-4), (LN2 + 0.03, 0.0), (math.nan, 0.0)])
@@ -130,3 +140,76 @@ def test_check_loss_scale_stops_below_one():
     check_loss_scale(1.0, 7)
     with pytest.raises(RunStopped, match="float16 gradients overflow"):
         check_loss_scale(0.5, 7)
+
+
+def rates(num_steps: int, **settings) -> list[float]:
+    """The learning rate of every step, over the peak."""
+    config = TrainConfig(learning_rate=1e-3, **settings)
+    state = new_state(config, [torch.nn.Parameter(torch.zeros(1))], num_steps)
+    optimizer, schedule = state.optimizer, state.lr_scheduler
+    seen = []
+    for _ in range(num_steps):
+        seen.append(schedule.get_last_lr()[0] / config.learning_rate)
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_new_state_warms_up_over_the_steps_or_the_share_asked_for():
+    linear = {"lr_scheduler_type": "constant_with_warmup"}
+    assert rates(10, warmup_steps=4, **linear) == pytest.approx([0, 0.25, 0.5, 0.75] + [1] * 6)
+    assert rates(10, warmup_ratio=0.2, **linear) == pytest.approx([0, 0.5] + [1] * 8)
+    assert rates(10, warmup_steps=0, **linear) == [1] * 10
+
+
+def test_new_state_leaves_a_last_step_that_trains():
+    assert rates(3, warmup_steps=50, lr_scheduler_type="constant_with_warmup")[-1] == 1
+
+
+def test_page_state_puts_loaded_moments_into_new_paged_buffers(monkeypatch):
+    config = TrainConfig(optim="paged_adamw_8bit")
+    parameter = torch.nn.Parameter(torch.zeros(128, 64))
+    optimizer = new_state(config, [parameter], 10).optimizer
+    assert optimizer.is_paged
+    loaded = {f"state{n}": torch.full((128, 64), n, dtype=torch.uint8) for n in (1, 2)}
+    optimizer.state[parameter] = dict(loaded)
+    buffers = []
+
+    def paged(parameter, dtype):
+        buffers.append(torch.zeros_like(parameter, dtype=dtype, requires_grad=False))
+        return buffers[-1]
+
+    monkeypatch.setattr(optimizer, "get_state_buffer", paged)
+    page_state(optimizer)
+    for name, buffer in zip(loaded, buffers, strict=True):
+        assert optimizer.state[parameter][name] is buffer
+        assert torch.equal(buffer, loaded[name])
+
+
+def test_page_state_leaves_other_optimizers_alone():
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = new_state(TrainConfig(optim="adamw_8bit"), [parameter], 10).optimizer
+    page_state(optimizer)
+    assert not optimizer.is_paged
+
+
+@pytest.mark.gpu
+def test_paged_moments_go_on_as_before_and_are_paged_again_after_a_checkpoint(tmp_path):
+    def start(values: torch.Tensor) -> tuple[torch.nn.Parameter, TrainingState]:
+        parameter = torch.nn.Parameter(values.clone())
+        return parameter, new_state(TrainConfig(optim="paged_adamw_8bit"), [parameter], 10)
+
+    def step(parameter: torch.nn.Parameter, state: TrainingState, seed: int) -> None:
+        torch.manual_seed(seed)
+        parameter.grad = torch.randn_like(parameter)
+        state.optimizer.step()
+
+    first, state = start(torch.ones(512, 512, device="cuda"))
+    step(first, state, 1)
+    save_checkpoint(tmp_path, state, lambda folder: None, {})
+    second, resumed = start(first.detach())
+    load_checkpoint(tmp_path / "step-000000", resumed)
+    assert resumed.optimizer.state[second]["state1"].is_paged
+    step(first, state, 2)
+    step(second, resumed, 2)
+    assert torch.equal(first, second)

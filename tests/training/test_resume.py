@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lowmem_dpo.files import NoLocksError
 from lowmem_dpo.records.checkpoints import find_damage, list_checkpoints
-from lowmem_dpo.records.folder import RunFolder
+from lowmem_dpo.records.folder import hold_folder
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.trainer import Trainer
 from tests.training.conftest import environment
@@ -110,13 +110,13 @@ def test_resume_auto_after_kill_9_continues_to_the_same_losses(config, tmp_path)
 
 SLOW_RUN = """
 import sys, time
-from lowmem_dpo.training import fit
+from lowmem_dpo.records import folder
 from lowmem_dpo.cli import main
-log = fit.RunFolder.log
+log = folder.RunFolder.log
 def slow_log(self, metrics):
     log(self, metrics)
     time.sleep(0.3)
-fit.RunFolder.log = slow_log
+folder.RunFolder.log = slow_log
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -371,6 +371,6 @@ def test_another_runs_checkpoint_is_not_mixed_into_a_run(config, tmp_path):
 
 
 def test_two_runs_at_once_in_one_folder_are_refused(config):
-    with RunFolder(config), pytest.raises(ValueError, match="another run is writing"):
+    with hold_folder(config), pytest.raises(ValueError, match="another run is writing"):
         Trainer(config).fit()
     Trainer(config).fit()
