@@ -1,14 +1,21 @@
-"""Which device and which number format a run computes in.
+"""The device of a run: which it is, in what number format, how fast, and what kernels do there.
 
 `auto` takes the card. It never takes the CPU beside a card that only needs something installed: a
 run of hours would become one of weeks. What is missing is said in one line, and so is the way out,
 which is to name the CPU.
+
+A kernel is tried once before a model uses it. What a compiler makes of it differs from card to
+card, and a kernel that serves policy and reference alike would be wrong in both, so unseen at step
+zero.
 """
 
 import sys
+import time
+from collections.abc import Callable
 
 import torch
 
+from lowmem_dpo.console import warn
 from lowmem_dpo.machine.cards import Machine, NvidiaCards, this_machine
 from lowmem_dpo_kernels import triton_problem
 
@@ -16,6 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 OLDEST_CAPABILITY = (7, 5)
 TRITON_CAPABILITY = (8, 0)
+PROBE_SECONDS = 0.3
 
 # Every CUDA of a major version runs on drivers from this one on.
 # Source: https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
@@ -206,3 +214,48 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def cuda_devices(device: torch.device) -> list[torch.device]:
     """The device for `torch.random.fork_rng`, whose list is of CUDA devices beside the CPU."""
     return [device] if device.type == "cuda" else []
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a matrix product on this CPU, measured now."""
+    left, right = torch.ones(256, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
+    torch.mm(left, right)  # the first one starts threads
+    count, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < PROBE_SECONDS or not count:
+        torch.mm(left, right)
+        count += 1
+    return 2 * left.numel() * right.shape[1] * count / (time.perf_counter() - begun)
+
+
+def passes_trial(trial: Callable[[], None], kernels: str, device: torch.device, other: str) -> bool:
+    """Run a trial; one warning tells why kernels are not used.
+
+    Args:
+        trial: Raises where results are wrong; whatever a compiler or a driver raises counts too.
+        kernels: What is tried, in words, in the plural.
+        device: Where it is tried.
+        other: What is used in its place.
+
+    Raises:
+        torch.OutOfMemoryError: Which tells nothing of the kernels: the next use tries them again.
+    """
+    try:
+        trial()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        warn(f"{kernels} failed their trial on {device} ({why}); {other} is used, please report it")
+        return False
+    return True
+
+
+def check_error(found: torch.Tensor, expected: torch.Tensor, limit: float, what: str) -> None:
+    """Refuse a result whose relative Frobenius error is above `limit`, or not a number.
+
+    Raises:
+        ValueError: With the error.
+    """
+    error = (found - expected).norm() / expected.norm()
+    if not error <= limit:
+        raise ValueError(f"{what}: relative error {error:.1e}")

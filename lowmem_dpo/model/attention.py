@@ -34,7 +34,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PretrainedConfig
 
 import lowmem_dpo_kernels
-from lowmem_dpo.machine.trial import check_error, passes_trial
+from lowmem_dpo.machine.device import check_error, passes_trial
 from lowmem_dpo.model.tiled_attention import tiled_attention
 from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path
 

@@ -22,7 +22,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from lowmem_dpo.machine.trial import passes_trial
+from lowmem_dpo.machine.device import passes_trial
 from lowmem_dpo_kernels import triton_problem
 
 QUANTISER_VERSION = 1
@@ -113,7 +113,7 @@ class Nf4Weight(nn.Module):
         out = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
         code = dynamic_code(out.device) if self.code is None else self.code
         state = self.packed, self.absmax, self.absmax2, self.offset
-        return nf4.nf4_dequantize(*state, code, _levels(out.device), out)
+        return nf4.nf4_dequantize(*state, code, nf4_levels(out.device), out)
 
     def _dequantize_by_bitsandbytes(self, dtype: torch.dtype) -> Tensor:
         import bitsandbytes  # noqa: F401  registers the operation
@@ -205,7 +205,7 @@ def _try_kernel(device: torch.device, dtype: torch.dtype) -> None:
 
 
 @functools.cache
-def _levels(device: torch.device) -> Tensor:
+def nf4_levels(device: torch.device) -> Tensor:
     """The 16 levels: [16] fp32."""
     from bitsandbytes import functional
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem_dpo.machine.trial import check_error, passes_trial
+from lowmem_dpo.machine.device import check_error, passes_trial
 from lowmem_dpo.model.attention import TREE_ATTENTION
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.packs.packing import Pack

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem_dpo.machine.trial import check_error, passes_trial
+from lowmem_dpo.machine.device import check_error, passes_trial
 from lowmem_dpo.model.attention import TREE_ATTENTION
 from lowmem_dpo.model.families import FAMILIES, Family
 from lowmem_dpo.model.head import HeadQuantization, head_to_host, quantize_head

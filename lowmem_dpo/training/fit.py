@@ -41,8 +41,7 @@ from lowmem_dpo.training.run import (
 )
 from lowmem_dpo.version import __version__
 from lowmem_dpo.weights.adapters import load_adapter
-from lowmem_dpo.weights.size import ModelSize
-from lowmem_dpo.weights.storage import storage_table
+from lowmem_dpo.weights.size import ModelSize, storage_table
 
 STEPS_TO_PREDICT_FILL = 16
 

@@ -46,13 +46,7 @@ from lowmem_dpo.weights.adapters import (
     save_base_storage,
 )
 from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
-from lowmem_dpo.weights.folders import (
-    check_max_length,
-    load_config,
-    load_tokenizer,
-    resolve_source,
-    tokenizer_source,
-)
+from lowmem_dpo.weights.folders import load_config, load_tokenizer, resolve_source
 from lowmem_dpo.weights.hub import check_download
 from lowmem_dpo.weights.loading import load_model
 from lowmem_dpo.weights.size import ModelSize
@@ -122,9 +116,7 @@ def read_source(
         resolve_implementation(memory.head_kernel, device)
     except ValueError as error:
         raise ValueError(f"head_kernel: {error}") from None
-    config = load_config(base)
-    if max_length is not None:
-        check_max_length(base, config, max_length)
+    config = load_config(base, max_length)
     comes_quantised = bool(getattr(config, "quantization_config", None))
     if comes_quantised:
         check_kept_quantised(base, settings.quantization)
@@ -141,7 +133,7 @@ def read_source(
     storage["dtype"] = str(dtype).removeprefix("torch.")
     if init_adapter is not None:
         _warn_of_other_storage(Path(init_adapter), storage)
-    tokenizer = load_tokenizer(tokenizer_source(base, init_adapter))
+    tokenizer = load_tokenizer(base, init_adapter)
     return Source(base, init_adapter, config, tokenizer, device, dtype, storage, cache_dir)
 
 

@@ -14,7 +14,7 @@ from lowmem_dpo.data.encoding import TokenPair, encode_pairs, preview_pair
 from lowmem_dpo.data.reading import is_single_file, read_preferences
 from lowmem_dpo.data.split import prompt_key, split_by_prompt
 from lowmem_dpo.losses.objective import Objective
-from lowmem_dpo.machine.rate import matmul_rate
+from lowmem_dpo.machine.device import matmul_rate
 from lowmem_dpo.model.scoring import LOGP_TOLERANCE, check_packing, score
 from lowmem_dpo.packs.packing import (
     Tree,

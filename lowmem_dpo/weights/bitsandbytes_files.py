@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_dpo.model.nf4 import BLOCK, BLOCK2, Nf4Weight, dynamic_code
+from lowmem_dpo.model.nf4 import BLOCK, BLOCK2, Nf4Weight, dynamic_code, nf4_levels
 from lowmem_dpo.weights.safetensors_files import StoredTensor
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -78,13 +78,6 @@ def check_kept_quantised(source: str, quantization: str) -> None:
         )
 
 
-def _nf4_levels() -> Tensor:
-    """[16] fp32, on the CPU."""
-    from bitsandbytes import functional  # takes seconds; who loads no 4-bit model does without
-
-    return functional.get_4bit_type("nf4", device="cpu")
-
-
 @dataclass(frozen=True)
 class StoredNf4:
     """Where a quantised weight lies.
@@ -95,6 +88,7 @@ class StoredNf4:
         parts: The tensors beside it, by the last part of their names.
         shape: (out, in).
         offset: Mean of the scales; None where they are not quantised again.
+        nbytes: Bytes of its codes.
     """
 
     name: str
@@ -102,30 +96,24 @@ class StoredNf4:
     parts: dict[str, StoredTensor]
     shape: tuple[int, int]
     offset: float | None
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes that a buffer for `read` needs."""
-        return max(self.codes.nbytes, *(part.nbytes for part in self.parts.values()))
+    nbytes: int
 
     def read(self, device: torch.device, buffer: Tensor | None = None) -> Nf4Weight:
         """The weight on a device.
 
         Args:
             device: Where to.
-            buffer: As for `StoredTensor.read`, for the way to other devices than the CPU.
+            buffer: As for `StoredTensor.read`, for the codes' way to other devices than the CPU.
 
         Raises:
             ValueError: If a file is damaged or the levels are not those of NF4.
         """
-
-        def moved(stored: StoredTensor) -> Tensor:
-            return stored.read(None if device.type == "cpu" else buffer).to(device)
-
         levels = self.parts[_LEVELS].read()
-        if not torch.allclose(levels, _nf4_levels(), rtol=0, atol=1e-5):
+        if not torch.allclose(levels, nf4_levels(torch.device("cpu")), rtol=0, atol=1e-5):
             raise _unfit(self.name, self.codes.path, "its levels are not those of NF4")
-        packed, absmax = moved(self.codes).view(torch.uint8).view(-1), moved(self.parts[_SCALES])
+        codes = self.codes.read(None if device.type == "cpu" else buffer)
+        packed = codes.to(device).view(torch.uint8).view(-1)
+        absmax = self.parts[_SCALES].read().to(device)
         if self.offset is None:
             return Nf4Weight(packed, absmax, None, None, self.shape)
         code = self.parts[_CODE2].read()
@@ -133,7 +121,7 @@ class StoredNf4:
         return Nf4Weight(
             packed,
             absmax,
-            moved(self.parts[_SCALES2]),
+            self.parts[_SCALES2].read().to(device),
             torch.tensor(self.offset, dtype=torch.float32, device=device),
             self.shape,
             None if known else code.to(device),
@@ -211,7 +199,8 @@ def _checked(
     if not fits or codes.nbytes * 2 != numel:
         raise _unfit(name, codes.path, "its parts do not belong together")
     out_features, in_features = state["shape"]
-    return StoredNf4(name, codes, parts, (out_features, in_features), state.get("nested_offset"))
+    offset = state.get("nested_offset")
+    return StoredNf4(name, codes, parts, (out_features, in_features), offset, codes.nbytes)
 
 
 def _unfit(name: str, path: Path, why: str) -> ValueError:
@@ -239,13 +228,13 @@ def nf4_tensors(name: str, weight: Nf4Weight, dtype: torch.dtype) -> dict[str, T
         "nested_dtype": "float32",
         "nested_offset": weight.offset.item(),
     }
-    text = bytearray(json.dumps(state).encode())
+    text, cpu = bytearray(json.dumps(state).encode()), torch.device("cpu")
     return {
         name: weight.packed.view(-1, 1),
         f"{name}.{_SCALES}": weight.absmax,
-        f"{name}.{_LEVELS}": _nf4_levels(),
+        f"{name}.{_LEVELS}": nf4_levels(cpu).clone(),  # no file takes a tensor twice
         f"{name}.{_SCALES2}": weight.absmax2,
-        f"{name}.{_CODE2}": dynamic_code(torch.device("cpu")).clone(),  # no file takes one twice
+        f"{name}.{_CODE2}": dynamic_code(cpu).clone(),
         f"{name}{_STATE}nf4": torch.frombuffer(text, dtype=torch.uint8),
     }
 

@@ -16,7 +16,7 @@ from lowmem_dpo.data.hub_errors import one_line
 from lowmem_dpo.model.families import FAMILIES
 from lowmem_dpo.model.language_model import LAYER_TYPES, rope_limit, rope_settings
 from lowmem_dpo.weights.bitsandbytes_files import check_quantization_config
-from lowmem_dpo.weights.hub import download_config, download_model, download_small_files
+from lowmem_dpo.weights.hub import download_config, download_small_files
 
 SUPPORTED_MODEL_TYPES = tuple(FAMILIES)
 
@@ -56,7 +56,7 @@ def resolve_source(
             f"no {ADAPTER_CONFIG_FILE} in it{_nearby_adapter(Path(init_adapter))}"
         )
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
-        return model, init_adapter, _other_base(model, init_adapter)
+        return model, init_adapter, _other_base(model, init_adapter) if init_adapter else None
     if init_adapter is not None and Path(init_adapter).resolve() != folder.resolve():
         raise ValueError(
             f"model {model} is an adapter and {setting} is {init_adapter}; "
@@ -80,10 +80,8 @@ def _found_base(adapter: Path, base: str) -> str:
     return base
 
 
-def _other_base(model: str, init_adapter: str | None) -> str | None:
+def _other_base(model: str, init_adapter: str) -> str | None:
     """A line for the user where an adapter names another base than the one it is put on."""
-    if init_adapter is None:
-        return None
     named = read_json(Path(init_adapter) / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
     if not named or not isinstance(named, str):
         return None
@@ -101,44 +99,34 @@ def _nearby_adapter(folder: Path) -> str:
     return ""
 
 
-def tokenizer_source(base: str, init_adapter: str | None) -> str:
-    """Where the tokenizer is: in the adapter's folder if it holds one, else with the base."""
-    if init_adapter is not None and _holds_tokenizer(Path(init_adapter)):
-        return init_adapter
-    return base
-
-
-def load_config(source: str) -> PretrainedConfig:
+def load_config(source: str, max_length: int | None = None) -> PretrainedConfig:
     """Read a model's config.json and refuse what cannot be trained rightly.
 
     Args:
         source: Folder or Hugging Face id. Of the latter, only config.json is downloaded.
+        max_length: Longest sequence of the run, in tokens; None where that is checked later.
 
     Raises:
         ValueError: If there is no such model, or it is one of those that are not supported.
     """
-    path = _config_file(source)
+    folder = Path(source)
+    path = folder / "config.json" if folder.is_dir() else _downloaded_config(source)
+    if not path.is_file():
+        raise ValueError(
+            f"{source} is no model folder: no config.json in it{_nearby_adapter(folder)}"
+        )
     raw = read_json(path)
     _check_raw_config(source, raw)
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise ValueError(f"config.json of {source} is not valid: {one_line(error)}") from None
-    _check_attention(source, config)
-    _check_rope(source, config)
-    return config
-
-
-def _check_attention(source: str, config: PretrainedConfig) -> None:
     unknown = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
         raise ValueError(
             f"{source} has layers of type {', '.join(sorted(unknown))}; "
             f"supported: {', '.join(sorted(LAYER_TYPES))}"
         )
-
-
-def _check_rope(source: str, config: PretrainedConfig) -> None:
     for rope in rope_settings(config):
         rope_type = rope.get("rope_type", "default")
         if rope_type not in SUPPORTED_ROPE_TYPES:
@@ -146,34 +134,28 @@ def _check_rope(source: str, config: PretrainedConfig) -> None:
                 f"{source} has position encoding {rope_type!r}; "
                 f"supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
             )
-
-
-def check_max_length(source: str, config: PretrainedConfig, max_length: int) -> None:
-    """Refuse sequences that a model's position encoding does not take.
-
-    Args:
-        source: Folder or Hugging Face id, for the message.
-        config: Of the model.
-        max_length: Longest sequence of the run, in tokens.
-
-    Raises:
-        ValueError: If it is longer than the encoding stays the same.
-    """
     limit = rope_limit(config)
-    if limit is not None and max_length > limit:
+    if limit is not None and max_length is not None and max_length > limit:
         raise ValueError(
             f"{source} has position encoding 'longrope', which changes beyond {limit} tokens and "
             f"is supported up to that length only; max_length is {max_length}, set it to {limit} "
             "or less"
         )
+    return config
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or Hugging Face id.
+def load_tokenizer(source: str, init_adapter: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, or the one that an adapter brings.
+
+    Args:
+        source: Folder or Hugging Face id of the model.
+        init_adapter: Folder of the adapter it starts from, whose tokenizer comes first; or None.
 
     Raises:
         ValueError: If there is none that can be read.
     """
+    if init_adapter is not None and _holds_tokenizer(Path(init_adapter)):
+        source = init_adapter
     folder = Path(source) if Path(source).is_dir() else download_small_files(source)
     if not _holds_tokenizer(folder):
         raise ValueError(
@@ -184,6 +166,10 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises Exception itself, transformers what it meets
         raise ValueError(f"cannot load the tokenizer of {source}: {one_line(error)}") from None
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def answer_ends(folder: Path) -> list[int]:
@@ -200,24 +186,9 @@ def answer_ends(folder: Path) -> list[int]:
     return ids
 
 
-def model_folder(source: str) -> Path:
-    """The folder that holds a model's files; those of a Hugging Face id are downloaded first.
-
-    Raises:
-        ValueError: If the download fails.
-    """
-    return Path(source) if Path(source).is_dir() else download_model(source)
-
-
-def _config_file(source: str) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{source} is no model folder: no config.json in it{_nearby_adapter(folder)}"
-            )
-        return folder / "config.json"
-    if folder.exists():
+def _downloaded_config(source: str) -> Path:
+    """The config.json of a Hugging Face id, in the cache of downloads."""
+    if Path(source).exists():
         raise ValueError(
             f"{source} is a file; give the folder that holds config.json and the weights"
         )
@@ -239,7 +210,12 @@ def _check_raw_config(source: str, raw: dict[str, Any]) -> None:
             f"{source} attends in both directions (use_bidirectional_attention or is_causal in "
             "config.json); only causal language models are supported"
         )
-    if _foreign_code(raw):
+    code = raw.get("auto_map") or {}
+    adopted = FAMILIES[model_type].adopted_code
+    if adopted and isinstance(code, dict):  # transformers has it itself, under the same names
+        names = {kind: str(path).rpartition(".")[2] for kind, path in code.items()}
+        code = any(names.get(kind, name) != name for kind, name in adopted.items())
+    if code:
         raise ValueError(
             f"{source} comes with code of its own (auto_map in config.json), which is never run; "
             "use a release of the model that transformers supports by itself"
@@ -250,20 +226,6 @@ def _check_raw_config(source: str, raw: dict[str, Any]) -> None:
         raise ValueError(
             f"{source} is a {', '.join(map(str, kinds))}; only causal language models are supported"
         )
-
-
-def _foreign_code(raw: dict[str, Any]) -> bool:
-    """Whether config.json names code for the model that transformers does not have itself."""
-    code = raw.get("auto_map") or {}
-    adopted = FAMILIES[raw["model_type"]].adopted_code
-    if not adopted or not isinstance(code, dict):
-        return bool(code)
-    names = {kind: str(path).rpartition(".")[2] for kind, path in code.items()}
-    return any(names.get(kind, name) != name for kind, name in adopted.items())
-
-
-def _holds_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,9 +14,8 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowmem_dpo.console import say, size
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.lora import LoraLinear, linear_layers, wrap_linears
+from lowmem_dpo.model.lora import linear_layers, wrap_linears
 from lowmem_dpo.model.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4
 from lowmem_dpo.weights.bitsandbytes_files import (
     StoredNf4,
@@ -34,23 +33,16 @@ from lowmem_dpo.weights.bitsandbytes_files import (
     group_nf4,
     nf4_tensors,
 )
-from lowmem_dpo.weights.folders import answer_ends, model_folder
-from lowmem_dpo.weights.quantized_copy import (
-    CopyWriter,
-    copy_bytes,
-    copy_folder,
-    read_copy,
-    remove_copy,
-)
+from lowmem_dpo.weights.folders import answer_ends
+from lowmem_dpo.weights.hub import download_model
+from lowmem_dpo.weights.quantized_copy import COPIES_FOLDER, CopyWriter, read_copy, remove_copy
 from lowmem_dpo.weights.safetensors_files import (
     StoredTensor,
     file_digest,
-    file_stamp,
     read_headers,
     weight_files,
 )
-from lowmem_dpo.weights.size import NF4_BYTES
-from lowmem_dpo.weights.storage import storage_rows
+from lowmem_dpo.weights.size import NF4_BYTES, storage_rows
 
 Quantization = Literal["nf4", "none"]
 Weights = Mapping[str, StoredTensor | StoredNf4]
@@ -83,43 +75,37 @@ def load_model(
         quantized_copy: Whether to keep what is quantised here, and to read it the next time.
 
     Raises:
-        ValueError: If the files are missing, damaged, change while they are read, or do not fit
-            config.json.
+        ValueError: If files are missing, damaged, being changed, or do not fit config.json.
     """
-    folder, device = model_folder(source), torch.device(device)
-    files = weight_files(folder)
-    sources = [folder / "config.json", *files]
-    stamps = [file_stamp(path) for path in sources]
-    stored = group_nf4(read_headers(files))
+    folder = Path(source) if Path(source).is_dir() else download_model(source)
+    device = torch.device(device)
+    sources = [folder / "config.json", *weight_files(folder)]
+    digests = [file_digest(path, cache_dir) for path in sources]
+    stored = group_nf4(read_headers(sources[1:]))
     comes_quantised = any(isinstance(weight, StoredNf4) for weight in stored.values())
     if comes_quantised:
         check_kept_quantised(source, quantization)
     quantise = quantization == "nf4" and not comes_quantised
-    own_head = config.tie_word_embeddings and _has_own_head(stored)
+    own_head = config.tie_word_embeddings and _has_own_head(source, stored)
     if own_head:  # transformers decides in the same way
         config = copy.deepcopy(config)
         config.tie_word_embeddings = False
-        say(
-            f"model: {source} stores a head of its own, which is used, although its "
-            "config.json says that it is the embedding (tie_word_embeddings)"
-        )
-    identify = partial(_identity, sources, quantization, quantise, own_head, cache_dir)
-    identity = identify()
-    kept = copy_folder(cache_dir, identity) if quantise and quantized_copy and cache_dir else None
-    network = _read_copied(kept, source, config, dtype, device) if kept else None
+    identity = _identity(sources, digests, quantization, quantise, own_head)
+    kept, network = None, None
+    if quantise and quantized_copy and cache_dir:
+        kept = cache_dir / COPIES_FOLDER / identity
+    if kept and os.path.isdir(kept):  # Path.is_dir raises where one may not look
+        network = _read_copied(kept, source, config, dtype, device)
     if network is None:
         network = _empty_model(config, dtype)
         weights = _matched(source, network, stored)
-        with _copy_writer(kept, network, weights) as writer:
+        with _copy_writer(kept, folder, network, weights) as writer:
             _fill(network, weights, source, dtype, device, quantise, writer)
-            # A stamp may change without the content: when a link to the file is made.
-            if stamps != [file_stamp(path) for path in sources] and identify() != identity:
+            if digests != [file_digest(path, cache_dir) for path in sources]:
                 raise ValueError(
                     f"the files of {source} changed while they were read; "
                     "start again once nothing writes to them"
                 )
-            if writer is not None:
-                _finish_copy(writer, folder)
     if comes_quantised:
         _say_as_stored(source, network, quantized_copy)
     if ends := answer_ends(folder):
@@ -130,41 +116,40 @@ def load_model(
 def _read_copied(
     folder: Path, source: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel | None:
-    """The model from its quantised copy; None if there is none, or a damaged one."""
-    if not os.path.isdir(folder):  # Path.is_dir raises where one may not look
-        return None
+    """The model from its quantised copy; None if that is damaged."""
     try:
         model = _empty_model(config, dtype)
         weights = _matched(source, model, group_nf4(read_copy(folder)))
         _fill(model, weights, source, dtype, device, quantise=False, writer=None)
+        taken = size(sum(path.stat().st_size for path in folder.iterdir()))
     except (OSError, ValueError) as error:
         say(f"model: quantised again; its copy cannot be used and is removed: {error}")
         remove_copy(folder)
         return None
-    say(f"model: read from its quantised copy {folder} ({size(copy_bytes(folder))})")
+    say(f"model: read from its quantised copy {folder} ({taken})")
     return model
 
 
+@contextmanager
 def _copy_writer(
-    folder: Path | None, model: PreTrainedModel, weights: Weights
-) -> AbstractContextManager[CopyWriter | None]:
-    """What makes the quantised copy while the model is filled."""
+    folder: Path | None, source_folder: Path, model: PreTrainedModel, weights: Weights
+) -> Iterator[CopyWriter | None]:
+    """Make the quantised copy while the model is filled, and say what came of it."""
     if folder is None:
-        return nullcontext()
+        yield None
+        return
+    linears = _linear_weights(model)
     num_bytes = sum(
-        NF4_BYTES * math.prod(weight.shape) if _is_linear(model, name) else weight.buffer_bytes
+        NF4_BYTES * math.prod(weight.shape) if name in linears else weight.nbytes
         for name, weight in weights.items()
     )
-    return closing(CopyWriter(folder, weights, int(num_bytes)))
-
-
-def _finish_copy(writer: CopyWriter, source_folder: Path) -> None:
-    """Complete the quantised copy, and say what came of it."""
-    if writer.finish(source_folder):
-        place = f"{writer.folder} ({size(copy_bytes(writer.folder))})"
-        say(f"model: quantised; the next start reads the copy {place}")
-    elif writer.note:
-        say(f"model: {writer.note}")
+    with closing(CopyWriter(folder, weights, int(num_bytes))) as writer:
+        yield writer
+        if writer.finish(source_folder):
+            place = f"{folder} ({size(writer.num_bytes)})"
+            say(f"model: quantised; the next start reads the copy {place}")
+        elif writer.note:
+            say(f"model: {writer.note}")
 
 
 def _say_as_stored(source: str, model: PreTrainedModel, quantized_copy: bool) -> None:
@@ -182,16 +167,6 @@ def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         wrap_linears(model.model.layers, _LAYERS_PATH)
     return model.requires_grad_(False)
-
-
-def _rebuild_buffers(
-    model: PreTrainedModel, config: PretrainedConfig, device: torch.device | str
-) -> None:
-    """Make what no file holds, because it follows from config.json."""
-    rotary, embedding = model.model.rotary_emb, model.model.embed_tokens
-    model.model.rotary_emb = type(rotary)(config=config).to(device)
-    if hasattr(embedding, "embed_scale"):  # Gemma's
-        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
 
 
 def _matched(
@@ -227,13 +202,20 @@ def _matched(
     return wanted
 
 
-def _has_own_head(stored: Weights) -> bool:
-    """Whether a head is stored whose numbers are not the embedding's."""
+def _has_own_head(source: str, stored: Weights) -> bool:
+    """Whether a head is stored whose numbers are not the embedding's; says so."""
     head, embedding = stored.get(_HEAD), stored.get(_EMBEDDING)
-    if not isinstance(head, StoredTensor) or not isinstance(embedding, StoredTensor):
-        return isinstance(head, StoredNf4)
-    same_kind = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
-    return not same_kind or head.content_digest() != embedding.content_digest()
+    if isinstance(head, StoredTensor) and isinstance(embedding, StoredTensor):
+        same_kind = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+        if same_kind and head.content_digest() == embedding.content_digest():
+            return False
+    elif not isinstance(head, StoredNf4):
+        return False
+    say(
+        f"model: {source} stores a head of its own, which is used, although its "
+        "config.json says that it is the embedding (tie_word_embeddings)"
+    )
+    return True
 
 
 def _first_and_count(names: set[str]) -> str:
@@ -242,10 +224,9 @@ def _first_and_count(names: set[str]) -> str:
     return first + (f" and {len(others)} more" if others else "")
 
 
-def _is_linear(model: PreTrainedModel, name: str) -> bool:
-    """Whether a tensor is the weight of a decoder layer's linear."""
-    path, _, leaf = name.rpartition(".")
-    return leaf == "weight" and isinstance(model.get_submodule(path), LoraLinear)
+def _linear_weights(model: PreTrainedModel) -> set[str]:
+    """Names of the weights of the decoder layers' linears."""
+    return {f"{name}.weight" for name in linear_layers(model)}
 
 
 def _fill(
@@ -268,16 +249,12 @@ def _fill(
         quantise: Whether to quantise the linears of the decoder layers.
         writer: Gets everything, what is not quantised in the source's own numbers; or None.
     """
-
-    def stays(name: str, stored: StoredTensor | StoredNf4) -> bool:
-        """Whether it can be read to the memory that it stays in."""
-        same = isinstance(stored, StoredNf4) or stored.dtype == dtype
-        return device.type == "cpu" and same and not (quantise and _is_linear(model, name))
-
-    moving = [stored.buffer_bytes for name, stored in weights.items() if not stays(name, stored)]
-    buffer = torch.empty(max(moving, default=0), dtype=torch.uint8)
+    linears = _linear_weights(model)
+    # Only the part of the buffer that something goes through takes memory.
+    size_of_largest = max((stored.nbytes for stored in weights.values()), default=0)
+    buffer = torch.empty(size_of_largest, dtype=torch.uint8)
     for name, stored in weights.items():
-        is_linear = _is_linear(model, name)
+        is_linear = name in linears
         tensors: dict[str, Tensor] = {}
         value: Tensor | Nf4Weight
         if isinstance(stored, StoredNf4):
@@ -285,42 +262,38 @@ def _fill(
             value = value if is_linear else value.dequantize(dtype)
         elif quantise and is_linear:
             # Codes come from the stored numbers, so that they do not depend on the compute type.
-            value = _quantised(name, stored.read(buffer).to(device))
-            tensors = nf4_tensors(name, value, stored.dtype)
+            try:
+                value = quantize_nf4(stored.read(buffer).to(device))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            if writer is not None:
+                tensors = nf4_tensors(name, value, stored.dtype)
         else:
-            direct = stays(name, stored)
-            tensor = stored.read(None if direct else buffer)
-            value = tensor.to(device=device, dtype=dtype, copy=not direct)
+            stays = device.type == "cpu" and stored.dtype == dtype
+            tensor = stored.read(None if stays else buffer)
+            value = tensor.to(device=device, dtype=dtype, copy=not stays)
             # The writer keeps it until its layer is whole; the buffer's content will not last.
-            tensors = {name: tensor if direct or writer is None else tensor.clone()}
+            tensors = {name: tensor if stays or writer is None else tensor.clone()}
         if writer is not None:
             writer.add(name, tensors)
-        _put(model, name, value)
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(value, Nf4Weight):
+            del module.weight  # torch puts no module where a parameter is registered
+            module.weight = value
+        else:
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    _complete(source, model, device)
+
+
+def _complete(source: str, model: PreTrainedModel, device: torch.device) -> None:
+    """Make what no file holds, because it follows from config.json; nothing is left empty."""
+    rotary, embedding = model.model.rotary_emb, model.model.embed_tokens
     if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    _rebuild_buffers(model, model.config, device)
-    _check_complete(source, model)
-
-
-def _quantised(name: str, tensor: Tensor) -> Nf4Weight:
-    try:
-        return quantize_nf4(tensor)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _put(model: PreTrainedModel, name: str, value: Tensor | Nf4Weight) -> None:
-    """Put a weight in its place."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if isinstance(value, Nf4Weight):
-        del module.weight  # torch puts no module where a parameter is registered
-        module.weight = value
-    else:
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-
-
-def _check_complete(source: str, model: PreTrainedModel) -> None:
+        model.lm_head.weight = embedding.weight
+    model.model.rotary_emb = type(rotary)(config=model.config).to(device)
+    if hasattr(embedding, "embed_scale"):  # Gemma's
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
     tensors = [*model.named_parameters(), *model.named_buffers()]
     empty = {name for name, tensor in tensors if tensor.is_meta}
     if empty:
@@ -331,12 +304,12 @@ def _check_complete(source: str, model: PreTrainedModel) -> None:
 
 def _identity(
     files: list[Path],
+    digests: list[str],
     quantization: Quantization,
     quantise: bool,
     own_head: bool,
-    cache_dir: Path | None,
 ) -> str:
-    lines = [f"{path.name} {file_digest(path, cache_dir)}" for path in files]
+    lines = [f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True)]
     lines.append(f"quantization {quantization}")
     if quantise:
         lines.append(f"quantiser {QUANTISER_VERSION}")

@@ -55,11 +55,6 @@ class StoredTensor:
     nbytes: int
     digest: str | None = None
 
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes that a buffer for `read` needs."""
-        return self.nbytes
-
     def read(self, buffer: Tensor | None = None) -> Tensor:
         """The tensor, on the CPU.
 
@@ -77,9 +72,7 @@ class StoredTensor:
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
             while rest:
-                count = file.readinto(
-                    rest
-                )  # an operating system may hand out less than was asked for
+                count = file.readinto(rest)  # which may hand out less than was asked for
                 if not count:
                     raise _damaged(self.path, "it ends inside a tensor")
                 rest = rest[count:]
@@ -111,6 +104,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: If the file is missing, damaged, or stores numbers of another kind.
     """
+    tensors: dict[str, StoredTensor] = {}
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -119,7 +113,19 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 raise _damaged(path, "its header does not fit in it")
             header = json.loads(file.read(header_bytes))
         header.pop("__metadata__", None)
-        tensors = {name: _place(path, 8 + header_bytes, entry) for name, entry in header.items()}
+        for name, entry in header.items():
+            dtype = _DTYPES.get(entry["dtype"])
+            if dtype is None:
+                raise ValueError(
+                    f"{path} stores numbers as {entry['dtype']}; only {', '.join(_DTYPES)} can be "
+                    "loaded"
+                )
+            shape = tuple(int(length) for length in entry["shape"])
+            start, end = entry["data_offsets"]
+            nbytes = math.prod(shape) * dtype.itemsize
+            if start < 0 or min(shape, default=0) < 0 or end - start != nbytes:
+                raise _damaged(path, "its header contradicts itself")
+            tensors[name] = StoredTensor(path, dtype, shape, 8 + header_bytes + start, nbytes)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError):
@@ -127,18 +133,6 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if any(tensor.offset + tensor.nbytes > size for tensor in tensors.values()):
         raise _damaged(path, f"it is cut off after {size} bytes")
     return dict(sorted(tensors.items(), key=lambda item: item[1].offset))
-
-
-def _place(path: Path, data_start: int, entry: dict) -> StoredTensor:
-    dtype = _DTYPES.get(entry["dtype"])
-    if dtype is None:
-        known = ", ".join(_DTYPES)
-        raise ValueError(f"{path} stores numbers as {entry['dtype']}; only {known} can be loaded")
-    shape = tuple(int(size) for size in entry["shape"])
-    start, end = entry["data_offsets"]
-    if start < 0 or min(shape, default=0) < 0 or end - start != math.prod(shape) * dtype.itemsize:
-        raise _damaged(path, "its header contradicts itself")
-    return StoredTensor(path, dtype, shape, data_start + start, end - start)
 
 
 def _damaged(path: Path, why: str) -> ValueError:
@@ -199,7 +193,10 @@ def file_digest(path: Path, cache_dir: Path | None = None) -> str:
         cache_dir: Where to remember it, so that gigabytes are read once; a file with the same
             stamp counts as the same. None remembers nothing.
     """
-    key, stamp = str(path.resolve()), file_stamp(path)
+    stat = path.stat()
+    # Another one after a change, even at equal size and mtime: no tool sets ctime back.
+    stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+    key = str(path.resolve())
     memory = cache_dir / DIGESTS_FILE if cache_dir else None
     known = _read_digests(memory)
     if key in known and known[key][:-1] == stamp:
@@ -222,13 +219,3 @@ def _read_digests(path: Path | None) -> dict[str, list]:
         if isinstance(entries, dict):
             return {key: v for key, v in entries.items() if isinstance(v, list) and v}
     return {}
-
-
-def file_stamp(path: Path) -> list[int]:
-    """What is another after a file was changed or replaced, even at equal size and mtime.
-
-    Returns:
-        Size, mtime, ctime (which no tool sets back), inode and device.
-    """
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]

@@ -1,11 +1,19 @@
 import dataclasses
+import time
 
 import pytest
 import torch
 
 from lowmem_dpo.machine import device
 from lowmem_dpo.machine.cards import Card, Machine, NvidiaCards
-from lowmem_dpo.machine.device import resolve_device, resolve_dtype, unusable_cards
+from lowmem_dpo.machine.device import (
+    check_error,
+    matmul_rate,
+    passes_trial,
+    resolve_device,
+    resolve_dtype,
+    unusable_cards,
+)
 
 BARE = Machine(system="linux", torch_version="2.13.0+cu130", cuda_build="13.0")
 RTX = NvidiaCards(("NVIDIA GeForce RTX 3060",), "580.65.06")
@@ -184,3 +192,46 @@ def test_resolve_dtype_takes_bfloat16_where_the_card_has_it(monkeypatch, capabil
     if capability < (8, 0):
         with pytest.raises(ValueError, match="T4 has no bfloat16; use dtype float16 or auto"):
             resolve_dtype("bfloat16", card)
+
+
+def test_matmul_rate_counts_the_products_of_the_time_measured(monkeypatch):
+    clock = iter([0.0, 0.1, 0.2, 0.4, 0.4])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert matmul_rate(torch.float32) == 2 * (2 * 256 * 2048 * 2048) / 0.4
+
+
+def test_passes_trial_says_once_why_kernels_are_not_used(capsys):
+    def crash():
+        raise RuntimeError("no kernel image\nfor this card")
+
+    assert passes_trial(lambda: None, "the kernels", torch.device("cpu"), "PyTorch")
+    assert not capsys.readouterr().out
+    assert not passes_trial(crash, "the kernels", torch.device("cpu"), "PyTorch")
+    assert capsys.readouterr().out == (
+        "warning: the kernels failed their trial on cpu (no kernel image for this card); PyTorch "
+        "is used, please report it\n"
+    )
+
+
+def test_passes_trial_does_not_take_a_full_card_for_a_fault(capsys):
+    def greedy():
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        passes_trial(greedy, "the kernels", torch.device("cpu"), "PyTorch")
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor, right", [(1.0, True), (1.01, True), (1.03, False)])
+def test_check_error_is_relative(factor, right):
+    numbers = torch.linspace(-3, 100, 7)
+    if right:
+        check_error(factor * numbers, numbers, 0.02, "numbers")
+        return
+    with pytest.raises(ValueError, match=r"numbers: relative error 3\.0e-02"):
+        check_error(factor * numbers, numbers, 0.02, "numbers")
+
+
+def test_check_error_refuses_nan():
+    with pytest.raises(ValueError, match="relative error nan"):
+        check_error(torch.tensor([1.0, torch.nan]), torch.ones(2), 0.02, "numbers")

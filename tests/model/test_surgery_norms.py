@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem_dpo.machine.trial import passes_trial
+from lowmem_dpo.machine.device import passes_trial
 from lowmem_dpo.model import surgery
 from lowmem_dpo.model.families import FAMILIES as RECORDS
 from lowmem_dpo.model.surgery import FusedRmsNorm, replace_norms

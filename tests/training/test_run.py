@@ -5,7 +5,7 @@ import torch
 
 from lowmem_dpo.cli import main
 from lowmem_dpo.losses.objective import Objective
-from lowmem_dpo.machine.rate import matmul_rate
+from lowmem_dpo.machine.device import matmul_rate
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training import run
 from lowmem_dpo.training.run import Batches, Pairs, forward_tokens, warn_of_short_run

@@ -11,13 +11,10 @@ from lowmem_dpo.weights import folders
 from lowmem_dpo.weights.folders import (
     SUPPORTED_MODEL_TYPES,
     answer_ends,
-    check_max_length,
     load_config,
     load_tokenizer,
-    model_folder,
     resolve_source,
     rope_limit,
-    tokenizer_source,
 )
 from tests.tiny import FAMILIES, tiny_model
 
@@ -37,8 +34,8 @@ def write_adapter(folder, base):
     return str(folder)
 
 
-def write_tokenizer(folder):
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1}, unk_token="<unk>"))
+def write_tokenizer(folder, word="hello"):
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, word: 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
     return str(folder)
 
@@ -108,17 +105,14 @@ def test_load_config_takes_position_encodings_that_do_not_depend_on_neighbours(t
     assert config.rope_parameters["rope_type"] == rope_type
 
 
-def test_check_max_length_takes_longrope_up_to_where_its_frequencies_change(tmp_path):
+def test_load_config_takes_longrope_up_to_where_its_frequencies_change(tmp_path):
     folder = tmp_path / "m"
     tiny_model("phi3-longrope").config.save_pretrained(folder)
-    config = load_config(str(folder))
-    assert rope_limit(config) == 256
-    check_max_length("phi", config, 256)
+    assert rope_limit(load_config(str(folder), max_length=256)) == 256
     with pytest.raises(ValueError, match="max_length is 257, set it to 256 or less"):
-        check_max_length("phi", config, 257)
-    llama = load_config(write_config(tmp_path / "llama"))
+        load_config(str(folder), max_length=257)
+    llama = load_config(write_config(tmp_path / "llama"), max_length=10**6)
     assert rope_limit(llama) is None
-    check_max_length("llama", llama, 10**6)
 
 
 PHI3_CODE = {
@@ -172,13 +166,11 @@ def test_load_config_of_an_id_asks_for_config_json_alone(monkeypatch, tmp_path):
     assert asked == ["some/model"]
 
 
-def test_load_tokenizer_and_model_folder_of_an_id_download_it(monkeypatch, tmp_path):
+def test_load_tokenizer_of_an_id_downloads_it(monkeypatch, tmp_path):
     monkeypatch.setattr(folders, "download_small_files", lambda repo: tmp_path / repo)
-    monkeypatch.setattr(folders, "download_model", lambda repo: tmp_path / repo)
     (tmp_path / "some" / "model").mkdir(parents=True)
     write_tokenizer(tmp_path / "some" / "model")
     assert load_tokenizer("some/model")("hello")["input_ids"] == [1]
-    assert model_folder("some/model") == tmp_path / "some" / "model"
 
 
 def test_resolve_source_passes_a_model_through(tmp_path):
@@ -244,12 +236,14 @@ def test_resolve_source_refuses_contradictions(tmp_path):
     assert "no adapter_config.json" in refusal(resolve_source, "some/model", str(tmp_path))
 
 
-def test_tokenizer_source_prefers_the_adapter_if_it_holds_one(tmp_path):
-    adapter = write_adapter(tmp_path / "adapter", "base")
-    assert tokenizer_source("base", None) == "base"
-    assert tokenizer_source("base", adapter) == "base"
+def test_load_tokenizer_prefers_the_adapters_if_it_holds_one(tmp_path):
+    base, adapter = tmp_path / "base", write_adapter(tmp_path / "adapter", "base")
+    write_tokenizer(base, "base")
+    assert load_tokenizer(str(base))("base")["input_ids"] == [1]
+    assert load_tokenizer(str(base), adapter)("base")["input_ids"] == [1]
     write_tokenizer(Path(adapter))
-    assert tokenizer_source("base", adapter) == adapter
+    assert load_tokenizer(str(base), adapter)("hello")["input_ids"] == [1]
+    assert load_tokenizer(str(base), adapter)("base")["input_ids"] == [0]
     assert load_tokenizer(adapter)("hello")["input_ids"] == [1]
 
 

@@ -16,7 +16,9 @@ from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.lora import LoraLinear, linear_layers, lora_parameters
 from lowmem_dpo.model.nf4 import Nf4Weight, quantize_nf4
 from lowmem_dpo.weights import loading
-from lowmem_dpo.weights.storage import storage_table
+from lowmem_dpo.weights.folders import load_config
+from lowmem_dpo.weights.safetensors_files import StoredTensor
+from lowmem_dpo.weights.size import storage_table
 from tests.tiny import FAMILIES
 from tests.weights.loading_lines import load_and_listen
 
@@ -56,6 +58,17 @@ def test_load_model_computes_what_transformers_does(tiny_checkpoint, family, tie
     assert (folder / "model.safetensors.index.json").exists() == tied
     loaded = load(folder).network
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
+
+
+def test_load_model_of_an_id_downloads_it(tiny_checkpoint, monkeypatch):
+    folder, model = tiny_checkpoint("llama")
+    asked = []
+    monkeypatch.setattr(loading, "download_model", lambda repo: asked.append(repo) or folder)
+    config = load_config(str(folder))
+    options = {"quantization": "none", "dtype": torch.float32, "device": "cpu"}
+    loaded = loading.load_model("some/model", config=config, **options)
+    assert asked == ["some/model"]
+    torch.testing.assert_close(logits(loaded.network), logits(model), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "llama3", "yarn"])
@@ -191,7 +204,7 @@ def test_load_model_refuses_weights_that_do_not_fit(tiny_checkpoint, change, wor
 def test_load_model_checks_names_before_it_reads(tiny_checkpoint, monkeypatch):
     folder, _ = tiny_checkpoint("llama")
     rewrite(folder, lambda tensors: tensors.update(zzz=torch.ones(1)))
-    monkeypatch.setattr(loading, "_put", lambda *args: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(StoredTensor, "read", lambda *args: pytest.fail("a tensor was read"))
     assert "zzz" in refusal(load, folder)
 
 

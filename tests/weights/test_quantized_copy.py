@@ -196,15 +196,30 @@ def test_copy_has_a_file_for_each_layer_and_tensor_outside_of_them(base, cache):
     assert {"model.norm.weight"} in outside and {"lm_head.weight"} in outside
     index = json.loads((only_copy(cache) / "model.safetensors.index.json").read_text("utf-8"))
     assert index["weight_map"].keys() == set().union(*names)
+    files = {path.name for path in shards(only_copy(cache))}
+    assert files == {f"model.layers.{number}.safetensors" for number in range(2)} | {
+        f"{name}.safetensors"
+        for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight")
+    }
 
 
-def test_copy_of_an_earlier_release_is_read(base, cache):
+@pytest.mark.parametrize("numbered", [False, True])
+def test_copy_of_an_earlier_release_is_read(base, cache, numbered):
     first = load(base, cache)
     copy = only_copy(cache)
-    tensors = copied_tensors(copy)
-    for path in [*shards(copy), copy / "model.safetensors.index.json"]:
-        path.unlink()
-    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    index = copy / "model.safetensors.index.json"
+    if numbered:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        names = {p.name: f"model-{i:05}-of-00005.safetensors" for i, p in enumerate(shards(copy))}
+        for old, new in names.items():
+            (copy / old).rename(copy / new)
+        places = {name: names[file] for name, file in content["weight_map"].items()}
+        index.write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+    else:
+        tensors = copied_tensors(copy)
+        for path in [*shards(copy), index]:
+            path.unlink()
+        save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     loaded = load(base, cache)
     assert USED in loaded.notes[0]
     assert_same(loaded, first)
@@ -347,7 +362,7 @@ def test_little_free_space_starts_no_copy(base, cache, monkeypatch):
     monkeypatch.setattr(
         quantized_copy.shutil, "disk_usage", lambda path: usage._replace(free=2**30 + 1000)
     )
-    monkeypatch.setattr(CopyWriter, "_write", lambda *args: pytest.fail("a copy was begun"))
+    monkeypatch.setattr(quantized_copy, "save_file", lambda *_: pytest.fail("a copy was begun"))
     (note,) = load(base, cache).notes
     assert "has 1.0 GiB free" in note and is_clean(cache)
 
@@ -394,19 +409,19 @@ def test_load_that_stops_half_way_leaves_nothing(base, cache, monkeypatch, error
 KILLED = """
     import os, signal, sys, torch
     from lowmem_dpo.weights.loading import load_model
-    from lowmem_dpo.weights.quantized_copy import CopyWriter
+    from lowmem_dpo.weights import quantized_copy
     from lowmem_dpo.weights.folders import load_config
     from pathlib import Path
 
-    write, calls = CopyWriter._write, []
+    write, calls = quantized_copy.save_file, []
 
-    def killed(self, *args):
-        write(self, *args)
+    def killed(*args):
+        write(*args)
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    CopyWriter._write = killed
+    quantized_copy.save_file = killed
     load_model(sys.argv[1], config=load_config(sys.argv[1]), quantization="nf4",
                dtype=torch.float32, device="cpu", cache_dir=Path(sys.argv[2]))
 """
