@@ -72,25 +72,22 @@ class CopyWriter:
     One process at a time writes copies: the others do without.
 
     Args:
-        folder: Of the copy; None makes none.
+        folder: Of the copy.
         names: Of all the weights to come, as the model calls them.
         num_bytes: About what they will take.
 
     Attributes:
-        is_open: Whether it takes weights.
         note: Why there will be no copy; None while there may be one.
         num_bytes: Of what was written.
     """
 
-    def __init__(self, folder: Path | None, names: Iterable[str], num_bytes: int) -> None:
-        self.is_open = False
+    def __init__(self, folder: Path, names: Iterable[str], num_bytes: int) -> None:
+        self._is_open = False
         self.note: str | None = None
         self.num_bytes = 0
         self._digests: dict[str, str] = {}
         self._files_of_tensors: dict[str, str] = {}
         self._lock: IO[bytes] | None = None
-        if folder is None:
-            return
         self._folder = folder
         self._part = folder.with_name(f".{folder.name}.part")
         self._files: dict[str, str] = {}
@@ -115,7 +112,7 @@ class CopyWriter:
                     )
                 else:
                     self._part.mkdir()
-                    self.is_open = True
+                    self._is_open = True
         except OSError as error:
             self._give_up(error)
 
@@ -127,7 +124,7 @@ class CopyWriter:
             tensors: What is stored of it, by full name, on any device; they must not change before
                 the last weight of their layer was added.
         """
-        if not self.is_open:
+        if not self._is_open:
             return
         file = self._files[name]
         self._waiting[file] |= tensors
@@ -154,7 +151,7 @@ class CopyWriter:
         Returns:
             Whether this made a copy.
         """
-        if not self.is_open:
+        if not self._is_open:
             return False
         assert not self._waiting, "a weight was not added"
         contents = {
@@ -175,8 +172,8 @@ class CopyWriter:
 
     def close(self) -> None:
         """Drop what was not finished and let other processes write."""
-        if self.is_open:
-            self.is_open = False
+        if self._is_open:
+            self._is_open = False
             self._waiting.clear()
             shutil.rmtree(self._part, ignore_errors=True)
         if self._lock is not None:

@@ -292,7 +292,7 @@ LARGE = {
     "vocab_size": 8_000,
     "hidden_size": 1024,
     "intermediate_size": 4096,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 6,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
@@ -300,7 +300,7 @@ LARGE = {
 
 
 def write_large_checkpoint(folder):
-    """About 400 MB in bf16, written tensor by tensor: one block of noise, over and over."""
+    """About 200 MB in bf16, written tensor by tensor: one block of noise, over and over."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(**LARGE)
@@ -351,7 +351,7 @@ MEASURE = """
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure memory")
 def test_load_model_needs_the_stored_model_and_two_tensors(tmp_path):
     num_bytes, largest = write_large_checkpoint(tmp_path)
-    assert num_bytes > 300 * 10**6
+    assert num_bytes > 190 * 10**6
     for line in ("the next start reads the copy", "read from its quantised copy"):
         done = subprocess.run(
             [

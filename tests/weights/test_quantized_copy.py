@@ -427,6 +427,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_writer_leaves_what_the_next_one_cleans(base, cache):
     done = subprocess.run(
