@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from lowmem_dpo.console import console, say, warn
-from lowmem_dpo.data.encoding import render_prompt
+from lowmem_dpo.data.encoding import render_prompts
 from lowmem_dpo.data.prompts import read_prompts
 from lowmem_dpo.model.generation import check_prompts, generate_text, position_warning
 from lowmem_dpo.model.lora import adapters_disabled
@@ -29,7 +29,7 @@ def generate(config: GenerateConfig) -> None:
         )
     config = replace(config, model=model)
     source = read_source(config, init_adapter=config.adapter, adapter_setting="adapter")
-    rendered = [render_prompt(source.tokenizer, prompt, config) for prompt in prompts]
+    rendered = render_prompts(source.tokenizer, prompts, config)
     check_prompts(rendered, source.config, config)
     if line := position_warning(rendered, source.config, config):
         warn(line)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lowmem_dpo.console import ProgressBar, duration, say, warn
-from lowmem_dpo.data.rendering import build_renderer
+from lowmem_dpo.data.templates import choose_template
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import unusual_values
 from lowmem_dpo.model.lora import lora_parameters
@@ -106,7 +106,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     say(
         f"model: {source.base}, {source.config.model_type}, computing in {dtype} on {source.device}"
     )
-    template = build_renderer(source.tokenizer, config).template
+    template = choose_template(source.tokenizer, config).to_save
     policy = load_policy(
         config, config, config, source=source, seed=config.seed, chat_template=template
     )

@@ -158,7 +158,7 @@ class Policy:
         source: The base's folder or id.
         init_adapter: The adapter folder it starts from.
         base_storage: The settings that say how the base is stored.
-        chat_template: Jinja text to save with the adapter, or None for plain text.
+        chat_template: To save with the adapter: Jinja text, several by name, or None.
     """
 
     model: LanguageModel
@@ -167,7 +167,7 @@ class Policy:
     source: str
     init_adapter: str | None
     base_storage: dict[str, str]
-    chat_template: str | None = None
+    chat_template: str | dict[str, str] | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def load_policy(
     source: Source | None = None,
     init_adapter: str | None = None,
     seed: int = 0,
-    chat_template: str | None = None,
+    chat_template: str | dict[str, str] | None = None,
 ) -> Policy:
     """Load the base and give it its adapter.
 
@@ -254,7 +254,7 @@ def load_policy(
         source: From `read_source`, where that was called before.
         init_adapter: PEFT adapter folder to start from, where it was not.
         seed: Of a new adapter's A matrices.
-        chat_template: Jinja text to save with the adapter.
+        chat_template: To save with the adapter.
 
     Raises:
         ValueError: If the model cannot be read or trained.
