@@ -277,7 +277,7 @@ def _tokenize(
             prompt, chosen, rejected = sides
             starts = [common_prefix_length(prompt, side) for side in (chosen, rejected)]
             if min(starts) < len(prompt) and text.is_rendered:
-                report.note_row("apart", row, tokenizer.decode(prompt[min(starts) :]))
+                report.note_row("apart", row, str(tokenizer.decode(prompt[min(starts) :])))
                 answers = [side[len(text.prompt) :] for side in (text.chosen, text.rejected)]
                 chosen, rejected = (prompt + ids for ids in renderer.answer_ids(answers))
                 starts = [len(prompt)] * 2

@@ -148,8 +148,10 @@ class Renderer:
         except ValueError as error:
             raise ValueError(where + str(error).removeprefix(where)) from error
         notes = sides[1].notes | sides[0].notes
-        texts = (text + side.text for side in sides)
-        return PairText(text, *texts, by_template=True, is_rendered=True, notes=notes)
+        with_chosen, with_rejected = (text + side.text for side in sides)
+        return PairText(
+            text, with_chosen, with_rejected, by_template=True, is_rendered=True, notes=notes
+        )
 
     def reads_column(self, preference: Preference, name: str) -> bool:
         """Whether a row's tools or chat_template_kwargs change what the template writes."""
