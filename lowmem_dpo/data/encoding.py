@@ -279,7 +279,7 @@ def _tokenize(
             if min(starts) < len(prompt) and text.is_rendered:
                 report.note_row("apart", row, str(tokenizer.decode(prompt[min(starts) :])))
                 answers = [side[len(text.prompt) :] for side in (text.chosen, text.rejected)]
-                chosen, rejected = (prompt + ids for ids in renderer.answer_ids(answers))
+                chosen, rejected = (prompt + answer for answer in renderer.answer_ids(answers))
                 starts = [len(prompt)] * 2
             report.num_mismatches += min(starts) < len(prompt)
             if text.by_template:  # one start for both sides, as in TRL

@@ -64,8 +64,8 @@ class EncodeReport:
             lines.append(self.first_fault)
         if self.template_date:
             lines.append(
-                f"the chat template writes the date, {self.template_date}; a run of another day "
-                "writes another, and its reference is scored again, unless template_date fixes it"
+                f"the chat template writes the date: {self.template_date} in every session of this "
+                "run; template_date gives other runs the same, whose cached reference then holds"
             )
         lines += [self.note_line(name) for name in NOTES if name in self.notes]
         lines += [

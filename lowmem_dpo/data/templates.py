@@ -6,6 +6,7 @@ that a run which goes on tomorrow writes the same text.
 """
 
 import datetime
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ class ChatTemplate:
     def to_save(self) -> str | dict[str, str] | None:
         """What goes to disk beside an adapter: one text, or several by name."""
         return self.sources if len(self.sources) > 1 else next(iter(self.sources.values()), None)
+
+    @property
+    def digest(self) -> str:
+        """Of the template's text; the date is not part of it."""
+        return hashlib.sha256(json.dumps(self.to_save).encode()).hexdigest()
 
     def render(
         self,
@@ -123,8 +129,7 @@ def choose_template(
         raise ValueError("template_date has no effect: the chat template does not write the date")
     check_not_reserved(settings.chat_template_kwargs)
     _check_kwargs_are_read(sources, settings)
-    today = datetime.date.today().isoformat()
-    date = (settings.template_date or today) if writes_date else None
+    date = (settings.template_date or _today()) if writes_date else None
     return ChatTemplate(tokenizer, settings, sources, origin, date)
 
 
@@ -134,6 +139,10 @@ def check_not_reserved(variables: Mapping[str, Any], where: str = "") -> None:
         raise ValueError(
             f"{where}chat_template_kwargs cannot set {', '.join(clash)}; leave them out"
         )
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
 
 
 def _sources(

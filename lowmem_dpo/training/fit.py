@@ -17,7 +17,12 @@ from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import unusual_values
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.records.checkpoints import load_checkpoint, read_record
-from lowmem_dpo.records.folder import RunFolder, check_resumable, resume_facts
+from lowmem_dpo.records.folder import (
+    RunFolder,
+    check_resumable,
+    resume_facts,
+    text_versions,
+)
 from lowmem_dpo.records.trackers import Trackers, check_installed
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
@@ -90,12 +95,17 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     )
     check_optimizer(config.optim, source.device)
 
+    template = choose_template(source.tokenizer, config)
+    date = template.date
+    if date and checkpoint and config.template_date is None:  # the run's first session had its own
+        date = read_record(checkpoint)["facts"].get("template_date") or date
+    config = replace(config, template_date=date)
     pairs = load_pairs(config, config, source.tokenizer, seed=config.seed)
     check_token_ids(pairs, source.config)
     batches = Batches.of(config, len(pairs.train))
     if checkpoint is not None:
-        facts = resume_facts(asdict(config)) | {"data_digest": pairs.digest}
-        check_resumable(checkpoint, facts)
+        digests = {"data_digest": pairs.digest, "template_digest": template.digest}
+        check_resumable(checkpoint, resume_facts(asdict(config)) | digests)
     if trains:
         warn_of_short_run(config, config.warmup_steps, batches)
     if source.device.type == "cpu":
@@ -106,9 +116,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     say(
         f"model: {source.base}, {source.config.model_type}, computing in {dtype} on {source.device}"
     )
-    template = choose_template(source.tokenizer, config).to_save
     policy = load_policy(
-        config, config, config, source=source, seed=config.seed, chat_template=template
+        config, config, config, source=source, seed=config.seed, chat_template=template.to_save
     )
     say(storage_table(policy.model.storage))
     if checkpoint is not None:
@@ -185,9 +194,12 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
         checkpoint = folder.checkpoint
         run = prepare(config, checkpoint)
         policy = run.policy
+        config = replace(config, template_date=run.pairs.facts["template_date"])
         facts = resume_facts(asdict(config)) | {
             "model_digest": policy.digest,
             "data_digest": run.pairs.digest,
+            "template_digest": choose_template(policy.tokenizer, config).digest,
+            "text_versions": text_versions(),
             "planned_pack_tokens": run.pack_tokens,
         }
 
