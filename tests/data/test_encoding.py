@@ -7,7 +7,17 @@ from lowmem_dpo.data.encoding import (
 )
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.settings.groups import EncodingSettings
-from tests.data.encoding import AUTO, CHATML_PROMPT, chat, encode_one, ours, sides, trl_pairs, turn
+from tests.data.encoding import (
+    AUTO,
+    CHATML_PROMPT,
+    LLAMA3_PROMPT,
+    chat,
+    encode_one,
+    ours,
+    sides,
+    trl_pairs,
+    turn,
+)
 
 # Chat templates
 
@@ -206,52 +216,7 @@ def test_encode_pairs_needs_an_eos_token_only_where_it_is_appended(build_tokeniz
     assert encode_one(chat(), build_tokenizer("chatml", eos_token=None))[0].chosen_ids
 
 
-# Text that is already rendered
-
-LLAMA3_PROMPT = (
-    "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n"
-)
-
-
-ALPACA_PROMPT = "### Instruction:\nhi\n\n### Response:\n"
-
-
-@pytest.mark.parametrize("repeat", [False, True])
-@pytest.mark.parametrize("terminated", [False, True])
-@pytest.mark.parametrize("with_bos", [False, True])
-def test_encode_pairs_leaves_rendered_text_as_it_is(build_tokenizer, repeat, terminated, with_bos):
-    tokenizer = build_tokenizer("llama3", bos=True)
-    prompt = ("<s>" if with_bos else "") + LLAMA3_PROMPT
-    before, after = prompt if repeat else "", "<|eot_id|>" if terminated else ""
-    preference = Preference(prompt, f"{before}yes{after}", f"{before}no{after}", 1)
-    pair, report = encode_one(preference, tokenizer)
-    end = after or "</s>"
-    rendered = "<s>" + LLAMA3_PROMPT
-    assert list(sides(pair, tokenizer)) == [(rendered, "yes" + end), (rendered, "no" + end)]
-    assert report.num_rendered == 1
-    assert "1 of 1 pairs are already rendered" in report.template_choice
-    if terminated:
-        assert pair == encode_one(chat(), tokenizer)[0]
-
-
-@pytest.mark.parametrize("name", [None, "chatml", "mistral"])
-def test_encode_pairs_recognises_the_markers_of_common_templates(build_tokenizer, name):
-    tokenizer = build_tokenizer(name)
-    for prompt in (CHATML_PROMPT, LLAMA3_PROMPT, "[INST] hi [/INST]", ALPACA_PROMPT):
-        pair, report = encode_one(Preference(prompt, "yes", "no</s>\n", 1), tokenizer)
-        assert list(sides(pair, tokenizer)) == [(prompt, "yes</s>"), (prompt, "no</s>\n")]
-        assert report.num_rendered == 1
-
-
-def test_encode_pairs_learns_the_markers_of_an_unknown_template(build_tokenizer, tmp_path):
-    path = tmp_path / "template.jinja"
-    path.write_text("{% for m in messages %}@@{{ m['role'] }}@@\n{{ m['content'] }}\n{% endfor %}")
-    settings = EncodingSettings(chat_template=str(path))
-    preference = Preference("@@user@@\nhi\n@@assistant@@\n", "yes", "no", 1)
-    pair, report = encode_one(preference, build_tokenizer(), settings)
-    assert report.num_rendered == 1
-    assert len(pair.chosen_ids) - pair.chosen_start == len("yes") + 1
+# Text that holds its prompt
 
 
 def test_encode_pairs_recognises_answers_that_repeat_the_prompt(build_tokenizer):
@@ -286,13 +251,6 @@ def test_encode_pairs_goes_by_the_majority_of_repeated_prompts(build_tokenizer):
     assert encode_pairs([joined, plain], tokenizer, AUTO)[1].num_joined == 0
     with pytest.raises(ValueError, match=r"no pair is left of 0 \(dropped: none\)"):
         encode_pairs([], tokenizer, AUTO)
-
-
-def test_encode_pairs_wraps_text_that_only_speaks_of_a_special_token(build_tokenizer):
-    _, report = encode_one(
-        Preference("what is <|im_start|>?", "yes", "no", 1), build_tokenizer("chatml")
-    )
-    assert report.num_rendered == 0
 
 
 # Cutting and dropping

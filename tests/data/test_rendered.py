@@ -6,9 +6,10 @@ from lowmem_dpo.data.encoding import encode_pairs, render_prompts
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.data.rendered import NO_MARKS, looks_rendered
 from lowmem_dpo.settings.groups import EncodingSettings
-from tests.data.encoding import AUTO, CHATML_PROMPT, sides
+from tests.data.encoding import AUTO, CHATML_PROMPT, LLAMA3_PROMPT, chat, encode_one, sides
 from tests.data.shapes import MISTRAL_V3, QUESTION, SMOLLM2, VICUNA
 
+ALPACA_PROMPT = "### Instruction:\nhi\n\n### Response:\n"
 MENTIONS = [
     "What does [INST] mean?",
     "[INST] and [/INST] are what?",
@@ -29,7 +30,7 @@ RENDERED = [
     "<|im_start|>system\nBe kind<|im_end|>\n" + CHATML_PROMPT,
     "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>",
     "<s>[INST] hi [/INST]",
-    "### Instruction:\nhi\n\n### Response:\n",
+    ALPACA_PROMPT,
     "<|system|>\n</s>\n<|user|>\nhi</s>\n",
     "<|user|>hi<|end|><|assistant|>",
     "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n",
@@ -143,3 +144,47 @@ def test_render_prompts_decides_for_all_of_them(build_tokenizer):
     plain, rendered = render_prompts(tokenizer, ["hi", CHATML_PROMPT], AUTO)
     assert tokenizer.decode(plain) == CHATML_PROMPT
     assert tokenizer.decode(rendered).startswith("<|im_start|>user\n<|im_start|>user\nhi")
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+@pytest.mark.parametrize("terminated", [False, True])
+@pytest.mark.parametrize("with_bos", [False, True])
+def test_encode_pairs_leaves_rendered_text_as_it_is(build_tokenizer, repeat, terminated, with_bos):
+    tokenizer = build_tokenizer("llama3", bos=True)
+    prompt = ("<s>" if with_bos else "") + LLAMA3_PROMPT
+    before, after = prompt if repeat else "", "<|eot_id|>" if terminated else ""
+    preference = Preference(prompt, f"{before}yes{after}", f"{before}no{after}", 1)
+    pair, report = encode_one(preference, tokenizer)
+    end = after or "</s>"
+    rendered = "<s>" + LLAMA3_PROMPT
+    assert list(sides(pair, tokenizer)) == [(rendered, "yes" + end), (rendered, "no" + end)]
+    assert report.num_rendered == 1
+    assert "1 of 1 pairs are already rendered" in report.template_choice
+    if terminated:
+        assert pair == encode_one(chat(), tokenizer)[0]
+
+
+@pytest.mark.parametrize("name", [None, "chatml", "mistral"])
+def test_encode_pairs_recognises_the_markers_of_common_templates(build_tokenizer, name):
+    tokenizer = build_tokenizer(name)
+    for prompt in (CHATML_PROMPT, LLAMA3_PROMPT, "[INST] hi [/INST]", ALPACA_PROMPT):
+        pair, report = encode_one(Preference(prompt, "yes", "no</s>\n", 1), tokenizer)
+        assert list(sides(pair, tokenizer)) == [(prompt, "yes</s>"), (prompt, "no</s>\n")]
+        assert report.num_rendered == 1
+
+
+def test_encode_pairs_learns_the_markers_of_an_unknown_template(build_tokenizer, tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text("{% for m in messages %}@@{{ m['role'] }}@@\n{{ m['content'] }}\n{% endfor %}")
+    settings = EncodingSettings(chat_template=str(path))
+    preference = Preference("@@user@@\nhi\n@@assistant@@\n", "yes", "no", 1)
+    pair, report = encode_one(preference, build_tokenizer(), settings)
+    assert report.num_rendered == 1
+    assert len(pair.chosen_ids) - pair.chosen_start == len("yes") + 1
+
+
+def test_encode_pairs_wraps_text_that_only_speaks_of_a_special_token(build_tokenizer):
+    _, report = encode_one(
+        Preference("what is <|im_start|>?", "yes", "no", 1), build_tokenizer("chatml")
+    )
+    assert report.num_rendered == 0
