@@ -25,6 +25,7 @@ THOUGHT_BEGIN = re.compile(r"(<think(?:ing)?>|<thought>|<reasoning>|\[THINK\])\s
 THOUGHT_CLOSE = re.compile(r"(</think(?:ing)?>|</thought>|</reasoning>|\[/THINK\])\s*")
 # What begins like a tag and is cut before its end.
 HALF_TAG = re.compile(r"[<\[][^<>\[\]]*\Z")
+MAX_QUOTED = 80  # characters of an example
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 # What can be said of a pair: the end of "N pairs ...", with a text from the first of them.
@@ -159,19 +160,23 @@ def _before_probe(write: Write, messages: list[Message], answer: list[Message]) 
 
 def _common_length(text: str, other: str) -> int:
     """Characters that two texts share at the front, no half of a tag among them."""
-    for i, (character, other_character) in enumerate(zip(text, other, strict=False)):
-        if character != other_character:
-            return len(HALF_TAG.sub("", text[:i]))
-    return min(len(text), len(other))
+    shorter = min(len(text), len(other))
+    length = _largest(shorter, lambda n: text[:n] == other[:n])
+    return length if length == shorter else len(HALF_TAG.sub("", text[:length]))
 
 
 def _longest_tail(text: str, other: str) -> str:
     """The longest end of a text that occurs in another."""
-    low, high = 0, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if text[-middle:] in other else (low, middle - 1)
-    return text[len(text) - low :]
+    return text[len(text) - _largest(len(text), lambda n: text[len(text) - n :] in other) :]
+
+
+def _largest(limit: int, holds: Callable[[int], bool]) -> int:
+    """The largest number up to a limit of which something holds that holds of all smaller ones."""
+    low = 0
+    while low < limit:
+        middle = (low + limit + 1) // 2
+        low, limit = (middle, limit) if holds(middle) else (low, middle - 1)
+    return low
 
 
 def _left_out(
@@ -222,3 +227,10 @@ def _as_it_stands(write: Write, messages: list[Message], prompt: str, content: s
     elif THOUGHT_CLOSE.search(before):
         before = ""  # an empty thought
     return before + content + after
+
+
+def quoted(text: str) -> str:
+    """Text in quotes and in one line, its middle left out where it is long."""
+    half = MAX_QUOTED // 2
+    shown = text if len(text) <= MAX_QUOTED else f"{text[:half]} [...] {text[-half:]}"
+    return repr(shown)

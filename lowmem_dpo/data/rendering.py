@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lowmem_dpo.data.answers import ASSISTANT_PROBE, write_answer
+from lowmem_dpo.data.answers import ASSISTANT_PROBE, LOSSES, quoted, write_answer
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.data.messages import Message, has_system, says_nothing
 from lowmem_dpo.data.rendered import NO_MARKS, TurnMarks, looks_rendered
@@ -147,6 +147,15 @@ class Renderer:
             ]
         except ValueError as error:
             raise ValueError(where + str(error).removeprefix(where)) from error
+        for side in sides:
+            lost = next((side.notes[name] for name in LOSSES if name in side.notes), "")
+            if lost and not self._without_terminator(side.text).strip():
+                raise ValueError(
+                    f"{where}the chat template leaves nothing of an answer, {quoted(lost)} is lost"
+                    "; set keep_reasoning yes if that is reasoning in the content, name another "
+                    "template with --chat_template FILE, or leave such rows out with "
+                    "--on_bad_row skip"
+                )
         notes = sides[1].notes | sides[0].notes
         with_chosen, with_rejected = (text + side.text for side in sides)
         return PairText(

@@ -4,12 +4,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowmem_dpo.data.answers import LOSSES
+from lowmem_dpo.data.answers import LOSSES, quoted
 from lowmem_dpo.data.answers import NOTES as ANSWER_NOTES
 
 MANY_DROPPED = 0.1  # share of the pairs lost to cutting above which a report says what to do
 IDENTICAL_BY_TEMPLATE = "identical without what the chat template leaves out"
-MAX_QUOTED = 80  # characters of an example
 NOTES = {
     "looks rendered": "have a prompt that looks rendered already, {text}, and goes through the "
     "chat template like most of the file; rendered yes leaves all as they are",
@@ -112,10 +111,3 @@ class EncodeReport:
         if num_cut <= MANY_DROPPED * self.num_pairs:
             return ""
         return f"; raise max_length (now {self.max_length})"
-
-
-def quoted(text: str) -> str:
-    """Text in quotes and in one line, its middle left out where it is long."""
-    half = MAX_QUOTED // 2
-    shown = text if len(text) <= MAX_QUOTED else f"{text[:half]} [...] {text[-half:]}"
-    return repr(shown)

@@ -191,6 +191,24 @@ def test_tool_calls_are_said_where_they_are_not_written(encode):
     assert encode(GPT_OSS, pair_of(calling), tokens=HARMONY_TOKENS)[2].notes.keys() == {"in turns"}
 
 
+@pytest.mark.parametrize(
+    ("template", "chosen", "lost"),
+    [
+        (SMOLLM2, [CALL], "rain"),
+        (DROPS_REASONING, "<think>Hm.</think>", "<think>Hm."),
+    ],
+)
+def test_an_answer_of_which_nothing_is_left_is_a_bad_row(build_tokenizer, template, chosen, lost):
+    tokenizer = build_tokenizer("chatml")
+    tokenizer.chat_template = template.replace("m['content']", "(m['content'] or '')")
+    pairs = [pair_of("yes"), pair_of(chosen, row=2)]
+    with pytest.raises(ValueError, match=f"row 2: .* nothing of an answer.*{lost}.*skip$"):
+        encode_pairs(pairs, tokenizer, AUTO)
+    _, report = encode_pairs(pairs, tokenizer, EncodingSettings(on_bad_row="skip"))
+    assert report.num_kept == 1
+    assert report.num_dropped == {"refused by the chat template": 1}
+
+
 # Ends of turns
 
 
