@@ -336,6 +336,8 @@ def _template_choice(
     """One sentence: the template, and what was done with plain and with rendered text."""
     template = renderer.template
     parts = [f"text goes through {template.origin}" if template.sources else template.origin]
+    if "tool_use" in template.sources and (num_tools := sum(bool(p.tools) for p in preferences)):
+        parts.append(f"with its tool_use where there are tools ({num_tools} of {len(preferences)})")
     num_as_is = report.num_rendered + report.num_joined
     num_plain = sum(isinstance(p.prompt, str) for p in preferences) - num_as_is
     if template.sources and num_plain > 0:

@@ -73,3 +73,16 @@ def test_build_renderer_refuses_variables_that_the_template_never_reads(build_to
     build_renderer(tokenizer, settings)
     tokenizer.chat_template = "{% generation %}" + tokenizer.chat_template + "{% endgeneration %}"
     build_renderer(tokenizer, settings)
+
+
+def test_answer_ids_have_no_space_of_a_texts_beginning():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [(piece, -1.0) for piece in ("<unk>", "▁", "\n", "a", "b", "▁a")]
+    core = Tokenizer(models.Unigram(pieces, unk_id=0))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    renderer = build_renderer(tokenizer, EncodingSettings())
+    assert tokenizer("ab", add_special_tokens=False)["input_ids"] == [5, 4]
+    assert renderer.answer_ids(["ab", " a", "\na"]) == [[3, 4], [5], [2, 3]]

@@ -43,7 +43,8 @@ def rows(**columns):
 
 def test_rows_with_tools_take_tool_use_as_trl_does(named):
     for tools in ([TOOL], []):
-        pair, _ = encode_one(rows(tools=tools), named)
+        pair, report = encode_one(rows(tools=tools), named)
+        assert ("tool_use where there are tools (1 of 1)" in report.template_choice) == bool(tools)
         row = {"prompt": MESSAGES, "chosen": rows().chosen, "rejected": rows().rejected}
         (expected,) = trl_pairs([row | {"tools": tools}] if tools else [row], named)
         start = pair.chosen_start
