@@ -162,10 +162,12 @@ def test_reasoning_behind_a_closed_thought_is_left_out_and_said(encode):
     assert report.notes["closed"]["text"] == "Double 2."
 
 
-def test_an_answers_own_reasoning_does_not_follow_an_empty_thought(encode):
-    _, answers, report = encode(QWEN35, pair_of(THOUGHT))
-    assert answers[0] == "Double 2.\n</think>\n\n4<|im_end|>\n"
-    assert answers[1].endswith("</think>\n\nno<|im_end|>\n")
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+def test_an_answers_own_reasoning_does_not_follow_an_empty_thought(encode, opening):
+    template = QWEN35.replace("assistant\n<think>\n", f"assistant\n{opening}")
+    _, answers, report = encode(template, pair_of(THOUGHT))
+    assert opening + answers[0] == f"{THOUGHT}<|im_end|>\n"
+    assert opening + answers[1] == "<think>\n\n</think>\n\nno<|im_end|>\n"
     assert "kept" in report.notes
     _, answers, _ = encode(QWEN35, pair_of(THOUGHT), DROP)
     assert answers[0].count("</think>") == 2

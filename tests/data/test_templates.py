@@ -7,6 +7,7 @@ import pytest
 from lowmem_dpo.data import templates
 from lowmem_dpo.data.encoding import encode_pairs, render_prompt
 from lowmem_dpo.data.formats import Preference
+from lowmem_dpo.data.rendering import build_renderer
 from lowmem_dpo.data.templates import choose_template
 from lowmem_dpo.settings.fields import parse_config
 from lowmem_dpo.settings.groups import EncodingSettings, TemplateSettings
@@ -96,6 +97,8 @@ def test_a_template_that_needs_tools_is_probed_with_them(named):
     named.chat_template = TOOL_USE
     pair, _ = encode_one(rows(tools=[TOOL]), named)
     assert next(sides(pair, named))[1] == "yes<|im_end|>\n"
+    assert "<|im_end|>" in build_renderer(named, AUTO, tools=[TOOL]).terminators
+    assert "<|im_end|>" not in build_renderer(named, AUTO).terminators
 
 
 @pytest.mark.parametrize("on_bad_row", ["error", "skip"])
