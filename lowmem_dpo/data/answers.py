@@ -150,12 +150,15 @@ def _behind_prompt(
 
 def _before_probe(write: Write, messages: list[Message], answer: list[Message]) -> str:
     """The conversation up to the words of an answer known beforehand, in place of the first."""
-    probe = {"role": "assistant", "content": ASSISTANT_PROBE}
+    words = ASSISTANT_PROBE
+    while words in f"{messages}{answer}":
+        words += "0"
+    probe = {"role": "assistant", "content": words}
     try:
         text = write([*messages, probe, *answer[1:]])
     except ValueError:  # what follows belongs to the answer's own first message
         text = write([*messages, probe])
-    return text.partition(ASSISTANT_PROBE)[0]
+    return text.partition(words)[0]
 
 
 def _common_length(text: str, other: str) -> int:

@@ -92,6 +92,13 @@ def test_a_thought_that_is_opened_at_inference_only_stays_in_the_prompt(encode, 
     assert any(r"ends in '<think>\n' at inference only" in line for line in report.lines())
 
 
+def test_words_of_the_probe_in_the_data_mislead_nobody(encode):
+    turns = [turn("user", "AssistantProbe"), turn("assistant", "UserProbe"), USER]
+    shown, answers, _ = encode(R1, pair_of("AssistantProbe", prompt=turns))
+    assert shown.startswith("<s><|user|>AssistantProbe<|assistant|>UserProbe</s><|user|>hi")
+    assert answers == ["AssistantProbe</s>", "no</s>"]
+
+
 def test_plain_strings_get_the_prompt_of_inference_too(encode):
     _, answers, _ = encode(R1, Preference("hi", "yes", "no</s>", 1))
     assert answers == ["yes</s>", "no</s>"]
