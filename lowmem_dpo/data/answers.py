@@ -125,13 +125,14 @@ def _behind_prompt(
     before = _before_probe(write, messages, answer)
     end, notes = len(context), {}
     if not before.startswith(context):
-        # The context as it is before an answer ends like this one, from some place on.
-        tail = _longest_tail(context, before)
-        end = before.rfind(tail) + len(tail)
-        same = _common_length(context, before[:end])
-        moved = context[same : max(len(context) - len(tail), same)] or before[same:end]
+        # Alike in front up to some place, or behind from some place on: the nearer to the answer.
+        same, tail = _common_length(context, before), _longest_tail(context, before)
+        tail_end = before.rfind(tail) + len(tail) if tail else 0
+        end = max(same, tail_end)
+        kept = 0 if end == same else len(tail)
+        moved = context[same : max(len(context) - kept, same)] or before[same:end]
         notes["moved"] = moved
-        if not tail:
+        if not end:
             raise ValueError("nothing tells where the answer begins in what the template writes")
     if not written.startswith(before[:end]):
         raise ValueError("the chat template writes the prompt otherwise for every answer")
@@ -139,7 +140,8 @@ def _behind_prompt(
     shared = _common_length(opening, text)
     unwritten, text = opening[shared:], text[shared:]
     closing = THOUGHT_CLOSE.search(text)
-    if closing and THOUGHT_CLOSE.search(unwritten):
+    in_thought = THOUGHT_OPEN.search(opening[:shared]) and THOUGHT_CLOSE.search(unwritten)
+    if closing and in_thought:
         notes["closed"], text = text[: closing.start()].strip(), text[closing.end() :]
     elif unwritten:
         notes["opened"] = unwritten

@@ -76,6 +76,18 @@ def test_a_system_message_that_moves_stays_in_the_prompt(encode, turns, prompt):
     assert line.startswith("1 of 1 pairs (first row 1) have a prompt") and r"'SYS\n\n'" in line
 
 
+def test_a_turn_that_is_closed_at_inference_only_stays_closed(encode):
+    template = (  # Gemma 4: an answer behind a tool's goes on with the turn that called it
+        "{% for m in messages %}{% if m['role'] == 'user' %}<u>{{ m['content'] }}<e>\n<m>"
+        "{% else %}{{ m['content'] }}{% if loop.last %}<e>\n{% endif %}{% endif %}{% endfor %}"
+    )
+    turns = [USER, turn("assistant", "call"), turn("tool", "wet")]
+    shown, answers, report = encode(template, pair_of("yes", prompt=turns))
+    assert shown == "<u>hi<e>\n<m>callwet<e>\n"
+    assert answers == ["yes<e>\n</s>", "no<e>\n</s>"]
+    assert report.notes["moved"]["text"] == "<e>\n"
+
+
 def test_a_prompt_that_moves_is_found_before_answers_of_several_turns(encode):
     several = [turn("assistant", "one"), USER, turn("assistant", "two")]
     shown, answers, _ = encode(MISTRAL_V3, pair_of(several, prompt=[SYSTEM, USER]))
@@ -198,6 +210,15 @@ def test_tool_calls_are_said_where_they_are_not_written(encode):
     )
     assert "rain" in line and "--chat_template FILE" in line
     assert encode(GPT_OSS, pair_of(calling), tokens=HARMONY_TOKENS)[2].notes.keys() == {"in turns"}
+
+
+def test_a_closed_thought_costs_no_turn_of_an_answer_of_several(encode):
+    off = {"enable_thinking": False}
+    several = [turn("assistant", "one"), USER, turn("assistant", THOUGHT)]
+    settings = EncodingSettings(chat_template_kwargs=off)
+    _, answers, _ = encode(QWEN3, pair_of(several), settings)
+    turns = "one<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert answers[0] == f"{turns}{THOUGHT}<|im_end|>\n"
 
 
 @pytest.mark.parametrize(
