@@ -35,7 +35,7 @@ NOTES = {
     "moved": "have a prompt that the chat template writes otherwise once an answer follows "
     "({text} goes or moves): it stays as at inference",
     "closed": "have reasoning in the answer, {text}, where the prompt has closed the thought: it "
-    "is left out; change chat_template_kwargs, or set keep_reasoning yes",
+    "is left out; change chat_template_kwargs, or set keep_reasoning yes if it is in the content",
     "content": "lose text of an answer in the chat template: {text}; "
     "keep_reasoning yes writes answers as they stand",
     "in turns": "lose text of an answer in the chat template: {text}; "
@@ -99,13 +99,17 @@ def write_answer(
             found.notes["in turns"] = found.notes.pop("content")
         return found
     lost = found.notes.get("closed") or found.notes.get("content", "")
+    lost = lost if lost in content else ""  # and not in reasoning_content
     thoughts = list(THOUGHT_CLOSE.finditer(content))
     if thoughts and len(THOUGHT_CLOSE.findall(found.text)) > len(thoughts):
         lost, wanted = content[: thoughts[0].end()], keep != "no"  # written behind an empty thought
     else:
         wanted = keep == "yes" or (keep == "auto" and THOUGHT_OPEN.search(prompt) is not None)
     whole = _as_it_stands(write, messages, prompt, content) if lost and wanted else None
-    return found if whole is None else Answer(whole, {"kept": lost.strip()})
+    if whole is None:
+        return found
+    moved = {name: text for name, text in found.notes.items() if name == "moved"}
+    return Answer(whole, moved | {"kept": lost.strip()})
 
 
 def _behind_prompt(

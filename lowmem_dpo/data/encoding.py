@@ -87,13 +87,7 @@ def encode_pairs(
 
     Source: message lists as `DPOTrainer` of TRL 1.16, https://github.com/huggingface/trl.
     """
-    prompts = [preference.prompt for preference in preferences]
-    if settings.rendered != "auto" and not any(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(
-            f"rendered {settings.rendered} has no effect: the prompts are messages; leave it out"
-        )
-    tools = next((preference.tools for preference in preferences if preference.tools), [])
-    renderer = build_renderer(tokenizer, settings, prompts, tools)
+    renderer = _build_renderer(preferences, tokenizer, settings)
     report = EncodeReport(num_pairs=len(preferences), max_length=settings.max_length)
     report.template_date = renderer.template.date
     texts = _pair_texts(preferences, renderer, settings, report)
@@ -208,6 +202,21 @@ def common_prefix_length(ids: Sequence[int], other_ids: Sequence[int]) -> int:
         if token != other:
             return i
     return min(len(ids), len(other_ids))
+
+
+def _build_renderer(
+    preferences: Sequence[Preference],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: EncodingSettings,
+) -> Renderer:
+    """The renderer for a file's prompts and tools."""
+    prompts = [preference.prompt for preference in preferences]
+    if settings.rendered != "auto" and not any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(
+            f"rendered {settings.rendered} has no effect: the prompts are messages; leave it out"
+        )
+    tools = next((preference.tools for preference in preferences if preference.tools), [])
+    return build_renderer(tokenizer, settings, prompts, tools)
 
 
 def _pair_texts(

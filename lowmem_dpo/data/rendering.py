@@ -133,34 +133,7 @@ class Renderer:
             if says_nothing(chosen) or says_nothing(rejected):
                 return None
         messages = self._with_system(prompt, preference.system)
-        variables = preference.chat_template_kwargs
-        if variables:
-            check_not_reserved(variables, where)
-        if preference.tools:
-            variables = variables | {"tools": preference.tools}
-        write = partial(self.template.render, variables=variables, where=where)
-        text = write(messages, opens_answer=True)
-        try:
-            sides = [
-                write_answer(write, messages, text, answer, keep_reasoning)
-                for answer in (chosen, rejected)
-            ]
-        except ValueError as error:
-            raise ValueError(where + str(error).removeprefix(where)) from error
-        for side in sides:
-            lost = next((side.notes[name] for name in LOSSES if name in side.notes), "")
-            if lost and not self._without_terminator(side.text).strip():
-                raise ValueError(
-                    f"{where}the chat template leaves nothing of an answer, {quoted(lost)} is lost"
-                    "; set keep_reasoning yes if that is reasoning in the content, name another "
-                    "template with --chat_template FILE, or leave such rows out with "
-                    "--on_bad_row skip"
-                )
-        notes = sides[1].notes | sides[0].notes
-        with_chosen, with_rejected = (text + side.text for side in sides)
-        return PairText(
-            text, with_chosen, with_rejected, by_template=True, is_rendered=True, notes=notes
-        )
+        return self._by_template(preference, messages, (chosen, rejected), keep_reasoning)
 
     def reads_column(self, preference: Preference, name: str) -> bool:
         """Whether a row's tools or chat_template_kwargs change what the template writes."""
@@ -180,6 +153,43 @@ class Renderer:
         if text.by_template or (text.as_is and self.is_rendered):
             ends += self.special_tokens
         return side.rstrip().endswith(ends)
+
+    def _by_template(
+        self,
+        preference: Preference,
+        messages: list[Message],
+        answers: tuple[list[Message], list[Message]],
+        keep_reasoning: str,
+    ) -> PairText:
+        """What the template writes for a row's messages and the two answers to them."""
+        where = f"row {preference.row}: "
+        variables = preference.chat_template_kwargs
+        if variables:
+            check_not_reserved(variables, where)
+        if preference.tools:
+            variables = variables | {"tools": preference.tools}
+        write = partial(self.template.render, variables=variables, where=where)
+        text = write(messages, opens_answer=True)
+        try:
+            sides = [
+                write_answer(write, messages, text, answer, keep_reasoning) for answer in answers
+            ]
+        except ValueError as error:
+            raise ValueError(where + str(error).removeprefix(where)) from error
+        for side in sides:
+            lost = next((side.notes[name] for name in LOSSES if name in side.notes), "")
+            if lost and not self._without_terminator(side.text).strip():
+                raise ValueError(
+                    f"{where}the chat template leaves nothing of an answer, {quoted(lost)} is lost"
+                    "; set keep_reasoning yes if that is reasoning in the content, name another "
+                    "template with --chat_template FILE, or leave such rows out with "
+                    "--on_bad_row skip"
+                )
+        notes = sides[1].notes | sides[0].notes
+        with_chosen, with_rejected = (text + side.text for side in sides)
+        return PairText(
+            text, with_chosen, with_rejected, by_template=True, is_rendered=True, notes=notes
+        )
 
     def answer_ids(self, answers: list[str]) -> list[list[int]]:
         """Token ids of answers as they follow on a prompt, whatever tokens that ends in."""

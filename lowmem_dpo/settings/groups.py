@@ -83,7 +83,7 @@ class TemplateSettings(Settings):
     system_prompt: str | None = None
     """System message for conversations that have none."""
     template_date: str | None = None
-    """Date (2026-11-25) that a template writes which writes today's; by default the run's first."""
+    """Date such as 2026-11-25 for templates that write today's; by default the run's first day."""
     rendered: Literal["auto", "yes", "no"] = "auto"
     """Whether text prompts went through a template already; auto: as most of a file look."""
 
@@ -111,7 +111,7 @@ class EncodingSettings(TemplateSettings):
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be read stops the run (error), or is left out and counted (skip)."""
     keep_reasoning: Literal["auto", "yes", "no"] = "auto"
-    """Write answers as they stand where the template drops text; auto: if the prompt opens it."""
+    """Keep reasoning in answers that the template drops; auto: where the prompt opens a thought."""
 
 
 @dataclass(frozen=True)

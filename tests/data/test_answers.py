@@ -164,6 +164,17 @@ def test_reasoning_is_kept_where_the_prompt_opens_the_thought(encode, opening):
     assert set(report.notes) == {"content", "opened"}
 
 
+def test_a_prompt_that_moves_is_said_beside_reasoning_that_is_kept(encode):
+    template = MISTRAL_V3.replace(
+        " {{ m['content'] }}{{ eos", " {{ m['content'].split('</think>')[-1].strip() }}{{ eos"
+    )
+    preference = pair_of(THOUGHT, prompt=[SYSTEM, USER])
+    shown, answers, report = encode(template, preference, KEEP)
+    assert shown == "<s>[INST] SYS\n\nhi[/INST]"
+    assert answers == [f" {THOUGHT}</s>", " no</s>"]
+    assert report.notes.keys() == {"moved", "kept"}
+
+
 def test_reasoning_that_the_template_writes_is_no_loss(encode):
     _, answers, report = encode(QWEN3, pair_of("<think>Double 2.</think>4"))
     expected = ["<think>\nDouble 2.\n</think>\n\n4", "<think>\n\n</think>\n\nno"]
@@ -179,6 +190,10 @@ def test_reasoning_behind_a_closed_thought_is_left_out_and_said(encode):
     assert shown.endswith("assistant\n<think>\n\n</think>\n\n")
     assert answers == ["4<|im_end|>\n", "no<|im_end|>\n"]
     assert report.notes["closed"]["text"] == "Double 2."
+    kept = EncodingSettings(chat_template_kwargs=off, keep_reasoning="yes")
+    _, answers, report = encode(QWEN3, preference, kept)
+    assert answers == [f"{THOUGHT}<|im_end|>\n", "no<|im_end|>\n"]
+    assert report.notes["kept"]["text"] == "Double 2."
 
 
 @pytest.mark.parametrize("opening", ["", "<think>\n"])
