@@ -7,16 +7,17 @@ a pair as the model will see it: decoded, special tokens visible, scored tokens 
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from lowmem_dpo.data.answers import LOSSES
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.data.messages import Message, has_system
+from lowmem_dpo.data.rendered import looks_rendered
 from lowmem_dpo.data.rendering import (
     TEMPLATE_COLUMNS,
     PairText,
@@ -24,6 +25,7 @@ from lowmem_dpo.data.rendering import (
     build_renderer,
     repeats_prompt,
 )
+from lowmem_dpo.data.report import IDENTICAL_BY_TEMPLATE, EncodeReport
 from lowmem_dpo.settings.groups import EncodingSettings, TemplateSettings
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 CHUNK_PAIRS = 1000  # pairs per call of the tokenizer: bounds memory
 CHECKED_ROWS = 10  # on which tools and template variables must show an effect
-MANY_DROPPED = 0.1  # share of the pairs lost to cutting above which a report says what to do
 MAX_SHOWN_TOKENS = 96  # longer prompts and completions lose their middle
 # ASCII, so that the marks show where there is neither colour nor Unicode.
 SCORED_OPEN, SCORED_CLOSE, ELLIPSIS = "[[", "]]", " [...] "
@@ -63,72 +64,6 @@ class TokenPair:
     prompt_key: str = ""
 
 
-@dataclass
-class EncodeReport:
-    """What became of the pairs of a file.
-
-    Attributes:
-        template_choice: What was done about a chat template, in one sentence.
-        num_pairs: Pairs read.
-        num_kept: Pairs that are trained on.
-        num_dropped: Dropped pairs by reason (empty, identical, ... after cutting).
-        num_truncated: Sequences of kept pairs that were cut.
-        num_prompts_cut: Kept pairs whose prompt lost its beginning.
-        num_mismatches: Pairs whose last prompt tokens change where a completion follows.
-        num_rendered: Pairs that were already rendered.
-        num_joined: Pairs of joined text: the answers repeat a plain prompt, as implicit ones do.
-        ignored_columns: Columns for the template that change nothing in what it writes.
-        first_fault: Why the template refused the first of the rows it refused.
-        max_length: The limit, in tokens.
-    """
-
-    template_choice: str = ""
-    num_pairs: int = 0
-    num_kept: int = 0
-    num_dropped: Counter[str] = field(default_factory=Counter)
-    num_truncated: int = 0
-    num_prompts_cut: int = 0
-    num_mismatches: int = 0
-    num_rendered: int = 0
-    num_joined: int = 0
-    ignored_columns: list[str] = field(default_factory=list)
-    first_fault: str = ""
-    max_length: int = 0
-
-    def lines(self) -> list[str]:
-        """The report in words, a line each; only what happened."""
-        lines = [self.template_choice, f"{self.num_pairs} pairs read, {self.num_kept} kept"]
-        if self.num_dropped:
-            lines.append(f"{self.num_dropped.total()} pairs dropped: {self.reasons()}{self.hint()}")
-        if self.first_fault:
-            lines.append(self.first_fault)
-        lines += [
-            f"the column {name} has no effect: the chat template writes the same without it"
-            for name in self.ignored_columns
-        ]
-        if self.num_truncated:
-            lines.append(f"{self.num_truncated} of {2 * self.num_kept} sequences cut to max_length")
-        if self.num_prompts_cut:
-            lines.append(f"{self.num_prompts_cut} prompts cut from the left")
-        if self.num_mismatches:
-            lines.append(
-                f"{self.num_mismatches} pairs whose last prompt tokens change where an answer "
-                "follows: scored from where they differ"
-            )
-        return lines
-
-    def reasons(self) -> str:
-        """Reasons and counts of the dropped pairs, most frequent first."""
-        return ", ".join(f"{count} {reason}" for reason, count in self.num_dropped.most_common())
-
-    def hint(self) -> str:
-        """What helps where cutting cost many pairs; empty elsewhere."""
-        num_cut = sum(n for reason, n in self.num_dropped.items() if "after cutting" in reason)
-        if num_cut <= MANY_DROPPED * self.num_pairs:
-            return ""
-        return f"; raise max_length (now {self.max_length})"
-
-
 def encode_pairs(
     preferences: Sequence[Preference],
     tokenizer: "PreTrainedTokenizerBase",
@@ -152,11 +87,12 @@ def encode_pairs(
 
     Source: message lists as `DPOTrainer` of TRL 1.16, https://github.com/huggingface/trl.
     """
-    renderer = build_renderer(tokenizer, settings)
+    renderer = _build_renderer(preferences, tokenizer, settings)
     report = EncodeReport(num_pairs=len(preferences), max_length=settings.max_length)
-    texts = _pair_texts(preferences, renderer, settings.on_bad_row, report)
+    report.template_date = renderer.template.date
+    texts = _pair_texts(preferences, renderer, settings, report)
     pairs: list[TokenPair] = []
-    for uncut in _tokenize(texts, renderer, report):
+    for uncut, text in zip(_tokenize(texts, renderer, report), texts, strict=True):
         num_chosen, num_rejected = len(uncut.chosen_ids), len(uncut.rejected_ids)
         fits = max(num_chosen, num_rejected) <= settings.max_length
         pair = uncut if fits else _cut(uncut, settings, tokenizer.bos_token_id)
@@ -165,7 +101,8 @@ def encode_pairs(
             or len(pair.rejected_ids) <= pair.rejected_start
         )
         if uncut.chosen_ids == uncut.rejected_ids:
-            report.num_dropped["identical"] += 1
+            is_templates = any(name in text[1].notes for name in LOSSES)
+            report.num_dropped[IDENTICAL_BY_TEMPLATE if is_templates else "identical"] += 1
         elif is_all_prompt:
             report.num_dropped["prompt only after cutting"] += 1
         elif pair.chosen_ids == pair.rejected_ids:
@@ -178,33 +115,44 @@ def encode_pairs(
     report.num_kept = len(pairs)
     report.template_choice = _template_choice(preferences, renderer, report)
     if not pairs:
-        fault = f"; {report.first_fault}" if report.first_fault else ""
         raise ValueError(
             f"no pair is left of {report.num_pairs} (dropped: {report.reasons() or 'none'})"
-            f"{report.hint() or fault or '; check the data'}"
+            f"{report.hint() or report.cause() or '; check the data'}"
         )
     return pairs, report
+
+
+def render_prompts(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str | list[Message]],
+    settings: TemplateSettings,
+) -> list[list[int]]:
+    """Token ids of prompts as training sees them, ready for the answer's first token.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompts: Plain or rendered text, or messages; most of the texts tell which.
+        settings: Template; the length is not used.
+
+    Returns:
+        The ids of each, with BOS once where the tokenizer or the template puts one.
+
+    Raises:
+        ValueError: The template, the settings and a prompt do not go together.
+    """
+    renderer = build_renderer(tokenizer, settings, prompts)
+    rendered = []
+    for prompt in prompts:
+        ids = tokenizer(renderer.prompt_text(prompt), add_special_tokens=False)["input_ids"]
+        rendered.append(ids if renderer.uses_template(prompt) else _with_bos(ids, renderer.bos_ids))
+    return rendered
 
 
 def render_prompt(
     tokenizer: "PreTrainedTokenizerBase", prompt: str | list[Message], settings: TemplateSettings
 ) -> list[int]:
-    """Token ids of a prompt as training sees them, ready for the answer's first token.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        prompt: Plain or rendered text, or messages.
-        settings: Template; the length is not used.
-
-    Returns:
-        The ids, with BOS once where the tokenizer or the template puts one.
-
-    Raises:
-        ValueError: The template, the settings and the prompt do not go together.
-    """
-    renderer = build_renderer(tokenizer, settings)
-    ids = tokenizer(renderer.prompt_text(prompt), add_special_tokens=False)["input_ids"]
-    return ids if renderer.uses_template(prompt) else _with_bos(ids, renderer.bos_ids)
+    """Token ids of one prompt, see `render_prompts`."""
+    return render_prompts(tokenizer, [prompt], settings)[0]
 
 
 def preview_pair(
@@ -256,8 +204,26 @@ def common_prefix_length(ids: Sequence[int], other_ids: Sequence[int]) -> int:
     return min(len(ids), len(other_ids))
 
 
+def _build_renderer(
+    preferences: Sequence[Preference],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: EncodingSettings,
+) -> Renderer:
+    """The renderer for a file's prompts and tools."""
+    prompts = [preference.prompt for preference in preferences]
+    if settings.rendered != "auto" and not any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(
+            f"rendered {settings.rendered} has no effect: the prompts are messages; leave it out"
+        )
+    tools = next((preference.tools for preference in preferences if preference.tools), [])
+    return build_renderer(tokenizer, settings, prompts, tools)
+
+
 def _pair_texts(
-    preferences: Sequence[Preference], renderer: Renderer, on_bad_row: str, report: EncodeReport
+    preferences: Sequence[Preference],
+    renderer: Renderer,
+    settings: EncodingSettings,
+    report: EncodeReport,
 ) -> list[tuple[int, PairText]]:
     """Row and text of every pair; those with an empty answer are counted and left out.
 
@@ -265,26 +231,34 @@ def _pair_texts(
     such as "Hi" begins an honest answer now and then.
     """
     most_repeat = 2 * sum(map(repeats_prompt, preferences)) > len(preferences)
+    is_open = settings.rendered == "auto" and bool(renderer.template.sources)
     texts = []
     for preference in preferences:
         prompt = preference.prompt
-        rendered = isinstance(prompt, str) and renderer.is_rendered(prompt)
+        rendered = isinstance(prompt, str) and renderer.is_rendered
         repeats = (most_repeat or rendered) and repeats_prompt(preference)
         try:
-            text = renderer.pair_text(preference, repeats)
+            text = renderer.pair_text(preference, repeats, settings.keep_reasoning)
         except ValueError as error:
-            if on_bad_row == "error":
+            if settings.on_bad_row == "error":
                 raise
             report.num_dropped["refused by the chat template"] += 1
             report.first_fault = report.first_fault or str(error)
             continue
         if text is None:
             report.num_dropped["empty"] += 1
-        else:
-            report.num_rendered += text.as_is and rendered
-            report.num_joined += text.as_is and not rendered
-            texts.append((preference.row, text))
-    for name in TEMPLATE_COLUMNS if renderer.template else ():
+            continue
+        report.num_rendered += text.as_is and rendered
+        report.num_joined += text.as_is and not rendered
+        if is_open and isinstance(prompt, str):
+            looks = looks_rendered(prompt, renderer.marks)
+            if looks != rendered:
+                name = "looks rendered" if looks else "looks plain"
+                report.note_row(name, preference.row, prompt)
+        for name, example in text.notes.items():
+            report.note_row(name, preference.row, example)
+        texts.append((preference.row, text))
+    for name in TEMPLATE_COLUMNS if renderer.template.sources else ():
         rows = list(islice((p for p in preferences if getattr(p, name)), CHECKED_ROWS))
         if rows and not any(renderer.reads_column(row, name) for row in rows):
             report.ignored_columns.append(name)
@@ -296,8 +270,10 @@ def _tokenize(
 ) -> Iterator[TokenPair]:
     """Yield the pairs in token ids, uncut.
 
-    The completion begins where prompt and prompt+completion part, which is before the prompt's end
-    where tokens merge across it. EOS stands behind it, unless the text has a terminator of its own.
+    Where tokens merge across the prompt's end, a rendered prompt keeps the tokens that it has at
+    inference and the answer becomes tokens apart; in plain text the completion begins where prompt
+    and prompt+completion part, which is before the prompt's end. EOS stands behind the completion,
+    unless the text has a terminator of its own.
     """
     tokenizer = renderer.tokenizer
     for first in range(0, len(texts), CHUNK_PAIRS):
@@ -309,11 +285,16 @@ def _tokenize(
                 sides = [_with_bos(side, renderer.bos_ids) for side in sides]
             prompt, chosen, rejected = sides
             starts = [common_prefix_length(prompt, side) for side in (chosen, rejected)]
+            if min(starts) < len(prompt) and text.is_rendered:
+                report.note_row("apart", row, str(tokenizer.decode(prompt[min(starts) :])))
+                answers = [side[len(text.prompt) :] for side in (text.chosen, text.rejected)]
+                chosen, rejected = (prompt + answer for answer in renderer.answer_ids(answers))
+                starts = [len(prompt)] * 2
             report.num_mismatches += min(starts) < len(prompt)
             if text.by_template:  # one start for both sides, as in TRL
                 starts = [min(starts)] * 2
             for side, written in ((chosen, text.chosen), (rejected, text.rejected)):
-                if written.rstrip().endswith(renderer.terminators):
+                if renderer.is_ended(text, written):
                     continue
                 if tokenizer.eos_token_id is None:
                     raise ValueError(
@@ -362,13 +343,16 @@ def _template_choice(
     preferences: Sequence[Preference], renderer: Renderer, report: EncodeReport
 ) -> str:
     """One sentence: the template, and what was done with plain and with rendered text."""
-    parts = [f"text goes through {renderer.origin}" if renderer.template else renderer.origin]
+    template = renderer.template
+    parts = [f"text goes through {template.origin}" if template.sources else template.origin]
+    if "tool_use" in template.sources and (num_tools := sum(bool(p.tools) for p in preferences)):
+        parts.append(f"with its tool_use where there are tools ({num_tools} of {len(preferences)})")
     num_as_is = report.num_rendered + report.num_joined
     num_plain = sum(isinstance(p.prompt, str) for p in preferences) - num_as_is
-    if renderer.template and num_plain > 0:
+    if template.sources and num_plain > 0:
         parts.append("plain strings as one user and one assistant turn")
     unprompted = ", without the system_prompt" if renderer.settings.system_prompt else ""
-    if report.num_joined and renderer.template:
+    if report.num_joined and template.sources:
         parts.append(
             f"no chat template is put around text that holds its prompt, as implicit prompts do "
             f"({report.num_joined} of {report.num_pairs} pairs){unprompted}"

@@ -1,50 +1,32 @@
-"""From preferences to text: which chat template is used, and what is already rendered.
+"""From preferences to text: what goes through the chat template, and what is rendered already.
 
 Message lists go through the template. Plain strings are wrapped as one user and one assistant turn
 where there is a template, and put together as they are where there is none. Two kinds of text stay
-as they are: what is already rendered, with some template's marks in the prompt, and joined text,
-where both answers begin with the whole prompt (as implicit prompts have it).
+as they are: what is already rendered, as `rendered` tells or the user says, and joined text, where
+both answers begin with the whole prompt (as implicit prompts have it).
 
 How a template opens a user turn and ends an answer is learnt by rendering a probe conversation, so
 that rendered prompts and terminators are recognised for any template.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, TemplateError, meta
-
+from lowmem_dpo.data.answers import ASSISTANT_PROBE, LOSSES, quoted, write_answer
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.data.messages import Message, has_system, says_nothing
+from lowmem_dpo.data.rendered import NO_MARKS, TurnMarks, looks_rendered
+from lowmem_dpo.data.templates import ChatTemplate, check_not_reserved, choose_template
 from lowmem_dpo.settings.groups import TemplateSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What opens a user turn in common templates: text that holds it is rendered, for whichever model.
-COMMON_TURN_OPENINGS = (
-    "<|im_start|>user",  # ChatML, Qwen
-    "<|start_header_id|>user",  # Llama 3
-    "<start_of_turn>user",  # Gemma
-    "<|turn>user",  # Gemma 4
-    "<|start|>user",  # Harmony
-    "<|user|>",  # Zephyr, Phi 3
-    "<|USER_TOKEN|>",  # Command R
-    "<｜User｜>",  # DeepSeek
-    "[INST]",  # Llama 2, Mistral
-    "### Instruction:",  # Alpaca
-)
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-# What the two sides say in the conversation that a template is tried on.
-USER_PROBE, ASSISTANT_PROBE = "UserProbe", "AssistantProbe"
-# Arguments of apply_chat_template that are set here, or that would change what it returns.
-RESERVED_KWARGS = {
-    *("conversation", "chat_template", "add_generation_prompt", "continue_final_message"),
-    *("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"),
-    *("tokenizer_kwargs", "padding", "truncation", "max_length", "sanitize_control_tokens"),
-}
+# What the user says in the conversation that a template is tried on.
+USER_PROBE = "UserProbe"
 
 
 @dataclass(frozen=True)
@@ -57,6 +39,8 @@ class PairText:
         rejected: Prompt and rejected answer.
         by_template: Written by the template, which then writes BOS too.
         as_is: The row's text as it stands: rendered already, or answers that repeat the prompt.
+        is_rendered: Written by a template, this one or another, up to the prompt's end.
+        notes: What the template does to it, see `answers.NOTES`.
     """
 
     prompt: str
@@ -64,60 +48,71 @@ class PairText:
     rejected: str
     by_template: bool
     as_is: bool = False
+    is_rendered: bool = False
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """A tokenizer with the template in use and what a probe taught about it.
+    """A tokenizer with the template in use, and what is known of a file's prompts.
 
     Attributes:
         tokenizer: The model's tokenizer.
-        settings: The user's settings.
-        template: Jinja source; None to join plain text.
-        origin: Where the template comes from, in words.
+        template: The chat template in use, or the lack of one.
         bos_ids: What the tokenizer puts before text of its own accord: BOS, nothing, seldom more.
         terminators: Texts that end an answer: the EOS token, the template's end of a turn.
-        turn_openings: What opens a user's turn; a prompt that holds one is already rendered.
+        special_tokens: Tokens one of which ends a turn where rendered text ends in it.
+        opens_with_bos: BOS is the template's first token and nothing else in it.
+        marks: How the template opens and closes turns.
+        answer_lead: Text before an answer that is tokenised alone, so that no space is put there.
+        is_rendered: The file's text prompts went through a template already.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
-    settings: TemplateSettings
-    template: str | None
-    origin: str
+    template: ChatTemplate
     bos_ids: list[int]
     terminators: tuple[str, ...]
-    turn_openings: tuple[str, ...]
+    special_tokens: tuple[str, ...]
+    opens_with_bos: bool = True
+    marks: TurnMarks = NO_MARKS
+    answer_lead: str = ""
+    is_rendered: bool = False
+
+    @property
+    def settings(self) -> TemplateSettings:
+        """The user's."""
+        return self.template.settings
 
     def uses_template(self, prompt: str | list[Message]) -> bool:
         """Whether a prompt goes through the template: messages, and text not yet rendered."""
-        if isinstance(prompt, str):
-            return self.template is not None and not self.is_rendered(prompt)
-        return True
-
-    def is_rendered(self, prompt: str) -> bool:
-        """Whether a prompt string holds what opens a user's turn."""
-        return any(opening in prompt for opening in self.turn_openings)
+        return not isinstance(prompt, str) or bool(self.template.sources and not self.is_rendered)
 
     def prompt_text(self, prompt: str | list[Message]) -> str:
         """A prompt up to where the answer begins."""
         if isinstance(prompt, str) and not self.uses_template(prompt):
             return prompt
-        return self.render(self._with_system(prompt), {}, opens_answer=True)
+        return self.template.render(self._with_system(prompt), {}, opens_answer=True)
 
-    def pair_text(self, preference: Preference, answers_repeat_prompt: bool) -> PairText | None:
+    def pair_text(
+        self, preference: Preference, answers_repeat_prompt: bool, keep_reasoning: str = "auto"
+    ) -> PairText | None:
         """The text of a pair.
 
         Args:
             preference: A row.
             answers_repeat_prompt: The answers are joined text: they begin with the whole prompt.
+            keep_reasoning: The setting of that name.
 
         Returns:
             The text, or None if an answer is empty.
+
+        Raises:
+            ValueError: The template refuses the row.
         """
         prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
         where = f"row {preference.row}: "
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-            as_is = answers_repeat_prompt or self.is_rendered(prompt)
+            as_is = answers_repeat_prompt or self.is_rendered
             if as_is:
                 _check_text_stands_alone(preference, where)
             if answers_repeat_prompt:
@@ -126,8 +121,11 @@ class Renderer:
             if not all(answer.strip() for answer in answers):
                 return None
             needs_template = any(getattr(preference, n) for n in ("system", *TEMPLATE_COLUMNS))
-            if as_is or (self.template is None and not needs_template):
-                return PairText(prompt, prompt + chosen, prompt + rejected, False, as_is)
+            if as_is or (not self.template.sources and not needs_template):
+                is_rendered = self.is_rendered and not answers_repeat_prompt
+                return PairText(
+                    prompt, prompt + chosen, prompt + rejected, False, as_is, is_rendered
+                )
             # The template writes the terminator.
             chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in answers)
         else:
@@ -135,17 +133,7 @@ class Renderer:
             if says_nothing(chosen) or says_nothing(rejected):
                 return None
         messages = self._with_system(prompt, preference.system)
-        variables = preference.chat_template_kwargs
-        if variables:
-            _check_not_reserved(variables, where)
-        if preference.tools:
-            variables = variables | {"tools": preference.tools}
-        return PairText(
-            self.render(messages, variables, opens_answer=True, where=where),
-            self.render(messages + chosen, variables, where=where),
-            self.render(messages + rejected, variables, where=where),
-            by_template=True,
-        )
+        return self._by_template(preference, messages, (chosen, rejected), keep_reasoning)
 
     def reads_column(self, preference: Preference, name: str) -> bool:
         """Whether a row's tools or chat_template_kwargs change what the template writes."""
@@ -155,45 +143,59 @@ class Renderer:
         except ValueError:  # it cannot do without
             return True
 
-    def render(
-        self,
-        messages: list[Message],
-        variables: dict[str, Any],
-        opens_answer: bool = False,
-        where: str = "",
-    ) -> str:
-        """Messages as text; `opens_answer` puts behind them what opens an answer.
+    def is_ended(self, text: PairText, side: str) -> bool:
+        """Whether a pair's text has a terminator of its own on a side.
 
-        Args:
-            messages: The conversation.
-            variables: The row's own template variables.
-            opens_answer: Whether an answer is to follow.
-            where: The row, for errors.
-
-        Raises:
-            ValueError: There is no template, or it complains: in one line.
+        Rendered text ends in one if it ends in a special token: a turn that calls a tool may end in
+        another one than a turn that speaks.
         """
-        if self.template is None:
-            raise ValueError(
-                f"{where}messages need a chat template, and none is in use ({self.origin}); "
-                "name a Jinja file with --chat_template FILE"
-            )
+        ends = self.terminators
+        if text.by_template or (text.as_is and self.is_rendered):
+            ends += self.special_tokens
+        return side.rstrip().endswith(ends)
+
+    def _by_template(
+        self,
+        preference: Preference,
+        messages: list[Message],
+        answers: tuple[list[Message], list[Message]],
+        keep_reasoning: str,
+    ) -> PairText:
+        """What the template writes for a row's messages and the two answers to them."""
+        where = f"row {preference.row}: "
+        variables = preference.chat_template_kwargs
+        if variables:
+            check_not_reserved(variables, where)
+        if preference.tools:
+            variables = variables | {"tools": preference.tools}
+        write = partial(self.template.render, variables=variables, where=where)
+        text = write(messages, opens_answer=True)
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                add_generation_prompt=opens_answer,
-                tokenize=False,
-                **self.settings.chat_template_kwargs | variables,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            roles, reason = "/".join(m["role"] for m in messages), " ".join(str(error).split())
-            raise ValueError(
-                f"{where}the chat template cannot render the roles {roles}: {reason}; "
-                "change the messages, or name another template with --chat_template FILE"
-            ) from error
-        assert isinstance(text, str)
-        return text
+            sides = [
+                write_answer(write, messages, text, answer, keep_reasoning) for answer in answers
+            ]
+        except ValueError as error:
+            raise ValueError(where + str(error).removeprefix(where)) from error
+        for side in sides:
+            lost = next((side.notes[name] for name in LOSSES if name in side.notes), "")
+            if lost and not self._without_terminator(side.text).strip():
+                raise ValueError(
+                    f"{where}the chat template leaves nothing of an answer, {quoted(lost)} is lost"
+                    "; set keep_reasoning yes if that is reasoning in the content, name another "
+                    "template with --chat_template FILE, or leave such rows out with "
+                    "--on_bad_row skip"
+                )
+        notes = sides[1].notes | sides[0].notes
+        with_chosen, with_rejected = (text + side.text for side in sides)
+        return PairText(
+            text, with_chosen, with_rejected, by_template=True, is_rendered=True, notes=notes
+        )
+
+    def answer_ids(self, answers: list[str]) -> list[list[int]]:
+        """Token ids of answers as they follow on a prompt, whatever tokens that ends in."""
+        texts = [self.answer_lead + text for text in answers]
+        both = self.tokenizer([self.answer_lead, *texts], add_special_tokens=False)["input_ids"]
+        return [ids[len(both[0]) :] for ids in both[1:]]
 
     def _without_terminator(self, text: str) -> str:
         """A plain answer without a terminator written behind it."""
@@ -203,9 +205,9 @@ class Renderer:
 
     def _with_system(self, prompt: str | list[Message], own: str = "") -> list[Message]:
         """A prompt as messages; in front its own system text, else the system prompt if any."""
-        if isinstance(prompt, str):  # the template writes BOS
-            text = prompt.removeprefix(self.tokenizer.bos_token or "")
-            messages: list[Message] = [{"role": "user", "content": text}]
+        if isinstance(prompt, str):
+            bos = self.tokenizer.bos_token if self.opens_with_bos else None
+            messages: list[Message] = [{"role": "user", "content": prompt.removeprefix(bos or "")}]
         else:
             messages = prompt
         system = own or self.settings.system_prompt
@@ -214,62 +216,46 @@ class Renderer:
         return [{"role": "system", "content": system}, *messages]
 
 
-def build_renderer(tokenizer: "PreTrainedTokenizerBase", settings: TemplateSettings) -> Renderer:
-    """Choose the template and probe it.
+def build_renderer(
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: TemplateSettings,
+    prompts: Iterable[str | list[Message]] = (),
+    tools: Sequence[dict[str, Any]] = (),
+) -> Renderer:
+    """Choose the template, probe it, and tell whether a file's prompts are rendered already.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        settings: The user's settings.
+        prompts: Of the file; those that are text are looked at.
+        tools: As a row of the file has them: a template may not do without.
 
     Raises:
-        ValueError: The template file cannot be used, or a setting has no effect without a template.
+        ValueError: The template file cannot be used, or a setting has no effect with it.
     """
-    template, origin = _choose_template(tokenizer, settings)
+    template = choose_template(tokenizer, settings)
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     bos_ids = next(full[:i] for i in range(len(full) + 1) if full[i : i + len(plain)] == plain)
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
     terminators = (tokenizer.eos_token,) if tokenizer.eos_token else ()
+    line, word, both = tokenizer(["\n", "a", "\na"], add_special_tokens=False)["input_ids"]
     renderer = Renderer(
-        tokenizer, settings, template, origin, bos_ids, terminators, COMMON_TURN_OPENINGS
+        tokenizer,
+        template,
+        bos_ids,
+        terminators,
+        tuple(sorted(special)),
+        answer_lead="" if line + word == both else "\n",
     )
-    if template is not None:
-        if settings.chat_template_kwargs:
-            _check_kwargs_are_read(template, settings)
-        return _with_probe(renderer)
-    for name in ("system_prompt", "chat_template_kwargs"):
-        if getattr(settings, name):
-            raise ValueError(
-                f"{name} needs a chat template, and none is in use ({origin}); "
-                "name a Jinja file with --chat_template FILE, or leave it out"
-            )
-    return renderer
-
-
-def _check_kwargs_are_read(template: str, settings: TemplateSettings) -> None:
-    """Refuse template variables that the template never reads, as far as plain Jinja can tell."""
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
-    try:
-        read = meta.find_undeclared_variables(environment.parse(template))
-    except TemplateError:  # tags of transformers' own, such as {% generation %}
-        return
-    if unread := settings.chat_template_kwargs.keys() - read - RESERVED_KWARGS:
-        raise ValueError(
-            f"chat_template_kwargs {min(unread)} has no effect: the chat template does not read it"
-        )
-
-
-def _check_not_reserved(variables: Mapping[str, Any], where: str = "") -> None:
-    """Refuse template variables that are set here."""
-    if clash := sorted(RESERVED_KWARGS & variables.keys()):
-        raise ValueError(
-            f"{where}chat_template_kwargs cannot set {', '.join(clash)}; leave them out"
-        )
-
-
-def _check_text_stands_alone(preference: Preference, where: str) -> None:
-    """Refuse columns that would go to the template beside text that needs none."""
-    for column in ("system", *TEMPLATE_COLUMNS):
-        if getattr(preference, column):
-            raise ValueError(
-                f"{where}a {column} column beside a prompt that is already rendered; "
-                "put its text into the prompt and remove the column"
-            )
+    if template.sources:
+        renderer = _with_probe(renderer, tools)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if settings.rendered != "auto":
+        return replace(renderer, is_rendered=settings.rendered == "yes")
+    num_rendered = sum(looks_rendered(text, renderer.marks) for text in texts)
+    return replace(renderer, is_rendered=2 * num_rendered > len(texts))
 
 
 def repeats_prompt(preference: Preference) -> bool:
@@ -280,55 +266,69 @@ def repeats_prompt(preference: Preference) -> bool:
     return all(isinstance(side, str) and side.startswith(prompt) for side in sides)
 
 
-def _choose_template(
-    tokenizer: "PreTrainedTokenizerBase", settings: TemplateSettings
-) -> tuple[str | None, str]:
-    """Jinja source (None for plain text) and where it comes from, in words."""
-    if settings.chat_template_kwargs:
-        _check_not_reserved(settings.chat_template_kwargs)
-    if settings.chat_template == "none":
-        return None, "no chat template, as set"
-    if settings.chat_template == "auto":
-        if not tokenizer.chat_template:
-            return None, "no chat template: the tokenizer has none"
-        return tokenizer.get_chat_template(), "the tokenizer's chat template"
-    path = Path(settings.chat_template)
-    if not path.is_file():
-        raise ValueError(
-            f"chat_template must be auto, none or a Jinja file, got {settings.chat_template!r}, "
-            "which is no file; check the path"
-        )
-    try:
-        return path.read_text(encoding="utf-8-sig"), f"the chat template {path}"
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not valid UTF-8; save the template as UTF-8") from None
+def _check_text_stands_alone(preference: Preference, where: str) -> None:
+    """Refuse columns that would go to the template beside text that needs none."""
+    for column in ("system", *TEMPLATE_COLUMNS):
+        if getattr(preference, column):
+            raise ValueError(
+                f"{where}a {column} column beside a prompt that is already rendered; put its text "
+                "into the prompt and remove the column, or set rendered no if the prompt is plain"
+            )
 
 
-def _with_probe(renderer: Renderer) -> Renderer:
-    """The renderer with what opens a user turn and what ends an answer, as its template has them.
+def _with_probe(renderer: Renderer, tools: Sequence[dict[str, Any]]) -> Renderer:
+    """The renderer with what opens turns and what ends an answer, as its template has them.
 
     An ending counts only if it holds a token of its own: generation would not stop at plain text.
+    A template that refuses the probe may take what the user's rows say: it teaches nothing then.
     """
-    probe = [
+    system, user, assistant = (
+        {"role": "system", "content": "SystemProbe"},
         {"role": "user", "content": USER_PROBE},
         {"role": "assistant", "content": ASSISTANT_PROBE},
-    ]
-    before, user, rest = renderer.render(probe, {}).partition(USER_PROBE)
-    _, assistant, ending = rest.rpartition(ASSISTANT_PROBE)
-    if not (user and assistant):
+    )
+    variables = {"tools": list(tools)} if tools else {}
+    render = partial(renderer.template.render, variables=variables)
+    try:
+        before, has_user, rest = render([user, assistant]).partition(USER_PROBE)
+    except ValueError:
+        return renderer
+    between, has_assistant, ending = rest.rpartition(ASSISTANT_PROBE)
+    if not (has_user and has_assistant):
         raise ValueError(
             "the chat template leaves out what the user or the assistant says; "
             "name another with --chat_template FILE"
         )
+    user_end, openings = "", [before, before.rstrip().rpartition("\n")[2]]
+    for messages, probe in (([user], USER_PROBE), ([system, user], "SystemProbe")):
+        try:
+            left, _, right = render(messages).partition(probe)
+        except ValueError:
+            continue
+        if probe == USER_PROBE:
+            user_end = right
+        else:
+            openings.append(left)
     tokenizer = renderer.tokenizer
-    for token in (tokenizer.bos_token, tokenizer.eos_token):
-        before = before.replace(token, "") if token else before
-    opening = before.strip().rpartition("\n")[2].strip()
-    ending = ending.strip()
     added = tokenizer.added_tokens_decoder.keys() | set(tokenizer.all_special_ids)
-    ids = tokenizer(ending, add_special_tokens=False)["input_ids"]
+
+    def holds_own_token(text: str) -> bool:
+        return bool(added.intersection(tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    bos, ending = tokenizer.bos_token or "", ending.strip()
+    opens_with_bos = not bos or (before + rest).count(bos) <= 1
+    openings = [text.strip() for text in openings]
+    if opens_with_bos:  # which prompts may lack
+        openings += [text.removeprefix(bos).strip() for text in openings]
+    openings = sorted({text for text in openings if text and text != bos})
     return replace(
         renderer,
-        terminators=renderer.terminators + ((ending,) if added.intersection(ids) else ()),
-        turn_openings=renderer.turn_openings + ((opening,) if opening else ()),
+        terminators=renderer.terminators + ((ending,) if holds_own_token(ending) else ()),
+        opens_with_bos=opens_with_bos,
+        marks=TurnMarks(
+            openings=tuple(openings),
+            own_tokens=tuple(filter(holds_own_token, openings)),
+            user_end=user_end.strip(),
+            answer_opening=between.strip(),
+        ),
     )

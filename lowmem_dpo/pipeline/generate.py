@@ -5,8 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from lowmem_dpo.console import console, say, warn
-from lowmem_dpo.data.encoding import render_prompt
+from lowmem_dpo.data.encoding import render_prompts
 from lowmem_dpo.data.prompts import read_prompts
+from lowmem_dpo.data.rendering import build_renderer
 from lowmem_dpo.model.generation import check_prompts, generate_text, position_warning
 from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.settings.configs import GenerateConfig
@@ -29,7 +30,9 @@ def generate(config: GenerateConfig) -> None:
         )
     config = replace(config, model=model)
     source = read_source(config, init_adapter=config.adapter, adapter_setting="adapter")
-    rendered = [render_prompt(source.tokenizer, prompt, config) for prompt in prompts]
+    rendered = render_prompts(source.tokenizer, prompts, config)
+    if build_renderer(source.tokenizer, config, prompts).is_rendered:
+        say("the prompts are already rendered and get no chat template; rendered no gives them one")
     check_prompts(rendered, source.config, config)
     if line := position_warning(rendered, source.config, config):
         warn(line)

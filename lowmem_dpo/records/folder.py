@@ -1,6 +1,7 @@
 """The folder a run leaves, and its records: config.yaml, run.json, metrics.jsonl."""
 
 import contextlib
+import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +22,16 @@ from lowmem_dpo.files import (
 )
 from lowmem_dpo.records.checkpoints import check_undamaged, newest_good_checkpoint, read_record
 from lowmem_dpo.settings.groups import RunSettings
+from lowmem_dpo.version import __version__
 
 SCHEMA_VERSION = 1
 
+# What a digest that differs means.
+DIGESTS = {
+    "data_digest": "the pairs changed (other rows, or another tokenizer)",
+    "template_digest": "the chat template changed",
+    "model_digest": "the model changed",
+}
 # Settings under which a run may be resumed although they changed; it shares all others.
 FREE_TO_CHANGE = {
     "output_dir",
@@ -212,24 +220,37 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def check_resumable(checkpoint: Path, facts: Mapping[str, Any]) -> None:
+def check_resumable(
+    checkpoint: Path, facts: Mapping[str, Any], usual: Mapping[str, Any] | None = None
+) -> None:
     """Refuse to resume a run whose model, data or settings changed.
 
     Args:
         checkpoint: To go on from.
         facts: Some of what the run must share with it: settings, digests.
+        usual: The settings' defaults: what a checkpoint does not know had no other value.
 
     Raises:
         ValueError: Naming what changed.
     """
-    recorded = read_record(checkpoint)["facts"]
+    recorded = {**(usual or {}), **read_record(checkpoint)["facts"]}
+    names = [name for name in sorted(facts) if facts[name] != recorded.get(name)]
+    if "template_digest" in names and "data_digest" in names:
+        names.remove("data_digest")  # the template's text is part of every pair
     changed = [
-        f"{name} changed" if "digest" in name else f"{name} {recorded.get(name)} -> {facts[name]}"
-        for name in sorted(facts)
-        if facts.get(name) != recorded.get(name)
+        DIGESTS.get(name) or f"{name} {recorded.get(name)} -> {facts[name]}" for name in names
     ]
+    if "data_digest" in names:
+        then, now = recorded.get("text_versions", {}), text_versions()
+        changed += [f"{n} {then[n]} -> {now[n]}" for n in now if then.get(n, now[n]) != now[n]]
     if changed:
         raise ValueError(
             f"cannot resume {checkpoint}: {'; '.join(changed)}; "
             "set it back, or start afresh in another output_dir"
         )
+
+
+def text_versions() -> dict[str, str]:
+    """Versions of what makes token ids of the rows."""
+    others = {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers")}
+    return {"lowmem_dpo": __version__} | others

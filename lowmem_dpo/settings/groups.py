@@ -10,6 +10,7 @@ used.
 
 import re
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, Literal
 
 from lowmem_dpo.losses.types import check_loss_settings
@@ -76,11 +77,27 @@ class TemplateSettings(Settings):
     """The chat template."""
 
     chat_template: str = "auto"
-    """auto (the tokenizer's own), none, or the path of a Jinja file."""
+    """auto (the tokenizer's own), the name of one of its own, none, or a Jinja file."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables for the chat template, such as {enable_thinking: false} for Qwen3."""
     system_prompt: str | None = None
     """System message for conversations that have none."""
+    template_date: str | None = None
+    """Date such as 2026-11-25 for templates that write today's; by default the run's first day."""
+    rendered: Literal["auto", "yes", "no"] = "auto"
+    """Whether text prompts went through a template already; auto: as most of a file look."""
+
+    def check(self) -> None:
+        """Refuse what is no date, and what would have no effect."""
+        if self.chat_template == "none":
+            check_unused(self, "chat_template", "rendered")
+        if self.template_date is not None:
+            try:
+                date.fromisoformat(self.template_date)
+            except ValueError:
+                raise ValueError(
+                    f"template_date must be a date such as 2026-11-25, got {self.template_date!r}"
+                ) from None
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,8 @@ class EncodingSettings(TemplateSettings):
     """Cut prompts from the left first, down to half of max_length, where a pair is too long."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be read stops the run (error), or is left out and counted (skip)."""
+    keep_reasoning: Literal["auto", "yes", "no"] = "auto"
+    """Keep reasoning in answers that the template drops; auto: where the prompt opens a thought."""
 
 
 @dataclass(frozen=True)

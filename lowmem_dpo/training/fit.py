@@ -13,13 +13,18 @@ from typing import Any
 import torch
 
 from lowmem_dpo.console import duration, progress, say, warn
-from lowmem_dpo.data.rendering import build_renderer
+from lowmem_dpo.data.templates import choose_template
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import unusual_values
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.packs.packing import Pack, fill, pack_trees
 from lowmem_dpo.records.checkpoints import load_checkpoint, read_record
-from lowmem_dpo.records.folder import FREE_TO_CHANGE, check_resumable, hold_folder
+from lowmem_dpo.records.folder import (
+    FREE_TO_CHANGE,
+    check_resumable,
+    hold_folder,
+    text_versions,
+)
 from lowmem_dpo.records.trackers import Trackers, check_installed
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
@@ -92,13 +97,18 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     if config.optim == "paged_adamw_8bit" and source.device.type != "cuda":
         raise ValueError(f"optim {config.optim} cannot page on {source.device}; use adamw_8bit")
 
+    template = choose_template(source.tokenizer, config)
+    date = template.date
+    if date and checkpoint and config.template_date is None:  # the run's first session had its own
+        date = read_record(checkpoint)["facts"].get("template_date") or date
+    config = replace(config, template_date=date)
     pairs = load_pairs(config, config, source.tokenizer, seed=seed)
     check_token_ids(pairs, source.config)
     batches = Batches.of(config, len(pairs.train))
     facts = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
-    facts["data_digest"] = pairs.digest
+    facts |= {"data_digest": pairs.digest, "template_digest": template.digest}
     if checkpoint is not None:
-        check_resumable(checkpoint, facts)
+        check_resumable(checkpoint, facts, asdict(TrainConfig()))
     if trains:
         warn_of_short_run(config, config.warmup_steps, batches)
     if source.device.type == "cpu" and (size := ModelSize.of(source.config)).is_large_for_a_cpu:
@@ -109,13 +119,14 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     say(
         f"model: {source.base}, {source.config.model_type}, computing in {dtype} on {source.device}"
     )
-    template = build_renderer(source.tokenizer, config).template
-    policy = load_policy(config, config, config, source=source, seed=seed, chat_template=template)
+    policy = load_policy(
+        config, config, config, source=source, seed=seed, chat_template=template.to_save
+    )
     say(storage_table(policy.model.storage))
     cache = ReferenceCache(source.cache_dir, policy.identity)
     facts["model_digest"] = cache.digest
     if checkpoint is not None:
-        check_resumable(checkpoint, facts)
+        check_resumable(checkpoint, {"model_digest": cache.digest})
     rms = self_check(policy, pairs.train)
 
     trees = pairs.train + pairs.evaluation
@@ -126,7 +137,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
         )
     else:  # under another micro-batch size log-probs would differ in the last bits
         pack_tokens = read_record(checkpoint)["facts"]["planned_pack_tokens"]
-    facts["planned_pack_tokens"] = pack_tokens
+    facts |= {"planned_pack_tokens": pack_tokens, "text_versions": text_versions()}
     _say_plan(config, policy, objective, pack_tokens)
 
     reference = None
@@ -181,6 +192,7 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
     with hold_folder(config) as folder:
         checkpoint = folder.checkpoint
         run = prepare(config, checkpoint)
+        config = replace(config, template_date=run.pairs.facts["template_date"])
         model, num_steps = run.policy.model, run.batches.num_steps
 
         parameters = list(lora_parameters(model.network).values())

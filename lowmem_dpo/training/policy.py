@@ -149,7 +149,7 @@ class Policy:
         source: The base's folder or id.
         init_adapter: The adapter folder it starts from.
         base_storage: As in `Source`.
-        chat_template: Jinja text to save with the adapter, or None for plain text.
+        chat_template: To save with the adapter: Jinja text, several by name, or None.
     """
 
     model: LanguageModel
@@ -159,7 +159,7 @@ class Policy:
     source: str
     init_adapter: str | None
     base_storage: dict[str, str]
-    chat_template: str | None = None
+    chat_template: str | dict[str, str] | None = None
 
     def save(self, directory: Path) -> None:
         """Write the adapter in PEFT's format, with the tokenizer and template it trained under."""
@@ -220,7 +220,7 @@ def load_policy(
     source: Source | None = None,
     init_adapter: str | None = None,
     seed: int = 0,
-    chat_template: str | None = None,
+    chat_template: str | dict[str, str] | None = None,
 ) -> Policy:
     """Load the base and give it its adapter.
 
@@ -232,7 +232,7 @@ def load_policy(
         source: From `read_source`, where that was called before.
         init_adapter: PEFT adapter folder to start from, where it was not.
         seed: Of a new adapter's A matrices.
-        chat_template: Jinja text to save with the adapter.
+        chat_template: To save with the adapter.
 
     Raises:
         ValueError: If the model cannot be read or trained.

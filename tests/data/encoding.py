@@ -8,6 +8,10 @@ from lowmem_dpo.settings.groups import EncodingSettings
 
 AUTO = EncodingSettings()
 CHATML_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+LLAMA3_PROMPT = (
+    "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
 
 
 def turn(role, content):

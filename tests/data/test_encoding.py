@@ -7,7 +7,17 @@ from lowmem_dpo.data.encoding import (
 )
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.settings.groups import EncodingSettings
-from tests.data.encoding import AUTO, CHATML_PROMPT, chat, encode_one, ours, sides, trl_pairs, turn
+from tests.data.encoding import (
+    AUTO,
+    CHATML_PROMPT,
+    LLAMA3_PROMPT,
+    chat,
+    encode_one,
+    ours,
+    sides,
+    trl_pairs,
+    turn,
+)
 
 # Chat templates
 
@@ -96,9 +106,9 @@ def test_encode_pairs_passes_template_kwargs_on(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     settings = EncodingSettings(chat_template_kwargs={"enable_thinking": False})
     pair, report = encode_one(chat(), tokenizer, settings)
-    # The prompt alone ends with a thought that the whole conversation lacks.
-    assert report.num_mismatches == 1
-    assert [text for _, text in sides(pair, tokenizer)] == ["yes<|im_end|>\n", "no<|im_end|>\n"]
+    prompt = CHATML_PROMPT + "<think></think>"  # which the template writes at inference only
+    assert list(sides(pair, tokenizer)) == [(prompt, "yes<|im_end|>\n"), (prompt, "no<|im_end|>\n")]
+    assert report.notes == {"opened": {"num_pairs": 1, "row": 1, "text": "<think></think>"}}
     rendered = tokenizer.decode(render_prompt(tokenizer, "hi", settings))
     assert rendered.endswith("assistant\n<think></think>")
     with pytest.raises(ValueError, match="chat_template_kwargs cannot set tokenize"):
@@ -178,6 +188,22 @@ def test_encode_pairs_splits_plain_text_where_the_tokens_part(build_tokenizer):
     assert any("change where an answer follows" in line for line in report.lines())
 
 
+@pytest.mark.parametrize("prompt", ["hi", CHATML_PROMPT])
+def test_encode_pairs_keeps_the_tokens_of_a_rendered_prompt_that_would_merge(
+    build_tokenizer, prompt
+):
+    tokenizer = build_tokenizer("chatml")
+    pair, report = encode_one(Preference(prompt, "\nyes", "no", 1), tokenizer)
+    for ids, start in (
+        (pair.chosen_ids, pair.chosen_start),
+        (pair.rejected_ids, pair.rejected_start),
+    ):
+        assert list(ids[:start]) == render_prompt(tokenizer, prompt, AUTO)
+    assert [text.partition("<")[0] for _, text in sides(pair, tokenizer)] == ["\nyes", "no"]
+    assert report.notes["apart"] == {"num_pairs": 1, "row": 1, "text": "\n"}
+    assert report.num_mismatches == 0
+
+
 def test_encode_pairs_never_scores_a_first_token(build_tokenizer):
     pair, _ = encode_one(Preference("", "yes", "no", 1), build_tokenizer())
     assert (pair.chosen_start, pair.rejected_start) == (1, 1)
@@ -190,49 +216,7 @@ def test_encode_pairs_needs_an_eos_token_only_where_it_is_appended(build_tokeniz
     assert encode_one(chat(), build_tokenizer("chatml", eos_token=None))[0].chosen_ids
 
 
-# Text that is already rendered
-
-LLAMA3_PROMPT = (
-    "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n"
-)
-
-
-@pytest.mark.parametrize("repeat", [False, True])
-@pytest.mark.parametrize("terminated", [False, True])
-@pytest.mark.parametrize("with_bos", [False, True])
-def test_encode_pairs_leaves_rendered_text_as_it_is(build_tokenizer, repeat, terminated, with_bos):
-    tokenizer = build_tokenizer("llama3", bos=True)
-    prompt = ("<s>" if with_bos else "") + LLAMA3_PROMPT
-    before, after = prompt if repeat else "", "<|eot_id|>" if terminated else ""
-    preference = Preference(prompt, f"{before}yes{after}", f"{before}no{after}", 1)
-    pair, report = encode_one(preference, tokenizer)
-    end = after or "</s>"
-    rendered = "<s>" + LLAMA3_PROMPT
-    assert list(sides(pair, tokenizer)) == [(rendered, "yes" + end), (rendered, "no" + end)]
-    assert report.num_rendered == 1
-    assert "1 of 1 pairs are already rendered" in report.template_choice
-    if terminated:
-        assert pair == encode_one(chat(), tokenizer)[0]
-
-
-@pytest.mark.parametrize("name", [None, "chatml", "mistral"])
-def test_encode_pairs_recognises_the_markers_of_common_templates(build_tokenizer, name):
-    tokenizer = build_tokenizer(name)
-    for prompt in (CHATML_PROMPT, LLAMA3_PROMPT, "[INST] hi [/INST]", "### Instruction:\nhi\n"):
-        pair, report = encode_one(Preference(prompt, "yes", "no</s>\n", 1), tokenizer)
-        assert list(sides(pair, tokenizer)) == [(prompt, "yes</s>"), (prompt, "no</s>\n")]
-        assert report.num_rendered == 1
-
-
-def test_encode_pairs_learns_the_markers_of_an_unknown_template(build_tokenizer, tmp_path):
-    path = tmp_path / "template.jinja"
-    path.write_text("{% for m in messages %}@@{{ m['role'] }}@@\n{{ m['content'] }}\n{% endfor %}")
-    settings = EncodingSettings(chat_template=str(path))
-    preference = Preference("@@user@@\nhi\n@@assistant@@\n", "yes", "no", 1)
-    pair, report = encode_one(preference, build_tokenizer(), settings)
-    assert report.num_rendered == 1
-    assert len(pair.chosen_ids) - pair.chosen_start == len("yes") + 1
+# Text that holds its prompt
 
 
 def test_encode_pairs_recognises_answers_that_repeat_the_prompt(build_tokenizer):
@@ -267,13 +251,6 @@ def test_encode_pairs_goes_by_the_majority_of_repeated_prompts(build_tokenizer):
     assert encode_pairs([joined, plain], tokenizer, AUTO)[1].num_joined == 0
     with pytest.raises(ValueError, match=r"no pair is left of 0 \(dropped: none\)"):
         encode_pairs([], tokenizer, AUTO)
-
-
-def test_encode_pairs_wraps_text_that_only_speaks_of_a_special_token(build_tokenizer):
-    _, report = encode_one(
-        Preference("what is <|im_start|>?", "yes", "no", 1), build_tokenizer("chatml")
-    )
-    assert report.num_rendered == 0
 
 
 # Cutting and dropping
@@ -420,7 +397,9 @@ def test_render_prompt_renders_messages_with_the_system_prompt(build_tokenizer):
 def test_encode_pairs_agrees_with_trl_on_messages(build_tokenizer, name):
     user, answer = turn("user", "hi"), turn("assistant", "well")
     prompts = [[user], [user, answer, user], [user, answer]]  # the last has TRL open a new turn
-    answers = [("yes", "no"), ("\n\nyes", "no"), ("abc </s> d", "")]
+    answers = [("yes", "no"), ("abc </s> d", "")]
+    if name != "chatml":  # where tokens merge, TRL's prompt is not the one of inference
+        answers.append(("\n\nyes", "no"))
     preferences = [
         Preference(prompt, [turn("assistant", c)], [turn("assistant", r or "-")], 1)
         for prompt in prompts

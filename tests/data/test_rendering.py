@@ -1,29 +1,40 @@
 import pytest
 
 from lowmem_dpo.data.formats import Preference
-from lowmem_dpo.data.rendering import (
-    COMMON_TURN_OPENINGS,
-    build_renderer,
-    repeats_prompt,
-)
+from lowmem_dpo.data.rendering import build_renderer, repeats_prompt
 from lowmem_dpo.settings.groups import EncodingSettings
 
 
 @pytest.mark.parametrize(
-    ("name", "opening", "ends"),
+    ("name", "own_tokens", "answer_opening", "ends"),
     [
-        (None, [], ("</s>",)),
-        ("chatml", ["<|im_start|>user"], ("</s>", "<|im_end|>")),
-        ("llama3", ["<|start_header_id|>user<|end_header_id|>"], ("</s>", "<|eot_id|>")),
-        ("mistral", ["[INST]"], ("</s>", "</s>")),
-        ("no_end", ["### user:"], ("</s>",)),
+        (None, (), "", ("</s>",)),
+        (
+            "chatml",
+            ("<|im_start|>system", "<|im_start|>user"),
+            "<|im_end|>\n<|im_start|>assistant",
+            ("</s>", "<|im_end|>"),
+        ),
+        (
+            "llama3",
+            tuple(
+                f"{bos}<|start_header_id|>{role}<|end_header_id|>"
+                for bos in ("<s>", "")
+                for role in ("system", "user")
+            ),
+            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
+            ("</s>", "<|eot_id|>"),
+        ),
+        ("mistral", ("<s>[INST]",), "[/INST]", ("</s>", "</s>")),
+        ("no_end", (), "### assistant:", ("</s>",)),
     ],
 )
 def test_build_renderer_learns_how_turns_begin_and_answers_end(
-    build_tokenizer, name, opening, ends
+    build_tokenizer, name, own_tokens, answer_opening, ends
 ):
     renderer = build_renderer(build_tokenizer(name), EncodingSettings())
-    assert renderer.turn_openings == (*COMMON_TURN_OPENINGS, *opening)
+    assert set(renderer.marks.own_tokens) == set(own_tokens)
+    assert renderer.marks.answer_opening == answer_opening
     assert renderer.terminators == ends
 
 
@@ -62,3 +73,16 @@ def test_build_renderer_refuses_variables_that_the_template_never_reads(build_to
     build_renderer(tokenizer, settings)
     tokenizer.chat_template = "{% generation %}" + tokenizer.chat_template + "{% endgeneration %}"
     build_renderer(tokenizer, settings)
+
+
+def test_answer_ids_have_no_space_of_a_texts_beginning():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [(piece, -1.0) for piece in ("<unk>", "▁", "\n", "a", "b", "▁a")]
+    core = Tokenizer(models.Unigram(pieces, unk_id=0))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    renderer = build_renderer(tokenizer, EncodingSettings())
+    assert tokenizer("ab", add_special_tokens=False)["input_ids"] == [5, 4]
+    assert renderer.answer_ids(["ab", " a", "\na"]) == [[3, 4], [5], [2, 3]]

@@ -12,11 +12,12 @@ from tests.data.encoding import AUTO, CHATML_PROMPT, chat, encode_one, ours, sid
 TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "function": {"name": "rain", "arguments": {"where": "here"}}}
 WITH_TOOLS = (
+    "{% if enable_thinking is defined %}<|im_start|>think<|im_end|>\n{% endif %}"
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] or '' }}"
     "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined %}<think>{% endif %}{% endif %}"
+    "{% endif %}"
 )
 
 
@@ -102,7 +103,7 @@ def test_encode_pairs_lets_a_rows_variables_win_over_the_settings(tool_tokenizer
     tokenizer = build_tokenizer("chatml")
     settings = EncodingSettings(chat_template_kwargs={"enable_thinking": True})
     off = Preference("hi", "yes", "no", 1, chat_template_kwargs={"enable_thinking": False})
-    assert encode_one(off, tokenizer, settings)[1].num_mismatches == 1
+    assert encode_one(off, tokenizer, settings)[1].notes["opened"]["text"] == "<think></think>"
     bad = Preference("hi", "yes", "no", 4, chat_template_kwargs={"tokenize": True})
     with pytest.raises(ValueError, match="row 4: chat_template_kwargs cannot set tokenize"):
         encode_one(bad, tokenizer)

@@ -176,7 +176,7 @@ def test_resume_refuses_a_changed_setting_and_names_it(config, change, named):
 def test_resume_refuses_changed_data(config, pairs_file):
     Trainer(config).fit()
     other = str(pairs_file(14, seed=5, name="other.jsonl"))
-    with pytest.raises(ValueError, match="data_digest changed"):
+    with pytest.raises(ValueError, match="the pairs changed"):
         Trainer(replace(config, resume="auto", data=other)).fit()
 
 
