@@ -6,14 +6,10 @@ import yaml
 
 from lowmem_dpo.cli import main
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.settings.conversions import CONVERTED
 from lowmem_dpo.settings.fields import parse_config
-from lowmem_dpo.settings.other_trainers import (
-    CONVERTED,
-    FIXED,
-    NO_EFFECT,
-    RENAMED,
-    to_our_settings,
-)
+from lowmem_dpo.settings.other_names import FIXED, NO_EFFECT, RENAMED
+from lowmem_dpo.settings.other_trainers import to_our_settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FIELDS = {f.name for f in fields(TrainConfig)}
@@ -34,11 +30,17 @@ def parse(text: str, tmp_path: Path, *words: str) -> TrainConfig:
     return parse_config(TrainConfig, ["--config", str(path), *words])
 
 
-def said(capsys) -> list[str]:
+def all_said(capsys) -> list[str]:
     """The lines on stderr, each in the program's name, which is left out."""
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith("lowmem_dpo: ") for line in lines)
     return [line.removeprefix("lowmem_dpo: ") for line in lines]
+
+
+def said(capsys) -> list[str]:
+    """The lines on stderr, but for what a file leaves out."""
+    starts = ("not in the file, so", "LoRA is not named in the file")
+    return [line for line in all_said(capsys) if not line.startswith(starts)]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -201,4 +203,5 @@ def test_notes_go_to_stderr_alone(tmp_path, capsys):
 
 def test_to_our_settings_leaves_our_own_names_alone():
     ours = {"model": "m", "beta": 0.1, "chat_template_kwargs": {"algorithm": 1}}
-    assert to_our_settings(ours, FIELDS, ours) == (ours, [])
+    translation = to_our_settings(ours, FIELDS, ours)
+    assert (translation.values, translation.notes, translation.faults) == (ours, [], [])
