@@ -63,7 +63,9 @@ def _four_bits(value: Any, given: Mapping[str, Any], notes: list[str]) -> Values
 
 def _adapter(value: Any, given: Mapping[str, Any], notes: list[str]) -> Values:
     if value not in ("lora", "qlora"):
-        raise ValueError(f"adapter={value!r}: an adapter is trained; set lora or qlora")
+        raise ValueError(
+            f"adapter={value!r}: set lora or qlora; init_adapter starts from an adapter"
+        )
     return {"quantization": "nf4"} if value == "qlora" else {}
 
 
@@ -133,13 +135,15 @@ def _registered(setting: str) -> Conversion:
 
 
 def _mixer(value: Any, given: Mapping[str, Any], notes: list[str]) -> Values:
-    entries = value if isinstance(value, dict) else {}
-    return _entries(
-        "dataset_mixer", [{"id": name, "weight": share} for name, share in entries.items()], notes
-    )
+    if not isinstance(value, dict):
+        return _entries("dataset_mixer", value, notes)
+    entries = [{"id": name, "weight": share} for name, share in value.items()]
+    return _entries("dataset_mixer", entries, notes)
 
 
 def _splits(value: Any, given: Mapping[str, Any], notes: list[str]) -> Values:
+    if value is None:
+        return {}
     names = [str(name) for name in (value if isinstance(value, list) else [value])]
     train = [name for name in names if "test" not in name and "val" not in name]
     held_out = [name for name in names if name not in train]
@@ -184,7 +188,7 @@ def _test_datasets(value: Any, given: Mapping[str, Any], notes: list[str]) -> Va
 
 def _entries(name: str, entries: Any, notes: list[str]) -> Values:
     """Our settings for a list of sets that holds one."""
-    if not entries and name == "test_datasets":
+    if entries is None:
         return {}
     if not isinstance(entries, list) or len(entries) != 1 or not isinstance(entries[0], dict):
         number = len(entries) if isinstance(entries, list) else "no"

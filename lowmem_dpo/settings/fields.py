@@ -169,30 +169,37 @@ def parse_config(cls: type[Config], words: list[str]) -> Config:
     by_name = {field.name: field for field in fields(cls)}
     mapping = {} if path is None else _read_mapping(path)
     given = mapping | flags | foreign
+    mapping = {name: value for name, value in mapping.items() if name not in foreign}
     of_file, of_flags = (to_our_settings(m, set(by_name), given) for m in (mapping, foreign))
-    faults = of_file.faults + of_flags.faults
+    where = "" if path is None else f"{path}: "
+    faults = [where + fault for fault in of_file.faults] + of_flags.faults
     for name in of_flags.values.keys() & flags.keys():
         faults.append(f"--{name} and another trainer's flag for it are both given")
     origin = of_file.origin | of_flags.origin
     values: dict[str, Any] = {}
+    unknown: list[str] = []
     for name, value in (of_file.values | of_flags.values | flags).items():
+        if name not in by_name:
+            unknown.append(str(origin[name]))
+            continue
         try:
-            if name not in by_name:
-                raise ValueError(_unknown(cls, str(name)))
             values[name] = _checked(by_name[name], _field_value(name, by_name[name].type, value))
         except ValueError as error:
-            faults.append(_with_their_names(str(error), origin))
+            is_flag = name in of_flags.values or name in flags
+            faults.append(("" if is_flag else where) + _with_their_names(str(error), origin))
+    faults += [where + fault for fault in _unknown(cls, unknown)]
     if values.get("save_steps") is not None and "save_strategy" in by_name:
         values.setdefault("save_strategy", "steps")
     try:
         config = cls(**values)
     except Faults as error:
-        if not faults:  # else what is missing may be all that is wrong
-            faults = [_with_their_names(fault, origin) for fault in error.faults]
+        # With flags about, the file may not be to blame. Beside other faults, what does not go
+        # together may do so without them; what is wrong by itself is said.
+        where = "" if flags or foreign else where
+        found = [fault for fault in error.faults if not faults or " must be " in fault]
+        faults += [where + _with_their_names(fault, origin) for fault in found]
     if faults:
-        # With flags about, the file may not be to blame.
-        where = "" if path is None or flags or foreign else f"{path}: "
-        raise Faults([f"{where}{fault}" for fault in faults])
+        raise Faults(faults)
     notes = of_file.notes + of_flags.notes + left_to_defaults(mapping, values, config)
     if notes:
         from lowmem_dpo.console import note
@@ -241,7 +248,7 @@ def _read_flags(
         name = name.replace("-", "_")
         of_other_trainer = name not in types and is_foreign(name)
         if name != "config" and name not in types and not of_other_trainer:
-            raise ValueError(_unknown(cls, name))
+            raise Faults(_unknown(cls, [name]))
         if not equals:
             may_stand_alone = types.get(name) is bool or of_other_trainer
             if rest and not rest[0].startswith("--"):
@@ -309,17 +316,26 @@ def _yaml_value(text: str) -> Any:
         return text
 
 
-def _unknown(cls: type[Settings], name: str) -> str:
-    """That a name is no field of `cls`, and the nearest one."""
+def _unknown(cls: type[Settings], names: Sequence[str]) -> list[str]:
+    """That some names are no fields of `cls`: those with a near one each, the others together."""
     known = [field.name for _, group in settings_by_group(cls) for field in group]
-    parts = set(name.split("_"))
-    near = [each for each in (_ALIASES.get(name), name.partition(".")[0]) if each in known]
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.82)
-    near = near or [each for each in known if parts <= set(each.split("_"))]
-    hint = "leave it out; --help_all shows all there are"
-    if 0 < len(near) < 3:
-        hint = f"did you mean {' or '.join(near)}?"
-    return f"unknown setting {name!r}; {hint}"
+    faults, strange = [], []
+    for name in names:
+        parts = set(name.split("_"))
+        near = [each for each in (_ALIASES.get(name), name.partition(".")[0]) if each in known]
+        near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.82)
+        near = near or [each for each in known if parts <= set(each.split("_"))]
+        if 0 < len(near) < 3:
+            faults.append(f"unknown setting {name!r}; did you mean {' or '.join(near)}?")
+        else:
+            strange.append(repr(name))
+    if strange:
+        plural, them = ("s", "them") if len(strange) > 1 else ("", "it")
+        faults.append(
+            f"unknown setting{plural} {', '.join(strange)}; leave {them} out; --help_all shows all "
+            "there are"
+        )
+    return faults
 
 
 def _read_mapping(path: str) -> dict[str, Any]:

@@ -20,7 +20,14 @@ MEANT = {
     "unsloth": {"batch_size": 8, "lora_r": 64, "seed": 3407, "optim": "adamw_8bit"}
     | {"truncate_prompt": True, "dtype": "bfloat16", "max_length": 1024},
     "sections": {"max_steps": 10, "save_strategy": "steps", "save_steps": 5, "beta": 0.1},
-    "llama_factory": {"lora_r": 8, "batch_size": 8, "save_steps": 500, "quantization": "nf4"},
+    "axolotl": {"lora_r": 32, "batch_size": 8, "optim": "adamw_8bit", "warmup_ratio": 0.1},
+    "llama_factory": {
+        "lora_r": 8,
+        "max_samples": 1000,
+        "batch_size": 8,
+        "save_steps": 500,
+        "quantization": "nf4",
+    },
 }
 
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from lowmem_dpo.cli import main
-from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.losses.types import LOSS_TYPES
+from lowmem_dpo.settings.configs import GenerateConfig, TrainConfig
 from lowmem_dpo.settings.fields import Faults, parse_config, to_yaml
 from tests.settings.recipes import AXOLOTL, LLAMA_FACTORY, MEANT, RECIPES
 
@@ -102,6 +103,8 @@ push_to_hub: true
 save_steps: 0.5
 num_generations: 4
 betta: 0.1
+vllm_mode: colocate
+eval_steps: 5
 """
     path = write(tmp_path, text)
     assert faults_of(path) == [
@@ -122,12 +125,15 @@ betta: 0.1
         "optim must be one of adamw, adamw_8bit, paged_adamw_8bit, sgd, got rmsprop",
         "lr_scheduler_type must be one of cosine, linear, constant, constant_with_warmup, got "
         "cosine_with_min_lr",
-        "unknown setting 'num_generations'; leave it out; --help_all shows all there are",
         "unknown setting 'betta'; did you mean beta?",
+        "unknown settings 'num_generations', 'vllm_mode'; leave them out; --help_all shows all "
+        "there are",
+        "loss_type must be one of " + ", ".join(LOSS_TYPES) + ", got kto_pair "
+        "(loss_type is pref_loss there)",
     ]
     assert main(["train", "--config", str(path)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 13
+    assert len(lines) == 14
     assert all(line.startswith(f"lowmem_dpo: error: {path}: ") for line in lines)
 
 
@@ -281,6 +287,30 @@ def test_flags_mean_what_they_mean_in_a_file(tmp_path, capsys):
     assert (config.lora_r, config.lora_alpha) == (8, 3.0)
 
 
+def test_flags_take_the_place_of_what_the_file_has_under_their_name(tmp_path):
+    path = write(tmp_path, "max_length: 1024\nmax_prompt_length: 600\npush_to_hub: true")
+    words = ["--max_prompt_length", "200", "--max_length", "400", "--push_to_hub", "false"]
+    config = parse_config(TrainConfig, ["--config", str(path), *words])
+    assert (config.max_length, config.truncate_prompt) == (400, True)
+
+
+def test_faults_name_the_file_that_they_are_in(tmp_path):
+    path = write(tmp_path, "push_to_hub: true\nbeta: 0\nbetta: 1")
+    words = ["--config", str(path), "--deepspeed", "z.json", "--num_steps", "0"]
+    with pytest.raises(Faults) as caught:
+        parse_config(TrainConfig, words)
+    in_file = {fault[len(f"{path}: ") :][:5] for fault in caught.value.faults if "yaml" in fault}
+    others = {fault[:5] for fault in caught.value.faults if "yaml" not in fault}
+    assert (in_file, others) == ({"push_", "beta ", "unkno"}, {"deeps", "max_s"})
+
+
+def test_a_recipe_for_training_is_refused_in_few_lines_by_a_verb_that_does_not_train(tmp_path):
+    with pytest.raises(Faults) as caught:
+        parse_config(GenerateConfig, ["--config", str(write(tmp_path, LLAMA_FACTORY))])
+    (fault,) = (each for each in caught.value.faults if "unknown settings" in each)
+    assert "'lora_rank', 'lora_target', 'pref_beta'" in fault and len(caught.value.faults) < 5
+
+
 def test_a_dump_of_every_trl_setting_is_understood(tmp_path, capsys):
     trl = pytest.importorskip("trl")
     dump = {}
@@ -303,6 +333,6 @@ def test_a_recipe_trains(llama_dir, tmp_path, monkeypatch, capsys):
     words = ["--dtype", "float32", "--optim", "adamw", "--max_steps", "1", "--warmup_steps", "0"]
     words += ["--max_samples", "6", "--eval_fraction", "0", "--evals_per_epoch", "0"]
     assert main(["train", "--config", str(path), *words]) == 0
-    assert "max_samples 6: the rows after these are left out" in capsys.readouterr().out
+    assert "max_samples 6: any further rows are left out" in capsys.readouterr().out
     resolved = TrainConfig.from_yaml(tmp_path / "outputs" / "config.yaml")
     assert (resolved.lora_r, resolved.max_samples, resolved.save_strategy) == (64, 6, "epoch")
