@@ -4,7 +4,9 @@ Each function takes the value, all that is given in file and flags, and the list
 the user; it returns our settings, and raises ValueError where the value cannot be had here.
 """
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 Values = dict[str, Any]
@@ -20,7 +22,12 @@ _ENTRY = {
 }
 _ENTRY_NO_EFFECT = ("type", "ds_type", "columns", "chat_template", "trust_remote_code", "streaming")
 _READERS = ("json", "csv", "parquet")  # generic readers of datasets; data_files names the file
-_REGISTERED = "is a name in another trainer's registry; set data to the file or id behind it"
+_REGISTRY = "dataset_info.json"
+# LLaMA-Factory's names of what a column holds, and ours.
+_COLUMNS = {
+    **{"messages": "conversations", "prompt": "instruction", "query": "input"},
+    **{name: name for name in ("history", "system", "tools", "chosen", "rejected")},
+}
 
 
 def _batch_size(value: Any, given: Mapping[str, Any], notes: list[str]) -> Values:
@@ -125,13 +132,42 @@ def _registered(setting: str) -> Conversion:
             )
         source, _, count = str(names[0]).strip().partition("#")
         if "/" not in source and "\\" not in source and "." not in source:
-            raise ValueError(f"{theirs}={source!r} {_REGISTERED.replace('data', setting, 1)}")
+            return _look_up(theirs, source, setting, given, notes)
         if count and setting == "data":
             notes.append(f"dataset: the first {count} rows are taken, not {count} at random")
             return {setting: source, "max_samples": int(count) if count.isdigit() else count}
         return {setting: source}
 
     return convert
+
+
+def _look_up(
+    theirs: str, name: str, setting: str, given: Mapping[str, Any], notes: list[str]
+) -> Values:
+    """Our settings for a name in LLaMA-Factory's registry, where that lies in its folder."""
+    registry = Path(given.get("dataset_dir") or "data") / _REGISTRY
+    try:
+        entry = json.loads(registry.read_text(encoding="utf-8"))[name]
+        source = entry.get("hf_hub_url") or (registry.parent / entry["file_name"]).as_posix()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{theirs}={name!r} is a name for LLaMA-Factory's {_REGISTRY}, and {registry} has no "
+            f"such entry; set {setting} to the file or id behind it"
+        ) from None
+    notes.append(f"{theirs} {name}: {setting} is {source}, after {registry}")
+    if setting != "data":
+        return {setting: source}
+    columns = {_COLUMNS[k]: v for k, v in (entry.get("columns") or {}).items() if k in _COLUMNS}
+    columns = {ours: column for ours, column in columns.items() if ours != column}
+    result = {"columns": columns or None, "dataset_train_split": entry.get("split")}
+    result["dataset_config"] = entry.get("subset")
+    return {setting: source} | {name: value for name, value in result.items() if value}
+
+
+def _dataset_dir(value: Any, given: Mapping[str, Any], notes: list[str]) -> Values:
+    if given.get("dataset") is None:
+        notes.append("dataset_dir: no effect without dataset")
+    return {}
 
 
 def _mixer(value: Any, given: Mapping[str, Any], notes: list[str]) -> Values:
@@ -341,7 +377,7 @@ _EVALUATION = (
     "by steps where `eval_steps` is set (`logging_steps` without it), else by epoch; no: nothing "
     "to evaluate on"
 )
-_FILE = "`data` where it is a file or an id; a registered name is refused"
+_FILE = "`data`: a file, an id, or a name in dataset_info.json of `dataset_dir`"
 _ONE_SET = "`data` and its split, where it names one set"
 CONVERTED: dict[str, tuple[str, Conversion]] = {
     "per_device_train_batch_size": (_PRODUCT, _batch_size),
@@ -359,6 +395,7 @@ CONVERTED: dict[str, tuple[str, Conversion]] = {
         _registered("data"),
     ),
     "eval_dataset": ("`eval_data`, likewise", _registered("eval_data")),
+    "dataset_dir": ("where dataset_info.json is; by default data", _dataset_dir),
     "datasets": (_ONE_SET, _datasets),
     "test_datasets": ("`eval_data` and its split, where it names one set", _test_datasets),
     "dataset_mixture": (_ONE_SET, _mixture),

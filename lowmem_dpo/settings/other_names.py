@@ -61,7 +61,6 @@ _NO_EFFECT = {
         plugins liger_rms_norm liger_rope liger_glu_activation lora_mlp_kernel lora_qkv_kernel
         lora_o_kernel lora_on_cpu
     """,
-    "data says where the pairs are": "dataset_dir",
     "pairs are read by one process": """
         dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers
         dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor

@@ -1,5 +1,6 @@
 """Settings files of other trainers (`recipes`), and single settings of them."""
 
+import json
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -111,8 +112,8 @@ eval_steps: 5
         "model_revision='it-SFT' is not supported: the newest is read; give a folder of another",
         "deepspeed='examples/deepspeed/ds_z3_config.json' is not supported: one process uses one "
         "GPU; leave it out",
-        "dataset='dpo_en_demo' is a name in another trainer's registry; set data to the file or id "
-        "behind it",
+        "dataset='dpo_en_demo' is a name for LLaMA-Factory's dataset_info.json, and "
+        f"{Path('data/dataset_info.json')} has no such entry; set data to the file or id behind it",
         "max_prompt_length=600 is not supported: prompts are cut to half of max_length with "
         "truncate_prompt true, or not at all; leave max_prompt_length out",
         "lr_scheduler_kwargs={'min_lr_rate': 0.1} is not supported: the schedules have no settings "
@@ -285,6 +286,34 @@ def test_flags_mean_what_they_mean_in_a_file(tmp_path, capsys):
     assert config.data == "mine.jsonl"
     config = parse_config(TrainConfig, ["--config", str(path), "--data", "a", "--lora_alpha", "3"])
     assert (config.lora_r, config.lora_alpha) == (8, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"file_name": "a.json", "ranking": True}, {"data": "DIR/a.json"}),
+        (
+            {"file_name": "a.json", "columns": {"prompt": "question", "chosen": "chosen"}},
+            {"data": "DIR/a.json", "columns": {"instruction": "question"}},
+        ),
+        (
+            {"hf_hub_url": "org/a", "subset": "s", "split": "train[:9]"},
+            {"data": "org/a", "dataset_config": "s", "dataset_train_split": "train[:9]"},
+        ),
+    ],
+)
+def test_names_of_llama_factory_s_registry_are_looked_up(entry, expected, tmp_path, capsys):
+    registry = tmp_path / "dataset_info.json"
+    registry.write_text(json.dumps({"mine": entry}), encoding="utf-8")
+    path = write(tmp_path, f"dataset: mine\ndataset_dir: {tmp_path.as_posix()}")
+    config = parse_config(TrainConfig, ["--config", str(path)])
+    for name, value in expected.items():
+        if isinstance(value, str):
+            value = value.replace("DIR", tmp_path.as_posix())
+        assert getattr(config, name) == value
+    assert f"dataset mine: data is {config.data}, after {registry}" in said(capsys)
+    registry.write_text("[]", encoding="utf-8")
+    assert "has no such entry; set data to the file" in faults_of(path)[0]
 
 
 def test_flags_take_the_place_of_what_the_file_has_under_their_name(tmp_path):
