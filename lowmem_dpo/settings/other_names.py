@@ -125,7 +125,7 @@ _FIXED: list[tuple[str, tuple[Any, ...], str]] = [
     ("task_type lora_task_type", ("CAUSAL_LM", None), "only causal language models are supported"),
     ("peft_type", (*_LORA, None), "only LoRA is supported"),
     ("finetuning_type train_type tuner_type sft_type", _LORA, "only LoRA is supported"),
-    ("use_peft", (True,), "full fine-tuning is not supported; an adapter is trained"),
+    ("use_peft", (True,), "full fine-tuning is not supported, an adapter is trained"),
     ("full_finetuning", _OFF, "full fine-tuning is not supported"),
     (
         "modules_to_save lora_modules_to_save additional_target trainable_token_indices "

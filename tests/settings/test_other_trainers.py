@@ -77,6 +77,13 @@ def test_every_name_is_in_one_table_and_leads_to_a_setting():
     assert set(RENAMED.values()) <= FIELDS
 
 
+@pytest.mark.parametrize("name", sorted(FIXED))
+def test_every_refusal_of_a_value_says_how_to_mend_it(name):
+    (fault,) = to_our_settings({name: "something"}, FIELDS, {}).faults
+    assert fault.startswith(f"{name}='something' is not supported: ")
+    assert any(word in fault for word in ("leave it out", "set ", "use ", "give ", "name parts"))
+
+
 @pytest.mark.parametrize(
     "text, setting, value",
     [
