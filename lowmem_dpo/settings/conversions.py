@@ -20,7 +20,16 @@ _ENTRY = {
     **{"path": "data", "id": "data", "data_files": "data"},
     **{"name": "dataset_config", "config": "dataset_config", "split": "dataset_train_split"},
 }
-_ENTRY_NO_EFFECT = ("type", "ds_type", "columns", "chat_template", "trust_remote_code", "streaming")
+# axolotl's names of columns, and those that are read as what they name without a word.
+_FIELDS = {
+    "field_messages": ("messages", "prompt", "conversation", "conversations"),
+    "field_chosen": ("chosen",),
+    "field_rejected": ("rejected",),
+}
+_ENTRY_NO_EFFECT = (
+    *("type", "ds_type", "columns", "chat_template", "trust_remote_code", "streaming"),
+    *("message_property_mappings", "roles", "message_field_role", "message_field_content"),
+)
 _READERS = ("json", "csv", "parquet")  # generic readers of datasets; data_files names the file
 _REGISTRY = "dataset_info.json"
 # LLaMA-Factory's names of what a column holds, and ours.
@@ -218,6 +227,7 @@ def _datasets(value: Any, given: Mapping[str, Any], notes: list[str]) -> Values:
 def _test_datasets(value: Any, given: Mapping[str, Any], notes: list[str]) -> Values:
     result = _entries("test_datasets", value, notes)
     result.pop("dataset_config", None)
+    result.pop("columns", None)
     held_out = {"data": "eval_data", "dataset_train_split": "dataset_test_split"}
     return {held_out[name]: value for name, value in result.items()}
 
@@ -232,10 +242,13 @@ def _entries(name: str, entries: Any, notes: list[str]) -> Values:
             f"{name} names {number} sets, a run reads one; join them in a file and set data to it"
         )
     result: Values = {}
+    columns: dict[str, str] = {}
     unread = []
     for key, value in entries[0].items():
-        if key == "weight" and value in (None, 1):
+        if value is None or (key == "weight" and value == 1):
             continue
+        if key == "type" and isinstance(value, dict):
+            raise ValueError(f"{name}.type has a format of its own; set columns, and chat_template")
         if key == "weight":
             raise ValueError(
                 f"{name}: weight={value}: a set is read as a whole; leave weight out, or set "
@@ -243,9 +256,11 @@ def _entries(name: str, entries: Any, notes: list[str]) -> Values:
             )
         if key in _ENTRY_NO_EFFECT:
             unread.append(key)
+        elif key in _FIELDS:
+            columns |= {} if value in _FIELDS[key] else {_FIELDS[key][0]: value}
         elif key not in _ENTRY:
             raise ValueError(f"unknown setting '{name}.{key}'; set columns where it names a column")
-        elif value is not None and value not in _READERS:
+        elif value not in _READERS:
             is_list_of_one = isinstance(value, list) and len(value) == 1
             result[_ENTRY[key]] = value[0] if is_list_of_one else value
     is_file = str(result.get("data")).endswith((".jsonl", ".json", ".csv", ".parquet"))
@@ -255,7 +270,7 @@ def _entries(name: str, entries: Any, notes: list[str]) -> Values:
         notes.append(
             f"{name}: {', '.join(unread)}: no effect, rows are recognised by their columns"
         )
-    return result
+    return result | ({"columns": columns} if columns else {})
 
 
 def _template(value: Any, given: Mapping[str, Any], notes: list[str]) -> Values:

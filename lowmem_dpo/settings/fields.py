@@ -163,7 +163,8 @@ def parse_config(cls: type[Config], words: list[str]) -> Config:
             flag names count as underscores; a boolean flag needs no value.
 
     Raises:
-        ValueError: If the file cannot be read, a name is unknown or a value does not fit its field.
+        ValueError: If the file cannot be read.
+        Faults: With all names that are unknown, values that do not fit their fields, ...
     """
     path, flags, foreign = _read_flags(cls, words)
     by_name = {field.name: field for field in fields(cls)}
@@ -186,7 +187,8 @@ def parse_config(cls: type[Config], words: list[str]) -> Config:
             values[name] = _checked(by_name[name], _field_value(name, by_name[name].type, value))
         except ValueError as error:
             is_flag = name in of_flags.values or name in flags
-            faults.append(("" if is_flag else where) + _with_their_names(str(error), origin))
+            theirs = {} if name in flags else origin
+            faults.append(("" if is_flag else where) + _with_their_names(str(error), theirs))
     faults += [where + fault for fault in _unknown(cls, unknown)]
     if values.get("save_steps") is not None and "save_strategy" in by_name:
         values.setdefault("save_strategy", "steps")

@@ -236,6 +236,11 @@ def test_what_a_file_of_another_trainer_gets_is_said(text, line, tmp_path, capsy
             0.1,
         ),
         ("datasets: [{path: json, data_files: [a.jsonl]}]", "data", "a.jsonl"),
+        (
+            "datasets: [{path: a/b, field_messages: prompt, field_chosen: good}]",
+            "columns",
+            {"chosen": "good"},
+        ),
         ("test_datasets: [{path: org/a, split: test}]", "eval_data", "org/a"),
         ("dataset: org/a\neval_dataset: b.json", "eval_data", "b.json"),
         ("dataset_name: org/a\ndataset_test_split: test", "dataset_test_split", None),
@@ -260,6 +265,10 @@ def test_settings_of_recipes_convert(text, setting, value, tmp_path):
         ("dataset: a.json,b.json", "names 2 sets, a run reads one"),
         ("dataset_splits: [train_a, train_b]", "give one to train on"),
         ("datasets: [{path: a/b, field_human: q}]", "set columns where it names a column"),
+        (
+            "datasets: [{path: a/b, type: {field_prompt: q}}]",
+            "has a format of its own; set columns",
+        ),
         ("dataset_mixture: {datasets: [{id: a/b}], test_split_size: 20}", "set eval_fraction"),
         ("special_tokens: {eos_token: <x>}", "special_tokens.eos_token is not supported"),
         ("rl: grpo", "rl is 'grpo'; this is a DPO trainer"),
