@@ -283,7 +283,8 @@ def _template(value: Any, given: Mapping[str, Any], notes: list[str]) -> Values:
 
 
 def _special_tokens(value: Any, given: Mapping[str, Any], notes: list[str]) -> Values:
-    others = [name for name in value or {} if name != "pad_token"]
+    section = value if isinstance(value, dict) else _section("special_tokens", value, ())
+    others = [name for name in section if name != "pad_token"]
     if others:
         raise ValueError(
             f"special_tokens.{others[0]} is not supported: tokens are the tokenizer's own; save a "

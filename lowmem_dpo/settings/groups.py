@@ -298,7 +298,9 @@ class RunSettings(OutputSettings):
         return [name for name in names if name != "none"]
 
     def check(self) -> None:
-        """Refuse unknown trackers and what would have no effect."""
+        """Refuse unknown trackers and what would have no effect; no tracker is written as none."""
+        if not self.trackers:
+            object.__setattr__(self, "report_to", "none")
         for name in self.trackers:
             if name not in TRACKERS:
                 raise ValueError(

@@ -170,8 +170,10 @@ def to_our_value(name: str, value: Any) -> Any:
     Raises:
         ValueError: If it cannot be had here.
     """
-    if name in ("save_strategy", "report_to") and value in (False, None, []):
-        return "no" if name == "save_strategy" else "none"  # YAML reads a bare `no` as false
+    if name == "save_strategy" and value is False:
+        return "no"  # as YAML reads a bare `no`
+    if name == "report_to" and value is False:
+        return "none"
     if name == "optim":
         return _OPTIMIZERS.get(value, value) if isinstance(value, str) else value
     if name == "lora_target_modules" and value in ("all-linear", ["all-linear"], ["all"]):

@@ -1,6 +1,7 @@
 """Settings files of other trainers (`recipes`), and single settings of them."""
 
 import json
+import random
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,9 @@ import yaml
 from lowmem_dpo.cli import main
 from lowmem_dpo.losses.types import LOSS_TYPES
 from lowmem_dpo.settings.configs import GenerateConfig, TrainConfig
+from lowmem_dpo.settings.conversions import CONVERTED
 from lowmem_dpo.settings.fields import Faults, parse_config, to_yaml
+from lowmem_dpo.settings.other_names import FIXED, NO_EFFECT, RENAMED
 from tests.settings.recipes import AXOLOTL, LLAMA_FACTORY, MEANT, RECIPES
 
 
@@ -69,6 +72,8 @@ def test_resolved_recipes_are_repeatable_and_say_nothing_more(name, tmp_path, ca
         {"lora_target_modules": ["all"]},
         {"lora_target_modules": "all-linear"},
         {"report_to": []},
+        {"report_to": False},
+        {"report_to": ["none"]},
         {"max_steps": -1},
     ],
     ids=str,
@@ -79,6 +84,20 @@ def test_resolved_settings_are_repeatable(settings, tmp_path):
     assert again == config
     if settings.get("warmup_steps") == 0:
         assert (again.warmup_steps, again.warmup_ratio) == (None, 0.0)
+
+
+def test_any_value_under_any_foreign_name_is_refused_in_words_or_repeatable(tmp_path):
+    rng = random.Random(0)
+    values = [None, True, 0, -1, 0.5, "", "x", "a/b.json", [], [1], {"a": 1}, [{"path": None}]]
+    for name in rng.sample(sorted(RENAMED | CONVERTED | FIXED | NO_EFFECT), 120):
+        path = write(tmp_path, yaml.safe_dump({name: rng.choice(values), "eval_fraction": 0.1}))
+        try:
+            config = parse_config(TrainConfig, ["--config", str(path)])
+        except Faults as error:
+            assert all(error.faults)
+            continue
+        again = parse_config(TrainConfig, ["--config", str(write(tmp_path, to_yaml(config)))])
+        assert again == config, name
 
 
 def test_no_warm_up_in_python_is_none_after_its_config_is_read_back(tmp_path):
