@@ -368,6 +368,7 @@ def test_a_recipe_for_training_is_refused_in_few_lines_by_a_verb_that_does_not_t
     assert "'lora_rank', 'lora_target', 'pref_beta'" in fault and len(caught.value.faults) < 5
 
 
+@pytest.mark.slow  # imports trl
 def test_a_dump_of_every_trl_setting_is_understood(tmp_path, capsys):
     trl = pytest.importorskip("trl")
     dump = {}
