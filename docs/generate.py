@@ -12,9 +12,10 @@ from pathlib import Path
 from lowmem_dpo.data.formats import FORMATS
 from lowmem_dpo.losses.types import LOSS_TYPES, span
 from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.settings.conversions import CONVERTED
 from lowmem_dpo.settings.fields import Settings, settings_by_group, type_name
 from lowmem_dpo.settings.help import default_text, field_docs, group_title
-from lowmem_dpo.settings.other_trainers import CONVERTED, FIXED, NO_EFFECT, RENAMED
+from lowmem_dpo.settings.other_names import FIXED, NO_EFFECT, RENAMED
 
 DOCS = Path(__file__).parent
 
@@ -64,18 +65,25 @@ def renamed_table() -> str:
 
 
 def fixed_table() -> str:
-    """Other trainers' names that are accepted with some values only."""
-    rows = []
+    """Other trainers' names that are accepted with some values only, those of a kind together."""
+    names: dict[tuple[str, str], list[str]] = {}
     for name, (values, why) in sorted(FIXED.items()):
-        accepted = ", ".join(_code(_in_yaml(value)) for value in values) or "no value"
-        rows.append((f"`{name}`", accepted, why))
+        texts = dict.fromkeys(
+            "empty" if value in (None, [], {}, "") else f"`{_in_yaml(value)}`" for value in values
+        )
+        names.setdefault((", ".join(texts) or "no value", why), []).append(f"`{name}`")
+    rows = [(", ".join(each), *kind) for kind, each in names.items()]
     return table("theirs | accepted | why no other value", rows)
 
 
 def no_effect_table() -> str:
-    """Other trainers' names that have no effect."""
-    rows = [(f"`{name}`", why) for name, why in sorted(NO_EFFECT.items())]
-    return table("theirs | why it has no effect", rows)
+    """Other trainers' names that have no effect, those of a kind together."""
+    names: dict[str, list[str]] = {}
+    for name, why in sorted(NO_EFFECT.items()):
+        names.setdefault(why, []).append(f"`{name}`")
+    return table(
+        "theirs | why it has no effect", [(", ".join(each), why) for why, each in names.items()]
+    )
 
 
 def _code(text: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
-from lowmem_dpo.settings.fields import Settings, parse_config, to_yaml
+from lowmem_dpo.settings.fields import Faults, Settings, parse_config, to_yaml
 from lowmem_dpo.settings.help import full_help, short_help
 from lowmem_dpo.version import __version__
 
@@ -128,6 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("LOWMEM_DPO_DEBUG"):
             raise
+        if isinstance(error, Faults):
+            return max(map(_fail, error.faults))
         return _fail(_os_error(error) if isinstance(error, OSError) else str(error))
 
 

@@ -74,8 +74,9 @@ def read_preferences(
     purpose: str = "train",
     columns: Mapping[str, str] | None = None,
     on_bad_row: str = "error",
+    max_rows: int | None = None,
 ) -> tuple[list[Preference], ReadReport]:
-    """Read every row of a source of preference pairs.
+    """Read the rows of a source of preference pairs.
 
     Args:
         source: A .jsonl, .json, .csv or .parquet file, a folder of them or of `save_to_disk`, or a
@@ -85,6 +86,7 @@ def read_preferences(
         purpose: train or test.
         columns: Our names of columns to the source's.
         on_bad_row: error stops at the first bad row, skip leaves bad rows out.
+        max_rows: How many to read, the first; None for all.
 
     Returns:
         The rows in the source's order, and what was found.
@@ -105,7 +107,7 @@ def read_preferences(
     else:
         rows = read_rows(Path(source))
     report = ReadReport()
-    preferences = list(_preferences(rows, columns, on_bad_row, report))
+    preferences = list(_preferences(islice(rows, max_rows), columns, on_bad_row, report))
     if not preferences and report.num_rows:
         raise ValueError(
             f"{source}: every one of the {report.num_rows} rows is bad; {report.faults[0]}"

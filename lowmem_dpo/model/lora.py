@@ -16,9 +16,10 @@ Source: Hu et al., LoRA (arXiv 2106.09685), section 4.1; Kalajdzievski, rsLoRA (
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ class AdapterSpec:
         dropout: Probability in [0, 1) that an element of the adapter's input is dropped.
         targets: all, or names: the last part of a layer's path (q_proj), or more of it.
         rank_stabilised: Which scaling.
+        rank_pattern: Other ranks, by regular expressions for the end of a layer's path, in whole
+            parts; the first that matches counts.
+        alpha_pattern: Other alphas, likewise.
     """
 
     rank: int
@@ -46,6 +50,19 @@ class AdapterSpec:
     dropout: float
     targets: str | Sequence[str]
     rank_stabilised: bool
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def rank_and_scaling(self, name: str) -> tuple[int, float]:
+        """R of the layer of that name, and the factor on its adapter's output."""
+
+        def first(patterns: Mapping[str, Any], default: Any) -> Any:
+            matching = (patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", name))
+            return next(matching, default)
+
+        rank = first(self.rank_pattern, self.rank)
+        alpha = first(self.alpha_pattern, self.alpha)
+        return rank, alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
 class LoraLinear(nn.Module):
@@ -220,11 +237,11 @@ def add_lora(model: nn.Module, adapter: AdapterSpec, seed: int) -> list[str]:
         ValueError: If a target names no layer.
     """
     layers = linear_layers(model)
-    targets, rank = adapter.targets, adapter.rank
+    targets = adapter.targets
     names = list(layers) if targets == "all" else match_targets(layers, targets)
-    scaling = adapter.alpha / (math.sqrt(rank) if adapter.rank_stabilised else rank)
     for name in names:
         assert layers[name].rank == 0, f"{name} has an adapter already"
+        rank, scaling = adapter.rank_and_scaling(name)
         layers[name].add_adapter(rank, scaling=scaling, dropout=adapter.dropout, seed=seed)
     return names
 

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
@@ -25,6 +25,8 @@ import yaml
 from lowmem_dpo.settings.other_trainers import (
     NAMES_WITH_THEIR_VALUES,
     is_foreign,
+    left_to_defaults,
+    our_name,
     to_our_settings,
     to_our_value,
 )
@@ -35,10 +37,27 @@ _PATHS |= {"adapter", "prompts"}
 
 # Names that a newcomer may try and whose nearest name here would be a wrong hint, or none.
 _ALIASES = {
-    "lr": "learning_rate",
-    "rank": "lora_r",
-    "alpha": "lora_alpha",
-    "epochs": "num_train_epochs",
+    alias: name
+    for name, aliases in {
+        "learning_rate": "lr lr_rate",
+        "lora_r": "rank",
+        "lora_alpha": "alpha",
+        "init_adapter": "lora_weights adapter_dir",
+        "num_train_epochs": "epochs epoch",
+        "max_samples": "limit max_train_samples max_eval_samples num_train_samples sample_size",
+        "max_length": "max_tokens context_length",
+        "max_grad_norm": "gradient_clipping gradient_clip_val clip_grad max_norm",
+        "batch_size": "accumulation_steps grad_accum batch_size_per_device",
+        "beta": "orpo_alpha",
+        "output_dir": "save_dir checkpoint_dir",
+        "save_steps": "save_interval",
+        "eval_steps": "eval_interval",
+        "logging_steps": "log_interval",
+        "chat_template": "prompt_template template_type",
+        "chat_template_kwargs": "enable_thinking",
+        "shuffle": "dataset_shuffle",
+    }.items()
+    for alias in aliases.split()
 }
 
 
@@ -60,6 +79,18 @@ COUNT = {"must be at least 1": Bounds(at_least=1)}
 COUNT_OR_NONE = {"must be at least 1, or left out": Bounds(at_least=1)}
 
 
+class Faults(ValueError):
+    """Several faults of the user's settings at once.
+
+    Attributes:
+        faults: A line each.
+    """
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = list(faults)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What every group and config shares: values as they are declared, and every group's check.
@@ -74,36 +105,53 @@ class Settings:
             value = getattr(self, f.name)
             if value != f.default:
                 changed.add(f.name)
-            if f.name in _PATHS:
-                value = os.fspath(value) if isinstance(value, os.PathLike) else value
-                if isinstance(value, str) and not value.strip():
-                    raise ValueError(f"{f.name} is empty; give a path, or leave it out")
-            if get_origin(f.type) is Literal:
-                if value not in (choices := get_args(f.type)):
-                    raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
-                continue
-            if f.type == str | list[str] and isinstance(value, str) and value != f.default:
-                value = [name.strip() for name in value.strip("[] ").split(",") if name.strip()]
-            annotations = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
-            kinds = tuple(get_origin(kind) or kind for kind in annotations)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if float in kinds and is_number:
-                if not abs(value) <= sys.float_info.max:  # of an int too, and of nan
-                    raise ValueError(f"{f.name} must be a finite number, got {str(value)[:20]}")
-                value = float(value)
-            elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise ValueError(f"{f.name} must be {type_name(f.type)}, got {value!r}")
-            for rule, bounds in f.metadata.items() if value is not None else ():
-                is_above = value > bounds.above and value >= bounds.at_least
-                if not (is_above and value < bounds.below and value <= bounds.at_most):
-                    hint = "" if f.default is None else f"; the usual value is {f.default}"
-                    raise ValueError(f"{f.name} {rule}, got {value}{hint}")
-            object.__setattr__(self, f.name, value)
+            object.__setattr__(self, f.name, _checked(f, value))
+        faults: list[str] = []
         for group in reversed(type(self).__mro__):
+            if faults and group is type(self):
+                break  # it holds groups against each other, and counts on each
             own = inspect.get_annotations(group).keys()
             # A group at its defaults has nothing to refuse; a config without own settings may.
             if "check" in vars(group) and (not own or changed & own):
-                vars(group)["check"](self)
+                try:
+                    vars(group)["check"](self)
+                except ValueError as error:
+                    faults.append(str(error))
+        if faults:
+            raise Faults(faults)
+
+
+def _checked(f: Field[Any], value: Any) -> Any:
+    """The value of a field as it is declared.
+
+    Raises:
+        ValueError: If it is of another type, or out of bounds.
+    """
+    if f.name in _PATHS:
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{f.name} is empty; give a path, or leave it out")
+    if get_origin(f.type) is Literal:
+        if value not in (choices := get_args(f.type)):
+            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+        return value
+    if f.type == str | list[str] and isinstance(value, str) and value != f.default:
+        value = [name.strip() for name in value.strip("[] ").split(",") if name.strip()]
+    annotations = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
+    kinds = tuple(get_origin(kind) or kind for kind in annotations)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if float in kinds and is_number:
+        if not abs(value) <= sys.float_info.max:  # of an int too, and of nan
+            raise ValueError(f"{f.name} must be a finite number, got {str(value)[:20]}")
+        value = float(value)
+    elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ValueError(f"{f.name} must be {type_name(f.type)}, got {value!r}")
+    for rule, bounds in f.metadata.items() if value is not None else ():
+        is_above = value > bounds.above and value >= bounds.at_least
+        if not (is_above and value < bounds.below and value <= bounds.at_most):
+            hint = "" if f.default is None else f"; the usual value is {f.default}"
+            raise ValueError(f"{f.name} {rule}, got {value}{hint}")
+    return value
 
 
 Config = TypeVar("Config", bound=Settings)
@@ -121,37 +169,62 @@ def parse_config(cls: type[Config], words: list[str]) -> Config:
             flag names count as underscores; a boolean flag needs no value.
 
     Raises:
-        ValueError: If the file cannot be read, a name is unknown or a value does not fit its field.
+        ValueError: If the file cannot be read.
+        Faults: With all names that are unknown, values that do not fit their fields, ...
     """
     path, flags, foreign = _read_flags(cls, words)
-    types = {field.name: field.type for field in fields(cls)}
+    by_name = {field.name: field for field in fields(cls)}
     mapping = {} if path is None else _read_mapping(path)
     given = mapping | flags | foreign
+    mapping = {name: value for name, value in mapping.items() if name not in foreign}
+    of_file, of_flags = (to_our_settings(m, set(by_name), given) for m in (mapping, foreign))
     where = "" if path is None else f"{path}: "
-    blamed = "" if flags or foreign else where  # with flags about, the file may not be to blame
-    notes: list[str] = []
+    faults = [where + fault for fault in of_file.faults] + of_flags.faults
+    for name in of_flags.values.keys() & flags.keys():
+        faults.append(f"--{name} and another trainer's flag for it are both given")
+    origin = of_file.origin | of_flags.origin
+    values: dict[str, Any] = {}
+    unknown: list[str] = []
+    for name, value in (of_file.values | of_flags.values | flags).items():
+        if name not in by_name:
+            unknown.append(str(origin[name]))
+            continue
+        try:
+            values[name] = _checked(by_name[name], _field_value(name, by_name[name].type, value))
+        except ValueError as error:
+            is_flag = name in of_flags.values or name in flags
+            theirs = {} if name in flags else origin
+            faults.append(("" if is_flag else where) + _with_their_names(str(error), theirs))
+    faults += [where + fault for fault in _unknown(cls, unknown)]
+    if values.get("save_steps") is not None and "save_strategy" in by_name:
+        values.setdefault("save_strategy", "steps")
     try:
-        if mapping:
-            mapping, notes = to_our_settings(mapping, set(types), given)
-        if foreign:
-            theirs, more_notes = to_our_settings(foreign, set(types), given)
-            for name in theirs.keys() & flags.keys():
-                raise ValueError(f"--{name} and another trainer's flag for it are both given")
-            mapping, notes = mapping | theirs, notes + more_notes
-        for name in mapping:
-            if name not in types:
-                blamed = where  # a flag's name has been looked at
-                raise ValueError(_unknown(cls, str(name)))
-        values = {name: _field_value(name, types[name], value) for name, value in mapping.items()}
-        config = cls(**(values | flags))
-    except ValueError as error:
-        raise ValueError(f"{blamed}{error}") from None
+        config = cls(**values)
+    except Faults as error:
+        # With flags about, the file may not be to blame. Beside other faults, what does not go
+        # together may do so without them; what is wrong by itself is said.
+        where = "" if flags or foreign else where
+        found = [fault for fault in error.faults if not faults or " must be " in fault]
+        faults += [where + _with_their_names(fault, origin) for fault in found]
+    if faults:
+        raise Faults(faults)
+    notes = of_file.notes + of_flags.notes + left_to_defaults(mapping, values, config)
     if notes:
         from lowmem_dpo.console import note
 
         for line in dict.fromkeys(notes):
             note(line)
     return config
+
+
+def _with_their_names(fault: str, origin: Mapping[str, str]) -> str:
+    """A fault, with the names that another trainer's file has for the settings in it."""
+    theirs = [
+        f"{ours} is {name} there"
+        for ours, name in origin.items()
+        if name != ours and re.search(rf"\b{ours}\b", fault)
+    ]
+    return f"{fault} ({', '.join(theirs)})" if theirs else fault
 
 
 def to_yaml(config: Any) -> str:
@@ -183,7 +256,7 @@ def _read_flags(
         name = name.replace("-", "_")
         of_other_trainer = name not in types and is_foreign(name)
         if name != "config" and name not in types and not of_other_trainer:
-            raise ValueError(_unknown(cls, name))
+            raise Faults(_unknown(cls, [name]))
         if not equals:
             may_stand_alone = types.get(name) is bool or of_other_trainer
             if rest and not rest[0].startswith("--"):
@@ -201,6 +274,7 @@ def _read_flags(
         elif text in ("null", "~") and NoneType in get_args(types[name]):
             own[name] = None  # null unsets a setting that may be left out
         else:
+            name = our_name(name, _yaml_value(text))
             value = to_our_value(name, text) if name in NAMES_WITH_THEIR_VALUES else text
             own[name] = _field_value(name, types[name], value)
     return path, own, foreign
@@ -244,13 +318,34 @@ def _field_value(name: str, annotation: Any, value: Any) -> Any:
     return value
 
 
-def _unknown(cls: type[Settings], name: str) -> str:
-    """That a name is no field of `cls`, and the nearest one."""
+def _yaml_value(text: str) -> Any:
+    """What a text means in YAML; itself, where it is none."""
+    try:
+        return yaml.load(text, _StrictLoader)
+    except yaml.YAMLError:
+        return text
+
+
+def _unknown(cls: type[Settings], names: Sequence[str]) -> list[str]:
+    """That some names are no fields of `cls`: those with a near one each, the others together."""
     known = [field.name for _, group in settings_by_group(cls) for field in group]
-    near = [alias for alias in [_ALIASES.get(name)] if alias in known]
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.65)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-    return f"unknown setting {name!r}; {hint}"
+    faults, strange = [], []
+    for name in names:
+        parts = set(name.split("_"))
+        near = [each for each in (_ALIASES.get(name), name.partition(".")[0]) if each in known]
+        near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.82)
+        near = near or [each for each in known if parts <= set(each.split("_"))]
+        if 0 < len(near) < 3:
+            faults.append(f"unknown setting {name!r}; did you mean {' or '.join(near)}?")
+        else:
+            strange.append(repr(name))
+    if strange:
+        plural, them = ("s", "them") if len(strange) > 1 else ("", "it")
+        faults.append(
+            f"unknown setting{plural} {', '.join(strange)}; leave {them} out; --help_all shows all "
+            "there are"
+        )
+    return faults
 
 
 def _read_mapping(path: str) -> dict[str, Any]:

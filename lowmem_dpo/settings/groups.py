@@ -132,6 +132,8 @@ class DataSettings(Settings):
     """Split of eval_data to evaluate on; by default test, or the only one."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our names of columns to the file's, such as {prompt: question, chosen: answer_a}."""
+    max_samples: int | None = field(default=None, metadata=COUNT_OR_NONE)
+    """Read this many rows of data, and of eval_data, the first; by default all."""
 
     def check(self) -> None:
         """Refuse two sources of evaluation, a split of nothing, and columns named wrongly."""
@@ -226,7 +228,12 @@ class OptimizerSettings(SeedSettings):
     """Draw a new order of the pairs every epoch."""
 
     def check(self) -> None:
-        """Refuse what would have no effect."""
+        """Refuse what would have no effect; no steps of warm-up are a share of 0."""
+        if self.warmup_steps == 0 and self.lr_scheduler_type != "constant":
+            # Beside a warmup_ratio, other trainers mean by 0 that the ratio counts.
+            check_unused(self, "warmup_steps", "warmup_ratio")
+            object.__setattr__(self, "warmup_ratio", 0.0)
+            object.__setattr__(self, "warmup_steps", None)
         if self.lr_scheduler_type == "constant":
             check_unused(self, "lr_scheduler_type", "warmup_steps")
             if self.warmup_ratio > 0:
@@ -310,7 +317,9 @@ class RunSettings(OutputSettings):
         return [name for name in names if name != "none"]
 
     def check(self) -> None:
-        """Refuse unknown trackers and what would have no effect."""
+        """Refuse unknown trackers and what would have no effect; no tracker is written as none."""
+        if not self.trackers:
+            object.__setattr__(self, "report_to", "none")
         for name in self.trackers:
             if name not in TRACKERS:
                 raise ValueError(

@@ -16,7 +16,7 @@ from lowmem_dpo.console import duration, progress, say, warn
 from lowmem_dpo.data.templates import choose_template
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import unusual_values
-from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.model.lora import lora_layers, lora_parameters
 from lowmem_dpo.packs.packing import Pack, fill, pack_trees
 from lowmem_dpo.records.checkpoints import load_checkpoint, read_record
 from lowmem_dpo.records.folder import (
@@ -259,8 +259,9 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
 def _say_plan(config: TrainConfig, policy: Policy, objective: Objective, pack_tokens: int) -> None:
     """Say what will be trained and how, and what is unusual about it."""
     num_trainable = sum(p.numel() for p in lora_parameters(policy.model.network).values())
-    assert policy.adapter is not None
-    say(f"adapter: rank {policy.adapter.rank}, {num_trainable / 1e6:.2f}M trainable parameters")
+    ranks = sorted({layer.rank for layer in lora_layers(policy.model.network).values()})
+    rank = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ranks[0]
+    say(f"adapter: rank {rank}, {num_trainable / 1e6:.2f}M trainable parameters")
     say(f"plan: micro-batches of {pack_tokens} tokens, {config.batch_size} pairs a step")
     for line in unusual_values(config, config.learning_rate):
         warn(line)

@@ -175,9 +175,12 @@ def _encode(
         purpose=purpose,
         columns=data.columns,
         on_bad_row=encoding.on_bad_row,
+        max_rows=data.max_samples,
     )
     for i, line in enumerate(found.lines()):
         say(f"{title}: {line}" if i else f"{title}: {source}: {line}")
+    if found.num_rows == data.max_samples:
+        say(f"{title}: max_samples {data.max_samples}: any further rows are left out")
     pairs, report = encode_pairs(preferences, tokenizer, encoding)
     for line in report.lines():
         say(f"{title}: {line}")

@@ -32,28 +32,21 @@ _SUFFIXES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
 # Fields of PEFT's LoraConfig that are read here, or that do not change what the adapter computes.
 _KNOWN_FIELDS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "bias",
-    "ensure_weight_tying",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "lora_alpha",
-    "lora_dropout",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "use_rslora",
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version"),
+    *("revision", "runtime_config", "task_type", "ensure_weight_tying", "qalora_group_size"),
+    *("peft_type", "bias", "init_lora_weights", "eva_config"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+}
+# Fields of it that, once they are set, make another adapter of it or change more than linears.
+_VARIANTS = {
+    *("alora_invocation_tokens", "arrow_config", "corda_config", "fan_in_fan_out", "kasa_config"),
+    *("layer_replication", "loftq_config", "lora_bias", "lora_ga_config", "megatron_config"),
+    *("modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices"),
+    *("use_bdlora", "use_dora", "use_qalora", "velora_config"),
 }
 # The others (PiSSA, OLoRA, LoftQ, CorDA, ...) come with a base of their own.
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(
@@ -74,6 +67,7 @@ def save_adapter(
         targets = {name.rpartition(".")[2] for name in lora_layers(model)}
     is_folder = Path(base_model).is_dir()
     config = {
+        "alpha_pattern": dict(settings.alpha_pattern),
         "base_model_name_or_path": str(Path(base_model).resolve()) if is_folder else base_model,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -85,6 +79,7 @@ def save_adapter(
         "lora_dropout": settings.dropout,
         "peft_type": "LORA",
         "r": settings.rank,
+        "rank_pattern": dict(settings.rank_pattern),
         "target_modules": sorted(targets),
         "task_type": "CAUSAL_LM",
         "use_rslora": settings.rank_stabilised,
@@ -125,24 +120,26 @@ def read_adapter_config(directory: Path) -> AdapterSpec:
         raise ValueError(f"{directory} is no adapter folder: no {ADAPTER_CONFIG_FILE} in it")
     config = read_json(directory / ADAPTER_CONFIG_FILE)
     _refuse_variants(directory, config)
-    layers = _stored_layers(directory)
+    targets = _targets(directory, config)
     try:
         settings = AdapterSpec(
             rank=int(config["r"]),
             alpha=float(config["lora_alpha"]),
             dropout=float(config.get("lora_dropout") or 0.0),
-            targets=_targets(directory, config.get("target_modules"), layers),
+            targets=targets,
             rank_stabilised=bool(config.get("use_rslora", False)),
+            rank_pattern={k: int(v) for k, v in (config.get("rank_pattern") or {}).items()},
+            alpha_pattern={k: float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
         )
-    except (KeyError, TypeError) as error:
+        for pattern in [*settings.rank_pattern, *settings.alpha_pattern]:
+            re.compile(pattern)
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
         raise ValueError(
-            f"{directory / ADAPTER_CONFIG_FILE} is incomplete: r and lora_alpha must be "
-            f"numbers ({error!r})"
+            f"{directory / ADAPTER_CONFIG_FILE}: r and lora_alpha must be numbers, rank_pattern "
+            f"and alpha_pattern regular expressions with a number each ({error!r})"
         ) from None
-    if settings.rank < 1:
-        raise ValueError(
-            f"{directory / ADAPTER_CONFIG_FILE}: r must be at least 1, got {settings.rank}"
-        )
+    if (rank := min([settings.rank, *settings.rank_pattern.values()])) < 1:
+        raise ValueError(f"{directory / ADAPTER_CONFIG_FILE}: r must be at least 1, got {rank}")
     return settings
 
 
@@ -181,7 +178,9 @@ def load_adapter(model: nn.Module, directory: Path) -> None:
 def adapter_digest(directory: Path) -> str:
     """SHA-256, in hex, of what an adapter computes: its tensors and its scaling."""
     settings = read_adapter_config(directory)
-    scaling = [settings.rank, settings.alpha, settings.rank_stabilised]
+    scaling: list[Any] = [settings.rank, settings.alpha, settings.rank_stabilised]
+    if settings.rank_pattern or settings.alpha_pattern:
+        scaling += [list(settings.rank_pattern.items()), list(settings.alpha_pattern.items())]
     weights = file_digest(directory / ADAPTER_WEIGHTS_FILE)
     return hashlib.sha256(json.dumps([scaling, weights]).encode()).hexdigest()
 
@@ -206,6 +205,8 @@ def _stored_layers(directory: Path) -> list[str]:
     pattern = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_[AB]\.weight")
     matches = {name: pattern.fullmatch(name) for name in _read_tensors(directory)}
     foreign = [name for name, match in matches.items() if match is None]
+    if not matches:
+        raise ValueError(f"adapter {directory} holds no tensors; it is damaged")
     if foreign:
         raise ValueError(
             f"adapter {directory} holds {min(foreign)}, which is no LoRA matrix of a linear layer; "
@@ -214,32 +215,80 @@ def _stored_layers(directory: Path) -> list[str]:
     return list(dict.fromkeys(match[1] for match in matches.values() if match))
 
 
-def _targets(directory: Path, given: Any, layers: list[str]) -> str | list[str]:
-    """`target_modules` as `add_lora` takes it; for a regular expression, the layers in the file."""
-    if given == "all-linear":
-        return "all"
-    outside = [name for name in layers if ".layers." not in name]
-    if isinstance(given, list) and given:
-        outside += [
-            name for name in given if re.search(r"(^|\.)(lm_head|embed_tokens)$", str(name))
-        ]
-    elif not isinstance(given, str) or not layers:
+def _targets(directory: Path, config: dict[str, Any]) -> str | list[str]:
+    """The layers that PEFT would adapt, as `add_lora` takes them.
+
+    For a regular expression, or where some layers are left out, they are the layers in the file,
+    each held against PEFT's rules.
+    """
+    layers = _stored_layers(directory)
+    given = config.get("target_modules")
+    if not given or not isinstance(given, str | list):
         raise ValueError(f"adapter {directory}: target_modules must name layers, got {given!r}")
+    names = [] if isinstance(given, str) else [str(name) for name in given]
+    outside = [name for name in layers if ".layers." not in name]
+    outside += [name for name in names if re.search(r"(^|\.)(lm_head|embed_tokens)$", name)]
     if outside:
         raise ValueError(
             f"adapter {directory} adapts {outside[0]}; "
             "only linears of the decoder layers are supported"
         )
-    return layers if isinstance(given, str) else sorted(map(str, given))
+    try:
+        foreign = [name for name in layers if not _is_adapted(name, config)]
+    except re.error as error:
+        raise ValueError(
+            f"{directory / ADAPTER_CONFIG_FILE}: no regular expression ({error})"
+        ) from None
+    if foreign:
+        raise ValueError(
+            f"adapter {directory} holds a LoRA matrix of {foreign[0]}, which its own "
+            f"{ADAPTER_CONFIG_FILE} leaves out; it is damaged, or of two adapters"
+        )
+    some_are_left_out = config.get("exclude_modules") or _layer_numbers(config)
+    if given == "all-linear" and not some_are_left_out:
+        return "all"
+    return layers if isinstance(given, str) or some_are_left_out else sorted(names)
+
+
+def _is_adapted(layer: str, config: dict[str, Any]) -> bool:
+    """Whether PEFT's rules give the linear of that name an adapter.
+
+    Raises:
+        re.error: If a pattern is none.
+    """
+    targets, excluded = config["target_modules"], config.get("exclude_modules")
+    if excluded and _is_named(layer, excluded):
+        return False
+    if isinstance(targets, str):  # layer numbers count beside a list only
+        return targets == "all-linear" or _is_named(layer, targets)
+    numbers = _layer_numbers(config)
+    if not numbers or layer in targets:
+        return _is_named(layer, targets)
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", layer) for pattern in patterns)
+    number = next((int(match[1]) for match in found if match), None)
+    return number in numbers and _is_named(layer, targets)
+
+
+def _is_named(layer: str, names: str | list[str]) -> bool:
+    """Whether a regular expression is all of a layer's path, or one of some names its end."""
+    if isinstance(names, str):
+        return re.fullmatch(names, layer) is not None
+    return any(f".{layer}".endswith(f".{name}") for name in names)
+
+
+def _layer_numbers(config: dict[str, Any]) -> list[int]:
+    """`layers_to_transform` as a list, empty for all."""
+    given = config.get("layers_to_transform")
+    return [given] if isinstance(given, int) else given or []
 
 
 def _refuse_variants(directory: Path, config: dict[str, Any]) -> None:
-    """Refuse by name whatever is not plain LoRA, features not known here included."""
-    refused = [
-        f"{name}={value!r}"
-        for name, value in config.items()
-        if name not in _KNOWN_FIELDS and value not in (None, False, "", "none", [], {})
-    ]
+    """Refuse by name whatever is not plain LoRA, and fields that no one here knows."""
+    is_set = {name: value for name, value in config.items() if not _is_off(value)}
+    refused = [f"{name}={is_set[name]!r}" for name in is_set.keys() & _VARIANTS]
+    refused.sort()
     if config.get("peft_type") != "LORA":
         refused.insert(0, f"peft_type={config.get('peft_type')!r}")
     if config.get("bias", "none") != "none":
@@ -248,6 +297,22 @@ def _refuse_variants(directory: Path, config: dict[str, Any]) -> None:
         refused.append(f"init_lora_weights={config['init_lora_weights']!r}")
     if refused:
         raise ValueError(
-            f"adapter {directory} has {', '.join(refused)}, which is not supported; "
-            "only plain LoRA on linear layers is"
+            f"adapter {directory} has {', '.join(refused)}, which is not supported; only plain "
+            "LoRA on linear layers is: merge it into its base with PEFT (merge_and_unload), and "
+            "give the merged model"
         )
+    unknown = [f"{name}={is_set[name]!r}" for name in is_set.keys() - _KNOWN_FIELDS]
+    if unknown:
+        version = config.get("peft_version") or "another version"
+        raise ValueError(
+            f"adapter {directory} has {', '.join(sorted(unknown))}, which is not known here "
+            f"(written by PEFT {version}); where that is PEFT's default and the adapter is plain "
+            f"LoRA, take it out of {ADAPTER_CONFIG_FILE}"
+        )
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a field's value says that a feature is not used."""
+    if isinstance(value, dict):
+        return all(map(_is_off, value.values()))
+    return value in (None, False, "", "none", [])

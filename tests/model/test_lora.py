@@ -287,6 +287,20 @@ def test_add_lora_scales_rank_stabilised_by_the_square_root():
     assert {layer.scaling for layer in lora_layers(tower).values()} == {3.0}
 
 
+def test_add_lora_gives_each_layer_the_rank_and_alpha_of_the_first_pattern_that_its_name_ends_in():
+    tower = Tower()
+    ranks = {"1.q_proj": 5, "q_proj": 2, "p_proj": 7}  # up_proj does not end in the part p_proj
+    alphas = {r"layers\.0\..*": 4.0}
+    adapter = replace(ADAPTER, rank_pattern=ranks, alpha_pattern=alphas)
+    names = add_lora(tower, adapter, seed=3)
+    layers = lora_layers(tower).values()
+    assert [layer.rank for layer in layers] == [2, RANK, 5, RANK]
+    assert [layer.scaling for layer in layers] == [4 / 2, 4 / RANK, 6 / 5, 6 / RANK]
+    for name, layer in zip(names, layers, strict=True):
+        assert adapter.rank_and_scaling(name) == (layer.rank, layer.scaling)
+        assert (layer.lora_a.shape[0], layer.lora_b.shape[1]) == (layer.rank, layer.rank)
+
+
 def test_add_lora_takes_parts_of_names():
     tower = Tower()
     assert add_lora(tower, replace(ADAPTER, targets=["1.q_proj"]), seed=3) == [

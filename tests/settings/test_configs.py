@@ -115,7 +115,7 @@ def test_parse_config_reads_template_variables():
         (["--loss_type", "dpo"], "got dpo; did you mean sigmoid?"),
         (["--label_smoothing", "0.5"], "label_smoothing must be in [0, 0.5)"),
         (["--label_smoothing", "0.1", "--loss_type", "ipo"], "has no effect with loss_type=ipo"),
-        (["--save_steps", "5"], "has no effect with save_strategy=epoch"),
+        (["--save_steps", "5", "--save_strategy", "epoch"], "no effect with save_strategy=epoch"),
         (
             ["--head_quantization", "int8", "--head_weight", "host"],
             "head_quantization=int8 keeps the head on the device",
@@ -159,7 +159,10 @@ def test_parse_config_reads_template_variables():
         (["--columns", "prompt=question"], "for example '{name: value}'"),
         (["--loss_weights", "0.5"], "loss_weights=[0.5] has no effect with one loss"),
         (["--alpha", "8"], "did you mean lora_alpha?"),
-        (["--print_config=skip_default"], "unknown setting 'print_config'; known: model, "),
+        (
+            ["--print_config=skip_default"],
+            "unknown setting 'print_config'; leave it out",
+        ),
         (
             ["--lr_scheduler_type", "constant", "--warmup_ratio", "0.2"],
             "warmup_ratio=0.2 has no effect with lr_scheduler_type=constant",

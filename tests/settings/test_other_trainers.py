@@ -6,14 +6,10 @@ import yaml
 
 from lowmem_dpo.cli import main
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.settings.conversions import CONVERTED
 from lowmem_dpo.settings.fields import parse_config
-from lowmem_dpo.settings.other_trainers import (
-    CONVERTED,
-    FIXED,
-    NO_EFFECT,
-    RENAMED,
-    to_our_settings,
-)
+from lowmem_dpo.settings.other_names import FIXED, NO_EFFECT, RENAMED
+from lowmem_dpo.settings.other_trainers import to_our_settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FIELDS = {f.name for f in fields(TrainConfig)}
@@ -24,7 +20,14 @@ MEANT = {
     "unsloth": {"batch_size": 8, "lora_r": 64, "seed": 3407, "optim": "adamw_8bit"}
     | {"truncate_prompt": True, "dtype": "bfloat16", "max_length": 1024},
     "sections": {"max_steps": 10, "save_strategy": "steps", "save_steps": 5, "beta": 0.1},
-    "llama_factory": {"lora_r": 8, "batch_size": 8, "save_steps": 500, "quantization": "nf4"},
+    "axolotl": {"lora_r": 32, "batch_size": 8, "optim": "adamw_8bit", "warmup_ratio": 0.1},
+    "llama_factory": {
+        "lora_r": 8,
+        "max_samples": 1000,
+        "batch_size": 8,
+        "save_steps": 500,
+        "quantization": "nf4",
+    },
 }
 
 
@@ -34,11 +37,17 @@ def parse(text: str, tmp_path: Path, *words: str) -> TrainConfig:
     return parse_config(TrainConfig, ["--config", str(path), *words])
 
 
-def said(capsys) -> list[str]:
+def all_said(capsys) -> list[str]:
     """The lines on stderr, each in the program's name, which is left out."""
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith("lowmem_dpo: ") for line in lines)
     return [line.removeprefix("lowmem_dpo: ") for line in lines]
+
+
+def said(capsys) -> list[str]:
+    """The lines on stderr, but for what a file leaves out."""
+    starts = ("not in the file, so", "LoRA is not named in the file")
+    return [line for line in all_said(capsys) if not line.startswith(starts)]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -66,6 +75,13 @@ def test_every_name_is_in_one_table_and_leads_to_a_setting():
     assert sum(map(len, tables)) == len(set().union(*tables))
     assert not set().union(*tables) & FIELDS
     assert set(RENAMED.values()) <= FIELDS
+
+
+@pytest.mark.parametrize("name", sorted(FIXED))
+def test_every_refusal_of_a_value_says_how_to_mend_it(name):
+    (fault,) = to_our_settings({name: "something"}, FIELDS, {}).faults
+    assert fault.startswith(f"{name}='something' is not supported: ")
+    assert any(word in fault for word in ("leave it out", "set ", "use ", "give ", "name parts"))
 
 
 @pytest.mark.parametrize(
@@ -201,4 +217,5 @@ def test_notes_go_to_stderr_alone(tmp_path, capsys):
 
 def test_to_our_settings_leaves_our_own_names_alone():
     ours = {"model": "m", "beta": 0.1, "chat_template_kwargs": {"algorithm": 1}}
-    assert to_our_settings(ours, FIELDS, ours) == (ours, [])
+    translation = to_our_settings(ours, FIELDS, ours)
+    assert (translation.values, translation.notes, translation.faults) == (ours, [], [])

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,6 +142,62 @@ def test_load_adapter_reads_what_peft_writes(
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 0},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["model.layers.0.mlp.up_proj", "q_proj"], "layers_to_transform": [1]},
+        {"target_modules": "all-linear", "exclude_modules": ["up_proj", "1.self_attn.q_proj"]},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.0\..*"},
+        {"target_modules": r".*\.(0\.self_attn\.(q|k)|1\.mlp\.down)_proj"},
+        {"target_modules": "all-linear", "rank_pattern": {"q_proj": 5, "mlp.up_proj": 1}},
+        {"target_modules": "all-linear", "alpha_pattern": {r"layers\.1\.mlp\..*": 9, "q_proj": 1}},
+        {
+            "target_modules": ["q_proj", "k_proj", "down_proj"],
+            "rank_pattern": {"^model.layers.0.self_attn.q_proj": 4, "q_proj": 3, "[kv]_proj": 7},
+            "alpha_pattern": {"q_proj": 8, "0.self_attn.q_proj": 2},
+            "use_rslora": True,
+            "exclude_modules": r"model\.layers\.1\.mlp.*",
+        },
+    ],
+    ids=lambda features: "-".join(features),
+)
+def test_load_adapter_step_and_save_adapter_equal_peft(tiny_checkpoint, tmp_path, features):
+    peft = pytest.importorskip("peft")
+    folder, base = tiny_checkpoint("llama")
+    config = peft.LoraConfig(r=2, lora_alpha=5, task_type="CAUSAL_LM", **features)
+    theirs = peft.get_peft_model(base, config).eval()
+    torch.manual_seed(2)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    # PEFT sorts the patterns in its file, and the first that matches counts: the file is the word.
+    theirs.load_adapter(str(tmp_path / "theirs"), "file", is_trainable=True)
+    theirs.set_adapter("file")
+    settings = read_adapter_config(tmp_path / "theirs")
+    ours = load_base(folder)
+    give_adapter(ours, settings)
+    load_adapter(ours, tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    for model in (ours, theirs):
+        model(input_ids=IDS, use_cache=False).logits.log_softmax(-1)[..., 7].mean().backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    save_adapter(tmp_path / "ours", ours, base_model=str(folder), settings=settings)
+    theirs.save_pretrained(str(tmp_path / "stepped"), selected_adapters=["file"])
+    paths = (tmp_path / "theirs", tmp_path / "stepped" / "file", tmp_path / "ours")
+    start, stepped, written = (load_file(path / "adapter_model.safetensors") for path in paths)
+    assert all((written[name] - start[name]).abs().max() > 1e-6 for name in start)
+    torch.testing.assert_close(written, stepped, rtol=1e-4, atol=1e-6)
+    theirs.load_adapter(str(tmp_path / "ours"), "ours")
+    theirs.set_adapter("ours")
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
+    again = read_adapter_config(tmp_path / "ours")
+    assert set(again.targets) == set(settings.targets)
+    assert replace(again, targets="all") == replace(settings, targets="all")
+
+
 def test_save_and_load_adapter_give_the_same_bits(saved):
     base, model, directory = saved
     assert read_adapter_config(directory) == AdapterSpec(
@@ -198,21 +255,35 @@ def test_save_and_load_adapter_see_through_wrappers(saved):
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"peft_type": None}, "peft_type=None"),
         ({"use_dora": True}, "use_dora=True"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern={'q_proj': 4}"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern="),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices=[1]"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
-        ({"layers_to_transform": [0]}, "layers_to_transform=[0]"),
+        ({"layers_to_transform": [0]}, "layers.1.mlp.down_proj, which its own adapter_config"),
+        ({"layers_to_transform": 1}, "layers.0.mlp.down_proj, which its own adapter_config"),
+        ({"exclude_modules": ["up_proj"]}, "layers.0.mlp.up_proj, which its own adapter_config"),
+        ({"exclude_modules": r".*mlp.*"}, "layers.0.mlp.down_proj, which its own adapter_config"),
+        ({"target_modules": r".*\.q_proj"}, "which its own adapter_config.json leaves out"),
+        ({"target_modules": "(q_proj"}, "missing ), unterminated subpattern"),
+        ({"rank_pattern": {"(q_proj": 4}}, "missing ), unterminated subpattern"),
+        ({"rank_pattern": {"q_proj": "many"}}, "must be numbers"),
+        ({"rank_pattern": {"q_proj": 0}}, "r must be at least 1, got 0"),
+        ({"rank_pattern": [1]}, "must be numbers"),
+        ({"alpha_pattern": {"q_proj": None}}, "must be numbers"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
         ({"loftq_config": {"loftq_bits": 4}}, "loftq_config="),
-        ({"something_of_tomorrow": 3}, "something_of_tomorrow=3"),
+        ({"use_dora": True}, "merge it into its base with PEFT (merge_and_unload)"),
+        ({"something_of_tomorrow": 3}, "something_of_tomorrow=3, which is not known here"),
+        (
+            {"something_of_tomorrow": 3, "peft_version": "0.99.0"},
+            "(written by PEFT 0.99.0); where that is PEFT's default and the adapter is plain LoRA, "
+            "take it out of adapter_config.json",
+        ),
         ({"target_modules": ["q_proj", "lm_head"]}, "adapts lm_head"),
         ({"target_modules": ["embed_tokens"]}, "adapts embed_tokens"),
         ({"target_modules": None}, "target_modules must name layers"),
@@ -227,7 +298,7 @@ def test_read_adapter_config_refuses_by_name_what_is_not_plain_lora(saved, chang
 
 def test_read_adapter_config_takes_the_defaults_of_peft(saved):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"]).to_dict()
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear").to_dict()
     change_config(saved[2], **{k: list(v) if isinstance(v, set) else v for k, v in config.items()})
     assert read_adapter_config(saved[2]).rank == 3
 
@@ -282,6 +353,22 @@ def test_adapter_digest_follows_what_the_adapter_computes(saved):
     assert second != first
     change_tensors(directory, lambda tensors: tensors[max(tensors)].add_(1))
     assert adapter_digest(directory) not in (first, second)
+
+
+def test_adapter_digest_follows_alpha_pattern(saved):
+    _, _, directory = saved
+    digests = {adapter_digest(directory)}
+    for pattern in ({"q_proj": 7}, {"k_proj": 7}, {"q_proj": 7, ".*": 8}, {".*": 8, "q_proj": 7}):
+        change_config(directory, alpha_pattern=pattern)
+        digests.add(adapter_digest(directory))
+    assert len(digests) == 5
+
+
+def test_read_adapter_config_takes_what_is_off_whatever_its_name(saved):
+    off = {"use_tomorrow": False, "tomorrow_config": {"depth": 0, "more": {"name": None}}}
+    eva = {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}
+    change_config(saved[2], **off, **eva)
+    assert read_adapter_config(saved[2]).rank == 3
 
 
 def test_other_base_storage_names_what_was_different(tmp_path):
