@@ -9,7 +9,6 @@ from _common import StepClock, peak_mib, reset_peak
 from _random_models import random_model
 from _runs import run_on
 
-from lowmem_dpo.data.encoding import TokenPair
 from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.lora import AdapterSpec, LoraLinear
@@ -17,6 +16,7 @@ from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.surgery import prepare_model
 from lowmem_dpo.packs.packing import build_tree, pack_trees
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.tokens.encoding import TokenPair
 from lowmem_dpo.training.loop import train_steps
 from lowmem_dpo.training.policy import Policy
 

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from lowmem_dpo.data.encoding import TokenPair
 from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.model.lora import LoraLinear
 from lowmem_dpo.model.nf4 import BLOCK, BLOCK2, Nf4Weight
+from lowmem_dpo.tokens.encoding import TokenPair
 
 
 class PreTokenisedTrainer(DPOTrainer):

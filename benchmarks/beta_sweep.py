@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from _common import default_output, write_record
 
-from lowmem_dpo.data.encoding import render_prompt
 from lowmem_dpo.demo.demo import answers_of, write_pairs
 from lowmem_dpo.demo.task import is_right, is_short, make_model
 from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.model.scoring import score_plain
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.groups import TemplateSettings
+from lowmem_dpo.tokens.encoding import render_prompt
 from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training.policy import Policy, load_policy
 

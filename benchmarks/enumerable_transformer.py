@@ -23,7 +23,6 @@ from _runs import run_on
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from lowmem_dpo.data.encoding import TokenPair
 from lowmem_dpo.model.scoring import attention
 from lowmem_dpo.packs.packing import Tree, build_tree
 from lowmem_dpo.settings.groups import (
@@ -32,6 +31,7 @@ from lowmem_dpo.settings.groups import (
     ModelSettings,
     OptimizerSettings,
 )
+from lowmem_dpo.tokens.encoding import TokenPair
 from lowmem_dpo.training.loop import train_steps
 from lowmem_dpo.training.policy import Policy, Source, load_policy
 from lowmem_dpo.weights.folders import load_config

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_dpo.console import warn
-from lowmem_dpo.data.encoding import render_prompt
 from lowmem_dpo.model.generation import generate_text, position_warning
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.groups import SamplingSettings
+from lowmem_dpo.tokens.encoding import render_prompt
 from lowmem_dpo.training.fit import StepCallback, TrainResult, fit, precompute
 from lowmem_dpo.training.policy import Policy, load_policy
 from lowmem_dpo.weights.folders import ADAPTER_CONFIG_FILE

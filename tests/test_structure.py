@@ -32,7 +32,8 @@ ORDER = [
     {"model"},
     {"reference", "memory"},
     {"machine", "packs"},
-    {"data", "lowmem_dpo_kernels"},
+    {"tokens", "lowmem_dpo_kernels"},
+    {"data"},
     {"settings"},
     {"losses"},
     {"console", "files", "stopping", "version"},
@@ -42,7 +43,7 @@ ENTRANCES = {"__init__", "__main__"}
 
 MAX_FILE_LINES = 450
 MAX_ROOM_LINES = 2_500
-MAX_PRODUCT_LINES = 16_299
+MAX_PRODUCT_LINES = 17_500  # raised with what the product can do, never for how it does it
 # The rest takes the groups of settings that it needs.
 MAX_MODULES_WITH_TRAIN_CONFIG = 5
 

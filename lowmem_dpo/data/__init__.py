@@ -1,1 +1,1 @@
-"""From a preference file to packs of token trees: formats, templates, trees, packing, preview."""
+"""From files to preferences: rows, formats, messages."""

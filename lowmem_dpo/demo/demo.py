@@ -13,7 +13,6 @@ from pathlib import Path
 from rich.table import Table
 
 from lowmem_dpo.console import duration, say
-from lowmem_dpo.data.encoding import render_prompt
 from lowmem_dpo.demo.task import is_right, is_short, make_model, questions
 from lowmem_dpo.machine.cards import this_machine
 from lowmem_dpo.machine.device import resolve_device, unusable_cards
@@ -21,6 +20,7 @@ from lowmem_dpo.model.generation import generate_text
 from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.settings.configs import DemoConfig, TrainConfig
 from lowmem_dpo.settings.groups import ModelSettings, SamplingSettings, TemplateSettings
+from lowmem_dpo.tokens.encoding import render_prompt
 from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training.loop import StepResult
 from lowmem_dpo.training.policy import Policy, load_policy

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem_dpo.data.encoding import TokenPair, common_prefix_length
+from lowmem_dpo.tokens.encoding import TokenPair, common_prefix_length
 
 PAD_ID = 0
 TOKEN_MULTIPLE = 64  # keeps the matrix products on full tiles

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from lowmem_dpo.console import duration, progress, say, warn
-from lowmem_dpo.data.templates import choose_template
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import unusual_values
 from lowmem_dpo.model.lora import lora_layers, lora_parameters
@@ -30,6 +29,7 @@ from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.fields import to_yaml
 from lowmem_dpo.stopping import catch_signals
+from lowmem_dpo.tokens.templates import choose_template
 from lowmem_dpo.training.loop import StepResult, check_adapter_moves, new_state, train_steps
 from lowmem_dpo.training.policy import Policy, load_policy, read_source
 from lowmem_dpo.training.recorder import Recorder, leave_later_steps

@@ -10,9 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lowmem_dpo.console import console, duration, say, warn
-from lowmem_dpo.data.encoding import TokenPair, encode_pairs, preview_pair
 from lowmem_dpo.data.reading import is_single_file, read_preferences
-from lowmem_dpo.data.split import prompt_key, split_by_prompt
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.machine.device import matmul_rate
 from lowmem_dpo.model.scoring import LOGP_TOLERANCE, check_packing, score
@@ -33,6 +31,8 @@ from lowmem_dpo.settings.groups import (
     RunSettings,
 )
 from lowmem_dpo.stopping import RunStopped
+from lowmem_dpo.tokens.encoding import TokenPair, encode_pairs, preview_pair
+from lowmem_dpo.tokens.split import prompt_key, split_by_prompt
 from lowmem_dpo.training.policy import Policy, Source
 from lowmem_dpo.weights.size import ModelSize
 

@@ -1,7 +1,7 @@
 """Trees from their parts, folded as a run folds them."""
 
-from lowmem_dpo.data.encoding import TokenPair
 from lowmem_dpo.packs.packing import Tree, build_tree
+from lowmem_dpo.tokens.encoding import TokenPair
 
 
 def fold(row, trunk, chosen, rejected, chosen_start, rejected_start) -> Tree:

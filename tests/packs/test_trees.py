@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_dpo.data.encoding import TokenPair
 from lowmem_dpo.packs.packing import build_tree, scored_tokens
+from lowmem_dpo.tokens.encoding import TokenPair
 from tests.packs.folding import fold
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from lowmem_dpo.data.encoding import encode_pairs, render_prompts
 from lowmem_dpo.data.formats import Preference
-from tests.data import shapes
-from tests.data.encoding import AUTO, sides, trl_pairs, turn
+from lowmem_dpo.tokens.encoding import encode_pairs, render_prompts
+from tests.tokens import shapes
+from tests.tokens.encoding import AUTO, sides, trl_pairs, turn
 
 pytestmark = pytest.mark.real
 

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_dpo.data.encoding import TokenPair
 from lowmem_dpo.losses.functions import LOSSES
 from lowmem_dpo.losses.pairs import LossParameters, PairLogps
 from lowmem_dpo.model.lora import LoraLinear, lora_layers, lora_parameters
@@ -24,6 +23,7 @@ from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import Tree, build_tree, pack_trees, scored_tokens, sequence_logps
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.tokens.encoding import TokenPair
 from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training import fit
 from lowmem_dpo.training.gradients import PER_PAIR, Metrics

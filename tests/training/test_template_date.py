@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_dpo.data import templates
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.tokens import templates
 from lowmem_dpo.training import fit as fit_module
 from lowmem_dpo.training.fit import fit, precompute
 from tests.training.conftest import read_metrics, read_record, write_rows

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from lowmem_dpo import TrainConfig, Trainer
 from lowmem_dpo.cli import main
-from lowmem_dpo.data.encoding import render_prompt
 from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.settings.groups import TemplateSettings
 from lowmem_dpo.stopping import RunStopped
+from lowmem_dpo.tokens.encoding import render_prompt
 from tests.training.conftest import read_metrics, read_record
 
 pytestmark = pytest.mark.usefixtures("without_plots")

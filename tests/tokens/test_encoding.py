@@ -1,13 +1,13 @@
 import pytest
 
-from lowmem_dpo.data.encoding import (
+from lowmem_dpo.data.formats import Preference
+from lowmem_dpo.settings.groups import EncodingSettings
+from lowmem_dpo.tokens.encoding import (
     common_prefix_length,
     encode_pairs,
     render_prompt,
 )
-from lowmem_dpo.data.formats import Preference
-from lowmem_dpo.settings.groups import EncodingSettings
-from tests.data.encoding import (
+from tests.tokens.encoding import (
     AUTO,
     CHATML_PROMPT,
     LLAMA3_PROMPT,

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lowmem_dpo.data.encoding import TokenPair, preview_pair
+from lowmem_dpo.tokens.encoding import TokenPair, preview_pair
 
 
 @pytest.fixture

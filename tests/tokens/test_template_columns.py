@@ -4,10 +4,19 @@ import json
 
 import pytest
 
-from lowmem_dpo.data.encoding import encode_pairs
 from lowmem_dpo.data.formats import Preference, parse_row
 from lowmem_dpo.settings.groups import EncodingSettings
-from tests.data.encoding import AUTO, CHATML_PROMPT, chat, encode_one, ours, sides, trl_pairs, turn
+from lowmem_dpo.tokens.encoding import encode_pairs
+from tests.tokens.encoding import (
+    AUTO,
+    CHATML_PROMPT,
+    chat,
+    encode_one,
+    ours,
+    sides,
+    trl_pairs,
+    turn,
+)
 
 TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "function": {"name": "rain", "arguments": {"where": "here"}}}

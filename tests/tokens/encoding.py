@@ -2,9 +2,9 @@
 
 import pytest
 
-from lowmem_dpo.data.encoding import encode_pairs
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.settings.groups import EncodingSettings
+from lowmem_dpo.tokens.encoding import encode_pairs
 
 AUTO = EncodingSettings()
 CHATML_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

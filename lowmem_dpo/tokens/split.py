@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from lowmem_dpo.data.encoding import TokenPair
+from lowmem_dpo.tokens.encoding import TokenPair
 
 
 def split_by_prompt(

@@ -2,12 +2,12 @@
 
 import pytest
 
-from lowmem_dpo.data.encoding import encode_pairs, render_prompts
 from lowmem_dpo.data.formats import Preference
-from lowmem_dpo.data.rendered import NO_MARKS, looks_rendered
 from lowmem_dpo.settings.groups import EncodingSettings
-from tests.data.encoding import AUTO, CHATML_PROMPT, LLAMA3_PROMPT, chat, encode_one, sides
-from tests.data.shapes import MISTRAL_V3, QUESTION, SMOLLM2, VICUNA
+from lowmem_dpo.tokens.encoding import encode_pairs, render_prompts
+from lowmem_dpo.tokens.rendered import NO_MARKS, looks_rendered
+from tests.tokens.encoding import AUTO, CHATML_PROMPT, LLAMA3_PROMPT, chat, encode_one, sides
+from tests.tokens.shapes import MISTRAL_V3, QUESTION, SMOLLM2, VICUNA
 
 ALPACA_PROMPT = "### Instruction:\nhi\n\n### Response:\n"
 MENTIONS = [

@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowmem_dpo.data.answers import LOSSES, quoted
-from lowmem_dpo.data.answers import NOTES as ANSWER_NOTES
+from lowmem_dpo.tokens.answers import LOSSES, quoted
+from lowmem_dpo.tokens.answers import NOTES as ANSWER_NOTES
 
 MANY_DROPPED = 0.1  # share of the pairs lost to cutting above which a report says what to do
 IDENTICAL_BY_TEMPLATE = "identical without what the chat template leaves out"

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from lowmem_dpo.data.answers import LOSSES
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.data.messages import Message, has_system
-from lowmem_dpo.data.rendered import looks_rendered
-from lowmem_dpo.data.rendering import (
+from lowmem_dpo.settings.groups import EncodingSettings, TemplateSettings
+from lowmem_dpo.tokens.answers import LOSSES
+from lowmem_dpo.tokens.rendered import looks_rendered
+from lowmem_dpo.tokens.rendering import (
     TEMPLATE_COLUMNS,
     PairText,
     Renderer,
     build_renderer,
     repeats_prompt,
 )
-from lowmem_dpo.data.report import IDENTICAL_BY_TEMPLATE, EncodeReport
-from lowmem_dpo.settings.groups import EncodingSettings, TemplateSettings
+from lowmem_dpo.tokens.report import IDENTICAL_BY_TEMPLATE, EncodeReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from lowmem_dpo.data.encoding import TokenPair
-from lowmem_dpo.data.split import prompt_key, split_by_prompt
+from lowmem_dpo.tokens.encoding import TokenPair
+from lowmem_dpo.tokens.split import prompt_key, split_by_prompt
 
 
 def pairs(*prompts: int) -> list[TokenPair]:

@@ -2,11 +2,11 @@
 
 import pytest
 
-from lowmem_dpo.data.encoding import encode_pairs, render_prompt
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.settings.groups import EncodingSettings
-from tests.data.encoding import AUTO, encode_one, sides, turn
-from tests.data.shapes import (
+from lowmem_dpo.tokens.encoding import encode_pairs, render_prompt
+from tests.tokens.encoding import AUTO, encode_one, sides, turn
+from tests.tokens.shapes import (
     DROPS_REASONING,
     GPT_OSS,
     HARMONY_TOKENS,

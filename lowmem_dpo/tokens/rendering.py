@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lowmem_dpo.data.answers import ASSISTANT_PROBE, LOSSES, quoted, write_answer
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.data.messages import Message, has_system, says_nothing
-from lowmem_dpo.data.rendered import NO_MARKS, TurnMarks, looks_rendered
-from lowmem_dpo.data.templates import ChatTemplate, check_not_reserved, choose_template
 from lowmem_dpo.settings.groups import TemplateSettings
+from lowmem_dpo.tokens.answers import ASSISTANT_PROBE, LOSSES, quoted, write_answer
+from lowmem_dpo.tokens.rendered import NO_MARKS, TurnMarks, looks_rendered
+from lowmem_dpo.tokens.templates import ChatTemplate, check_not_reserved, choose_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

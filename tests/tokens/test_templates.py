@@ -4,15 +4,15 @@ from datetime import datetime
 
 import pytest
 
-from lowmem_dpo.data import templates
-from lowmem_dpo.data.encoding import encode_pairs, render_prompt
 from lowmem_dpo.data.formats import Preference
-from lowmem_dpo.data.rendering import build_renderer
-from lowmem_dpo.data.templates import choose_template
 from lowmem_dpo.settings.fields import parse_config
 from lowmem_dpo.settings.groups import EncodingSettings, TemplateSettings
-from tests.data.encoding import AUTO, encode_one, sides, trl_pairs, turn
-from tests.data.shapes import LLAMA31, R1
+from lowmem_dpo.tokens import templates
+from lowmem_dpo.tokens.encoding import encode_pairs, render_prompt
+from lowmem_dpo.tokens.rendering import build_renderer
+from lowmem_dpo.tokens.templates import choose_template
+from tests.tokens.encoding import AUTO, encode_one, sides, trl_pairs, turn
+from tests.tokens.shapes import LLAMA31, R1
 
 TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}
 CHATML = (

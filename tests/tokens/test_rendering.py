@@ -1,8 +1,8 @@
 import pytest
 
 from lowmem_dpo.data.formats import Preference
-from lowmem_dpo.data.rendering import build_renderer, repeats_prompt
 from lowmem_dpo.settings.groups import EncodingSettings
+from lowmem_dpo.tokens.rendering import build_renderer, repeats_prompt
 
 
 @pytest.mark.parametrize(
