@@ -143,6 +143,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     reference = None
     if objective.needs_reference:
         accept = config.reference == "accept"
+        if trains:  # only what its steps take, in that order
+            trees = [pairs.train[i] for i in batches.used()] + pairs.evaluation
         reference = score_reference(trees, policy, cache, pack_tokens, accept=accept, seed=seed)
     return Run(policy, pairs, batches, objective, pack_tokens, rms, reference, facts)
 

@@ -1,6 +1,7 @@
 """What a run works on, and how it comes about: pairs, steps, checks, plan, reference."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,11 @@ class Batches:
             if self.shuffle and epoch != order_epoch:
                 order, order_epoch = epoch_order(self.num_pairs, self.seed, epoch), epoch
             yield order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def used(self) -> list[int]:
+        """Indices of the pairs that some step takes, in the order of their first use."""
+        steps = itertools.islice(self.from_step(0), self.steps_per_epoch)
+        return [i for step in steps for i in step]
 
 
 @dataclass(frozen=True)
@@ -296,7 +302,8 @@ def forward_tokens(pairs: Pairs, batches: Batches, objective: Objective, *, trai
     tokens_per_epoch = sum(tree.num_tokens for tree in pairs.train)
     tokens = 0
     if objective.needs_reference:
-        tokens += sum(tree.num_tokens for tree in (*pairs.train, *pairs.evaluation))
+        used = [pairs.train[i] for i in batches.used()] if trains else pairs.train
+        tokens += sum(tree.num_tokens for tree in (*used, *pairs.evaluation))
     if trains:
         epochs = batches.num_steps / batches.steps_per_epoch
         forwards = FORWARDS_OF_A_STEP + objective.couples_pairs  # which score a step's pairs twice

@@ -421,3 +421,9 @@ def test_tensorboard_receives_curves_that_a_resumed_run_continues(config):
     lines = read_metrics(output)
     assert [step for step, _ in points] == [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [value for _, value in points] == pytest.approx([line["loss"] for line in lines])
+
+
+def test_the_reference_is_scored_for_the_pairs_that_steps_take_and_precompute_scores_all(config):
+    Trainer(replace(config, max_steps=2)).fit()
+    assert read_record(Path(config.output_dir))["reference"]["num_scored"] == 4
+    assert fit.precompute(replace(config, output_dir=TrainConfig().output_dir)) == 8

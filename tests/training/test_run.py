@@ -28,12 +28,23 @@ def tokens(evaluation=(), only_reference=False, **settings) -> int:
 def test_forward_tokens_counts_the_reference_once_and_three_passes_a_step():
     assert tokens() == 200 + 3 * 200
     assert tokens(num_train_epochs=2) == 200 + 3 * 400
-    assert tokens(max_steps=1) == 200 + 3 * 100
+    assert tokens(max_steps=1) == 100 + 3 * 100  # of pairs that no step takes no reference
+    assert tokens(PAIRS[:1], max_steps=1) == 200 + 3 * 100
     assert tokens(reference_free=True) == 3 * 200
     assert tokens(loss_type="simpo") == 3 * 200
     assert tokens(loss_type="aot", batch_size=2) == 200 + 4 * 200
     assert tokens(PAIRS[:1]) == 300 + 3 * 200
     assert tokens(PAIRS[:1], only_reference=True) == 300
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_used_pairs_are_those_of_the_steps_in_their_order(shuffle):
+    few, all_of_them = (
+        Batches.of(TrainConfig(batch_size=3, max_steps=n, shuffle=shuffle), 11) for n in (2, 9)
+    )
+    assert few.used() == [i for batch in few.from_step(0) for i in batch] and len(few.used()) == 6
+    assert sorted(all_of_them.used()) == list(range(11))
+    assert all_of_them.used()[:6] == few.used()
 
 
 def test_matmul_rate_counts_the_products_of_the_time_measured(monkeypatch):
