@@ -5,6 +5,7 @@ run of hours would become one of weeks. What is missing is said in one line, and
 which is to name the CPU.
 """
 
+import os
 import sys
 
 import torch
@@ -20,6 +21,11 @@ TRITON_CAPABILITY = (8, 0)
 # Every CUDA of a major version runs on drivers from this one on.
 # Source: https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 _OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
+
+# Room for partial sums, without which cuBLAS does not split a sum over K: on compute capability 9.0
+# and 10.0 that split is all that lets a row's bits depend on the other rows of a product.
+# Source: vllm-project/vllm, batch_invariant.py (pull requests 27660 and 43337).
+WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
 
 _SELECTOR = "https://pytorch.org/get-started/locally/"
 _DRIVERS = "https://www.nvidia.com/drivers"
@@ -53,8 +59,15 @@ def resolve_device(name: str, machine: Machine | None = None) -> tuple[torch.dev
             raise ValueError(f"device {name} was asked for, but {why or 'there is no NVIDIA card'}")
         return torch.device("cpu"), [f"{why}: computing on the CPU"] if why else []
     device = torch.device("cuda", _card_index(kind, index, machine))
+    pin_workspaces()
     _open(device, machine.cards[device.index].name)
     return device, _notes(machine.cards[device.index].capability)
+
+
+def pin_workspaces() -> None:
+    """Set cuBLAS's workspaces where the user did not; its first product in a process reads them."""
+    for name, value in WORKSPACES.items():
+        os.environ.setdefault(name, value)
 
 
 def unusable_cards(machine: Machine) -> str | None:

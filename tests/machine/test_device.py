@@ -1,4 +1,5 @@
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -184,3 +185,13 @@ def test_resolve_dtype_takes_bfloat16_where_the_card_has_it(monkeypatch, capabil
     if capability < (8, 0):
         with pytest.raises(ValueError, match="T4 has no bfloat16; use dtype float16 or auto"):
             resolve_dtype("bfloat16", card)
+
+
+def test_resolve_device_leaves_no_room_to_split_sums_but_what_the_user_set(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.delenv("CUBLASLT_WORKSPACE_SIZE", raising=False)
+    resolve_device("cpu", READY)
+    assert "CUBLASLT_WORKSPACE_SIZE" not in os.environ
+    resolve_device("cuda", READY)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ.pop("CUBLASLT_WORKSPACE_SIZE") == "1"
