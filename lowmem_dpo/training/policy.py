@@ -29,7 +29,7 @@ from lowmem_dpo.model.head import check_tied_head
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.layer import TILE_ROWS
 from lowmem_dpo.model.lora import AdapterSpec, linear_layers, lora_layers, match_targets
-from lowmem_dpo.model.surgery import norm_implementation, prepare_model
+from lowmem_dpo.model.surgery import norm_path, prepare_model
 from lowmem_dpo.reference.cache import Fingerprint
 from lowmem_dpo.settings.groups import (
     AdapterSettings,
@@ -118,6 +118,10 @@ def read_source(
             raise ValueError(f"{name} host has no effect on {device.type}; leave it out")
     if memory.memory_limit is not None:
         limit_memory(parse_bytes(memory.memory_limit), device)
+    if settings.kernels != "auto" and device.type != "cuda":
+        raise ValueError(f"kernels {settings.kernels} has no effect on {device}; leave it out")
+    if "head" not in settings.allowed_kernels and memory.head_kernel not in ("auto", "torch"):
+        raise ValueError(f"head_kernel {memory.head_kernel} is not among kernels; leave one out")
     try:
         resolve_implementation(memory.head_kernel, device)
     except ValueError as error:
@@ -206,7 +210,7 @@ class Policy:
             "head": lowmem_dpo_kernels.token_logps_path(device, model.head_implementation),
             "kernels": lowmem_dpo_kernels.NUMERICS_VERSION,
             "attention": attention_path(model.config, device, model.dtype),
-            "norms": norm_implementation(device, model.dtype),
+            "norms": norm_path(model.backbone),
             "tile_rows": TILE_ROWS,
             "matmul_precision": torch.get_float32_matmul_precision(),
             "torch": torch.__version__,
@@ -264,6 +268,7 @@ def load_policy(
         head_quantization=settings.head_quantization,
         head_on_host=memory.head_weight == "host",
         head_kernel=memory.head_kernel,
+        kernels=settings.allowed_kernels,
         layer_inputs_on_host=memory.layer_inputs == "host",
     )
     if source.init_adapter:

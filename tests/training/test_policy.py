@@ -125,6 +125,7 @@ def test_generate_uses_a_quantised_head(llama_dir, monkeypatch):
     [
         ({"head_weight": "host"}, "head_weight host has no effect on cpu"),
         ({"head_kernel": "fused"}, "head_kernel: implementation fused needs CUDA, got cpu"),
+        ({"kernels": "off"}, r"kernels \['off'\] has no effect on cpu; leave it out"),
     ],
 )
 def test_read_source_refuses_heads_that_cannot_be(llama_dir, settings, message):
