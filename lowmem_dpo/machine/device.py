@@ -7,6 +7,7 @@ which is to name the CPU.
 
 import os
 import sys
+from typing import Any
 
 import torch
 
@@ -68,6 +69,19 @@ def pin_workspaces() -> None:
     """Set cuBLAS's workspaces where the user did not; its first product in a process reads them."""
     for name, value in WORKSPACES.items():
         os.environ.setdefault(name, value)
+
+
+def matmul_settings() -> dict[str, Any]:
+    """What else of this process can move the last bits of a card's products and kernels."""
+    names = (*WORKSPACES, "TRITON_DEFAULT_FP_FUSION")
+    matmul = torch.backends.cuda.matmul
+    return {name.lower(): os.environ.get(name) for name in names} | {
+        "blas_library": str(torch.backends.cuda.preferred_blas_library()),
+        "reduced_precision_sums": [
+            str(matmul.allow_bf16_reduced_precision_reduction),
+            str(matmul.allow_fp16_reduced_precision_reduction),
+        ],
+    }
 
 
 def unusable_cards(machine: Machine) -> str | None:

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 import lowmem_dpo_kernels
 from lowmem_dpo.console import say, warn
-from lowmem_dpo.machine.device import resolve_device, resolve_dtype
+from lowmem_dpo.machine.device import matmul_settings, resolve_device, resolve_dtype
 from lowmem_dpo.memory.limits import limit_memory
 from lowmem_dpo.model.attention import attention_path
 from lowmem_dpo.model.head import check_tied_head
@@ -213,6 +213,7 @@ class Policy:
             "norms": norm_path(model.backbone),
             "tile_rows": TILE_ROWS,
             "matmul_precision": torch.get_float32_matmul_precision(),
+            **(matmul_settings() if on_cuda else {}),
             "torch": torch.__version__,
             "triton": _triton_version() if on_cuda else None,
             "transformers": importlib.metadata.version("transformers"),

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 from lowmem_dpo.machine import device
 from lowmem_dpo.machine.cards import Card, Machine, NvidiaCards
-from lowmem_dpo.machine.device import resolve_device, resolve_dtype, unusable_cards
+from lowmem_dpo.machine.device import matmul_settings, resolve_device, resolve_dtype, unusable_cards
 
 BARE = Machine(system="linux", torch_version="2.13.0+cu130", cuda_build="13.0")
 RTX = NvidiaCards(("NVIDIA GeForce RTX 3060",), "580.65.06")
@@ -195,3 +196,25 @@ def test_resolve_device_leaves_no_room_to_split_sums_but_what_the_user_set(monke
     resolve_device("cuda", READY)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert os.environ.pop("CUBLASLT_WORKSPACE_SIZE") == "1"
+
+
+def test_matmul_settings_tell_what_a_user_set(monkeypatch):
+    before = matmul_settings()
+    assert before.keys() == {
+        "cublas_workspace_config",
+        "cublaslt_workspace_size",
+        "triton_default_fp_fusion",
+        "blas_library",
+        "reduced_precision_sums",
+    }
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    found = matmul_settings()
+    matmul.allow_bf16_reduced_precision_reduction = allowed
+    assert found["cublas_workspace_config"] == ":4096:2"
+    assert found["triton_default_fp_fusion"] == "0"
+    assert found["reduced_precision_sums"][0] == "False"
+    assert json.loads(json.dumps(found)) == found
