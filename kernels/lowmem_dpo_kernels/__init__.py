@@ -9,7 +9,7 @@ from lowmem_dpo_kernels.tree_attention import tree_attention, tree_attention_pat
 from lowmem_dpo_kernels.tree_attention_plan import TreeLayout, TreePlan
 from lowmem_dpo_kernels.triton_support import triton_problem
 
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 """Goes up when an operation's results change in any bit; numbers cached under another are stale."""
 
 __all__ = [

@@ -108,6 +108,6 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _rows(x: Tensor, like: Tensor) -> Tensor:
-    """[M, D], in the order in which `like` lies in memory; a copy only if x does not lie so."""
+    """[M, D] contiguous, in the order of `like` in memory; a copy only if x does not lie so."""
     order = sorted(range(x.dim() - 1), key=like.stride, reverse=True)
-    return x.permute(*order, -1).reshape(-1, x.shape[-1])
+    return x.permute(*order, -1).reshape(-1, x.shape[-1]).contiguous()

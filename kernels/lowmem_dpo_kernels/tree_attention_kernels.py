@@ -390,8 +390,9 @@ def key_gradient_kernel(
             BLOCK_N,
             MASKED,
         )
-        num_tiles = own_tiles + other_tiles
-        for i in range(GROUP * num_tiles):
+        # At least 1, for divisions that the compiler moves before the loop.
+        num_tiles = tl.maximum(own_tiles + other_tiles, 1)
+        for i in range(GROUP * (own_tiles + other_tiles)):
             query_head = head * GROUP + i // num_tiles
             tile = i % num_tiles
             is_own = tile < own_tiles

@@ -3,19 +3,15 @@
 `auto` takes the card. It never takes the CPU beside a card that only needs something installed: a
 run of hours would become one of weeks. What is missing is said in one line, and so is the way out,
 which is to name the CPU.
-
-A kernel is tried once before a model uses it. What a compiler makes of it differs from card to
-card, and a kernel that serves policy and reference alike would be wrong in both, so unseen at step
-zero.
 """
 
+import os
 import sys
 import time
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from lowmem_dpo.console import warn
 from lowmem_dpo.machine.cards import Machine, NvidiaCards, this_machine
 from lowmem_dpo_kernels import triton_problem
 
@@ -28,6 +24,11 @@ PROBE_SECONDS = 0.3
 # Every CUDA of a major version runs on drivers from this one on.
 # Source: https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 _OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
+
+# Room for partial sums, without which cuBLAS does not split a sum over K: on compute capability 9.0
+# and 10.0 that split is all that lets a row's bits depend on the other rows of a product.
+# Source: vllm-project/vllm, batch_invariant.py (pull requests 27660 and 43337).
+WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
 
 _SELECTOR = "https://pytorch.org/get-started/locally/"
 _DRIVERS = "https://www.nvidia.com/drivers"
@@ -61,8 +62,28 @@ def resolve_device(name: str, machine: Machine | None = None) -> tuple[torch.dev
             raise ValueError(f"device {name} was asked for, but {why or 'there is no NVIDIA card'}")
         return torch.device("cpu"), [f"{why}: computing on the CPU"] if why else []
     device = torch.device("cuda", _card_index(kind, index, machine))
+    pin_workspaces()
     _open(device, machine.cards[device.index].name)
     return device, _notes(machine.cards[device.index].capability)
+
+
+def pin_workspaces() -> None:
+    """Set cuBLAS's workspaces where the user did not; its first product in a process reads them."""
+    for name, value in WORKSPACES.items():
+        os.environ.setdefault(name, value)
+
+
+def matmul_settings() -> dict[str, Any]:
+    """What else of this process can move the last bits of a card's products and kernels."""
+    names = (*WORKSPACES, "TRITON_DEFAULT_FP_FUSION")
+    matmul = torch.backends.cuda.matmul
+    return {name.lower(): os.environ.get(name) for name in names} | {
+        "blas_library": str(torch.backends.cuda.preferred_blas_library()),
+        "reduced_precision_sums": [
+            str(matmul.allow_bf16_reduced_precision_reduction),
+            str(matmul.allow_fp16_reduced_precision_reduction),
+        ],
+    }
 
 
 def unusable_cards(machine: Machine) -> str | None:
@@ -225,37 +246,3 @@ def matmul_rate(dtype: torch.dtype) -> float:
         torch.mm(left, right)
         count += 1
     return 2 * left.numel() * right.shape[1] * count / (time.perf_counter() - begun)
-
-
-def passes_trial(trial: Callable[[], None], kernels: str, device: torch.device, other: str) -> bool:
-    """Run a trial; one warning tells why kernels are not used.
-
-    Args:
-        trial: Raises where results are wrong; whatever a compiler or a driver raises counts too.
-        kernels: What is tried, in words, in the plural.
-        device: Where it is tried.
-        other: What is used in its place.
-
-    Raises:
-        torch.OutOfMemoryError: Which tells nothing of the kernels: the next use tries them again.
-    """
-    try:
-        trial()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        why = " ".join(str(error).split())[:200]
-        warn(f"{kernels} failed their trial on {device} ({why}); {other} is used, please report it")
-        return False
-    return True
-
-
-def check_error(found: torch.Tensor, expected: torch.Tensor, limit: float, what: str) -> None:
-    """Refuse a result whose relative Frobenius error is above `limit`, or not a number.
-
-    Raises:
-        ValueError: With the error.
-    """
-    error = (found - expected).norm() / expected.norm()
-    if not error <= limit:
-        raise ValueError(f"{what}: relative error {error:.1e}")

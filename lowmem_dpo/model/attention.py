@@ -21,7 +21,6 @@ Shapes: N packed tokens, H query heads, K key heads, E head size.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -34,7 +33,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PretrainedConfig
 
 import lowmem_dpo_kernels
-from lowmem_dpo.machine.device import check_error, passes_trial
+from lowmem_dpo.machine.trial import check_error, passes_trial
 from lowmem_dpo.model.tiled_attention import tiled_attention
 from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path
 
@@ -42,9 +41,20 @@ from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 TREE_ATTENTION = "lowmem_dpo_tree"
+TREE_ATTENTION_BY_TORCH = "lowmem_dpo_tree_torch"
 
 # Relative Frobenius error between two correct attentions in bfloat16; wrong ones are far off.
 _TRIAL_TOLERANCE = 0.02
+
+
+class Variant(NamedTuple):
+    """What of a layer is compiled into the kernels: another variant is other code."""
+
+    num_heads: int
+    num_key_heads: int
+    head_size: int
+    has_window: bool
+    has_softcap: bool
 
 
 class AttentionKind(NamedTuple):
@@ -67,6 +77,7 @@ def tree_attention(
     softcap: float | None = None,
     tree_layout: TreeLayout | None = None,
     on_tree_attention: Any = None,
+    may_use_kernels: bool = True,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
     """Attention of every tree of one pack.
@@ -83,6 +94,7 @@ def tree_attention(
         tree_layout: Where the trees are.
         on_tree_attention: Called with `module`, so that the self-check can count the layers that
             came here.
+        may_use_kernels: Whether the Triton kernels may, where they run and passed their trial.
         **ignored: What transformers passes to every attention function (dropout of a model in eval
             mode is 0).
 
@@ -97,8 +109,9 @@ def tree_attention(
     if on_tree_attention is not None:
         on_tree_attention(module)
     kind = AttentionKind(scaling, sliding_window, softcap)
-    group = query.shape[1] // key.shape[1]
-    if _kernel_path(query.device, query.dtype, query.shape[3], group):
+    (_, heads, _, head_size), key_heads = query.shape, key.shape[1]
+    variant = Variant(heads, key_heads, head_size, sliding_window is not None, softcap is not None)
+    if may_use_kernels and _kernel_path(query.device, query.dtype, variant):
         return _by_kernel(query, key, value, tree_layout, kind), None
     return segment_attention(query, key, value, tree_layout, kind), None
 
@@ -111,37 +124,52 @@ def attention_path(config: PretrainedConfig, device: torch.device, dtype: torch.
         device: Where it computes.
         dtype: In what it computes.
     """
-    own_size = getattr(config, "head_dim", None)
-    head_size = own_size or config.hidden_size // config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    path = _kernel_path(device, dtype, head_size, config.num_attention_heads // key_heads)
-    return f"{TREE_ATTENTION}, {path}" if path else TREE_ATTENTION
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
+    # Some layers of a model may have its window, and a window longer than a pack is none.
+    has_window = getattr(config, "sliding_window", None) is not None
+    paths = [
+        _kernel_path(device, dtype, Variant(heads, key_heads, head_size, window, has_softcap))
+        for window in ((False, True) if has_window else (False,))
+        if config._attn_implementation != TREE_ATTENTION_BY_TORCH
+    ]
+    if not any(paths):
+        return TREE_ATTENTION
+    return ", ".join([TREE_ATTENTION, *(path or "torch" for path in dict.fromkeys(paths))])
 
 
-def _kernel_path(device: torch.device, dtype: torch.dtype, head_size: int, group: int) -> str:
+def _kernel_path(device: torch.device, dtype: torch.dtype, variant: Variant) -> str:
     """What the kernels run as here; empty where they do not run, or failed their trial."""
-    path = tree_attention_path(device, dtype, head_size)
-    return path if path and _kernels_agree(device, dtype, head_size, group) else ""
+    path = tree_attention_path(device, dtype, variant.head_size)
+    return path if path and _kernels_agree(device, dtype, variant) else ""
 
 
 @functools.cache
-def _kernels_agree(device: torch.device, dtype: torch.dtype, head_size: int, group: int) -> bool:
-    trial = functools.partial(_try_kernels, device, dtype, head_size, group)
-    return passes_trial(trial, "the tree attention kernels", device, "PyTorch's attention")
+def _kernels_agree(device: torch.device, dtype: torch.dtype, variant: Variant) -> bool:
+    trial = functools.partial(_try_kernels, device, dtype, variant)
+    kernels = "the tree attention kernels"
+    return passes_trial(trial, "attention", kernels, device, "PyTorch's attention")
 
 
-def _try_kernels(device: torch.device, dtype: torch.dtype, head_size: int, group: int) -> None:
+def _try_kernels(device: torch.device, dtype: torch.dtype, variant: Variant) -> None:
     """Compare with PyTorch's attention, gradients too: the check at load sees log-probs only.
 
-    A window and a soft-cap are compiled in, or not: all four are tried.
+    Heads are views of projections, as a model's are, so that its own code is what is tried. A
+    layer with a window runs without one where packs are shorter, so both are.
     """
     layout, num_tokens = ((0, 70, 90, 40), (200, 5, 0, 33), (238, 1, 30, 0)), 320
+    heads, key_heads, head_size = variant[:3]
     generator = torch.Generator().manual_seed(0)
     query, key, value, upstream = (
-        torch.randn(1, heads, num_tokens, head_size, generator=generator).to(device, dtype)
-        for heads in (2 * group, 2, 2, 2 * group)
+        torch.randn(1, num_tokens, count, head_size, generator=generator)
+        .to(device, dtype)
+        .transpose(1, 2)
+        for count in (heads, key_heads, key_heads, heads)
     )
-    for window, softcap in itertools.product((None, 32), (None, 20.0)):
+    for window in (None, 32) if variant.has_window else (None,):
+        softcap = 20.0 if variant.has_softcap else None
         kind = AttentionKind(head_size**-0.5, window, softcap)
         results = [
             _with_gradients(attend, (query, key, value), upstream, layout, kind)
@@ -257,3 +285,6 @@ def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
 
 # transformers builds no mask for an attention function that has no mask function beside it.
 AttentionInterface.register(TREE_ATTENTION, tree_attention)
+AttentionInterface.register(
+    TREE_ATTENTION_BY_TORCH, functools.partial(tree_attention, may_use_kernels=False)
+)

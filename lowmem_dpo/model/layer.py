@@ -36,6 +36,7 @@ from torch.autograd.graph import get_gradient_edge
 from lowmem_dpo.machine.device import cuda_devices
 from lowmem_dpo.model.families import Family
 from lowmem_dpo.model.lora import LoraLinear
+from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, round_up_tokens
 
 TILE_ROWS = 2048
 """Most rows of a tile. A tile's weights are dequantised for it: 5 to 10 % of its products' time."""
@@ -132,7 +133,7 @@ class TokenWiseHalf(nn.Module):
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
         """Map h and what the MLP reads (h too, or norm(x)), [B, N, D] each, to y."""
-        tiles = self.tiles(x.shape[1])
+        tiles = self.tiles(x.shape[1], x.device)
         y = torch.empty_like(h) if len(tiles) > 1 else None
         for tile in tiles:
             part = x[:, tile]
@@ -158,7 +159,7 @@ class TokenWiseHalf(nn.Module):
         Returns:
             The gradient of x, a new tensor.
         """
-        tiles = self.tiles(x.shape[1])
+        tiles = self.tiles(x.shape[1], x.device)
         grad_x = torch.empty_like(x) if len(tiles) > 1 else None
         # What comes out of the MLP is read by a norm, if at all: the residual wants no gradient.
         needs_values = not isinstance(self.norm_after, nn.Identity)
@@ -182,10 +183,15 @@ class TokenWiseHalf(nn.Module):
         assert grad_x is not None
         return grad_x
 
-    def tiles(self, num_rows: int) -> list[slice]:
-        """As few as there can be, of one height but for the last."""
+    def tiles(self, num_rows: int, device: torch.device) -> list[slice]:
+        """As few as there can be, of one height but for the last; on a card as packs are, in 128.
+
+        Elsewhere heights stay even, since padding costs time there.
+        """
         num_tiles = max(1, -(-num_rows // self.tile_rows))
         height = -(-num_rows // num_tiles)
+        if num_tiles > 1 and device.type == "cuda":
+            height = round_up_tokens(height, CARD_TOKEN_MULTIPLE)
         return [slice(i, min(i + height, num_rows)) for i in range(0, num_rows, height or 1)]
 
 

@@ -22,8 +22,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from lowmem_dpo.machine.device import passes_trial
-from lowmem_dpo_kernels import triton_problem
+from lowmem_dpo.machine.trial import passes_trial
+from lowmem_dpo_kernels.triton_support import runs_triton
 
 QUANTISER_VERSION = 1
 """Raised whenever the same weight would be stored as other bytes."""
@@ -51,6 +51,7 @@ class Nf4Weight(nn.Module):
 
     Attributes:
         nbytes: Bytes that the weight takes.
+        may_use_kernel: Let a Triton kernel undo both levels on a card, if it is right there.
     """
 
     packed: Tensor
@@ -76,6 +77,7 @@ class Nf4Weight(nn.Module):
         self.register_buffer("code", code)
         self.shape = shape
         self.nbytes = sum(buffer.nbytes for buffer in self.buffers())
+        self.may_use_kernel = True
 
     @torch.no_grad()
     def scales(self) -> Tensor:
@@ -103,7 +105,8 @@ class Nf4Weight(nn.Module):
         exact = self.absmax if self.absmax2 is None else self.absmax2
         assert exact.dtype == torch.float32, "a cast of the model reached the scales of NF4"
         numel = self.shape[0] * self.shape[1]
-        if numel % 8 == 0 and _has_kernel(self.packed.device, dtype):
+        case = self.packed.device, dtype, self.absmax2 is not None
+        if self.may_use_kernel and numel % 8 == 0 and _has_kernel(*case):
             return self._dequantize_by_kernel(dtype)
         return self._dequantize_by_bitsandbytes(dtype)
 
@@ -177,31 +180,32 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
 
 
 @functools.cache
-def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether one kernel of ours undoes both levels here, with the bits of bitsandbytes."""
-    if device.type != "cuda" or dtype == torch.float64 or triton_problem() is not None:
+def _has_kernel(device: torch.device, dtype: torch.dtype, is_double: bool) -> bool:
+    """Whether a kernel of ours undoes one level here, or both, with the bits of bitsandbytes."""
+    if dtype == torch.float64 or not runs_triton(device):
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0) and _kernels_agree(device, dtype)
+    return _kernel_agrees(device, dtype, is_double)
 
 
-def _kernels_agree(device: torch.device, dtype: torch.dtype) -> bool:
-    trial = functools.partial(_try_kernel, device, dtype)
-    return passes_trial(trial, "the NF4 kernels", device, "bitsandbytes")
+def _kernel_agrees(device: torch.device, dtype: torch.dtype, is_double: bool) -> bool:
+    trial = functools.partial(_try_kernel, device, dtype, is_double)
+    return passes_trial(trial, "nf4", "the NF4 kernels", device, "bitsandbytes")
 
 
-def _try_kernel(device: torch.device, dtype: torch.dtype) -> None:
-    """Compare bits with bitsandbytes, from scales of two levels and of one.
+def _try_kernel(device: torch.device, dtype: torch.dtype, is_double: bool) -> None:
+    """Compare bits with bitsandbytes, from scales of two levels or of one.
 
     Wrong weights would be wrong in every later check alike, so unseen.
     """
     trial = torch.randn(160, 256, generator=torch.Generator().manual_seed(0)).to(device)
-    double = quantize_nf4(trial)  # of several blocks of the second level
-    single = Nf4Weight(double.packed, double.scales(), None, None, double.shape)
-    for weight in (double, single):
-        by_kernel = weight._dequantize_by_kernel(dtype)
-        if not torch.equal(by_kernel, weight._dequantize_by_bitsandbytes(dtype)):
-            levels = "two levels" if weight.absmax2 is not None else "one level"
-            raise ValueError(f"other numbers than bitsandbytes' from scales of {levels}")
+    weight = quantize_nf4(trial)  # of several blocks of the second level
+    if not is_double:
+        weight = Nf4Weight(weight.packed, weight.scales(), None, None, weight.shape)
+    if not torch.equal(
+        weight._dequantize_by_kernel(dtype), weight._dequantize_by_bitsandbytes(dtype)
+    ):
+        levels = "two levels" if is_double else "one level"
+        raise ValueError(f"other numbers than bitsandbytes' from scales of {levels}")
 
 
 @functools.cache

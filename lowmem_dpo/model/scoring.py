@@ -28,8 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem_dpo.machine.device import check_error, passes_trial
-from lowmem_dpo.model.attention import TREE_ATTENTION
+from lowmem_dpo.machine.trial import check_error, passes_trial
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.packs.packing import Pack
 from lowmem_dpo_kernels import token_logps
@@ -57,7 +56,7 @@ def score(model: LanguageModel, pack: Pack, **layer_arguments: Any) -> Tensor:
     """Log-prob of every scored token of a pack under the model as it stands.
 
     Args:
-        model: The model, its attention set to `TREE_ATTENTION`.
+        model: The model, its attention set to that of trees.
         pack: Token trees.
         **layer_arguments: Passed on to the attention function.
 
@@ -112,11 +111,12 @@ def score_plain(model: LanguageModel, ids: tuple[int, ...]) -> Tensor:
 @contextmanager
 def attention(model: LanguageModel, name: str) -> Any:
     """Run the model with another attention function for a while."""
+    own = model.backbone.config._attn_implementation
     model.backbone.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.backbone.set_attn_implementation(TREE_ATTENTION)
+        model.backbone.set_attn_implementation(own)
 
 
 @torch.no_grad()
@@ -288,6 +288,6 @@ def head_that_passed_its_trial(model: LanguageModel) -> LanguageModel:
     device = model.device
     path = token_logps_path(device, model.head_implementation).split(",")[0]
     kernels, trial = f"the output head's {path} kernels", partial(check_head_kernels, model)
-    if path == "torch" or passes_trial(trial, kernels, device, "the torch path"):
+    if path == "torch" or passes_trial(trial, "head", kernels, device, "the torch path"):
         return model
     return replace(model, head_implementation="torch")

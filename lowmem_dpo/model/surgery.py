@@ -7,22 +7,25 @@ too.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowmem_dpo.machine.device import check_error, passes_trial
-from lowmem_dpo.model.attention import TREE_ATTENTION
-from lowmem_dpo.model.families import FAMILIES, Family
+from lowmem_dpo.machine.trial import check_error, passes_trial
+from lowmem_dpo.model.attention import TREE_ATTENTION, TREE_ATTENTION_BY_TORCH
+from lowmem_dpo.model.families import Family
 from lowmem_dpo.model.head import HeadQuantization, head_to_host, quantize_head
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.layer import DecoderLayer
 from lowmem_dpo.model.lora import AdapterSpec, add_lora
+from lowmem_dpo.model.nf4 import Nf4Weight
 from lowmem_dpo.model.scoring import head_that_passed_its_trial
-from lowmem_dpo_kernels import NormKind, rms_norm, triton_problem, twins
+from lowmem_dpo.settings.groups import KERNELS
+from lowmem_dpo_kernels import NormKind, rms_norm, twins
+from lowmem_dpo_kernels.triton_support import runs_triton
 
 
 def prepare_model(
@@ -33,6 +36,7 @@ def prepare_model(
     head_quantization: HeadQuantization = "none",
     head_on_host: bool = False,
     head_kernel: str = "auto",
+    kernels: Collection[str] = KERNELS,
     layer_inputs_on_host: bool = False,
 ) -> LanguageModel:
     """Give a loaded model its adapter, and everything that lets it be trained in little memory.
@@ -44,6 +48,7 @@ def prepare_model(
         head_quantization: none or int8.
         head_on_host: Keep the head in pinned host memory.
         head_kernel: Implementation of `token_logps`; torch takes its place where it is wrong.
+        kernels: Names of those that may be used on a card, if they pass their trials.
         layer_inputs_on_host: Let the layers' inputs wait in pinned host memory.
 
     Returns:
@@ -59,8 +64,13 @@ def prepare_model(
         model = head_to_host(model)
     if adapter is not None:
         add_lora(model.network, adapter, seed)
+    head_kernel = head_kernel if "head" in kernels else "torch"
+    if "nf4" not in kernels:
+        for weight in model.network.modules():
+            if isinstance(weight, Nf4Weight):
+                weight.may_use_kernel = False
     model = head_that_passed_its_trial(replace(model, head_implementation=head_kernel))
-    replace_norms(model.backbone, model.family)
+    replace_norms(model.backbone, model.family, may_use_kernel="norms" in kernels)
     has_dropout = adapter is not None and adapter.dropout > 0
     for i, layer in enumerate(model.layers):
         model.layers[i] = DecoderLayer(
@@ -70,16 +80,18 @@ def prepare_model(
             inputs_on_host=layer_inputs_on_host,
             has_dropout=has_dropout,
         )
-    model.backbone.set_attn_implementation(TREE_ATTENTION)
+    by_kernel = "attention" in kernels
+    model.backbone.set_attn_implementation(TREE_ATTENTION if by_kernel else TREE_ATTENTION_BY_TORCH)
     return model
 
 
-def replace_norms(backbone: nn.Module, family: Family) -> int:
+def replace_norms(backbone: nn.Module, family: Family, *, may_use_kernel: bool = True) -> int:
     """Replace every RMS norm of a model, in place.
 
     Args:
         backbone: Frozen.
         family: Names the class of its norms; a norm of another class stays as it is.
+        may_use_kernel: Let a Triton kernel compute them on a card, if it is right there.
 
     Returns:
         How many.
@@ -97,7 +109,7 @@ def replace_norms(backbone: nn.Module, family: Family) -> int:
         eps: Any = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
         weight: Any = norm.weight
         rule = NormKind(eps, kind.offset, kind.rounds_first)
-        setattr(parent, name, FusedRmsNorm(weight, rule))
+        setattr(parent, name, FusedRmsNorm(weight, rule, may_use_kernel=may_use_kernel))
     return len(found)
 
 
@@ -107,11 +119,15 @@ class FusedRmsNorm(nn.Module):
     Args:
         weight: [D], frozen.
         rule: How the family normalises.
+        may_use_kernel: As for `replace_norms`.
     """
 
-    def __init__(self, weight: nn.Parameter, rule: NormKind) -> None:
+    def __init__(
+        self, weight: nn.Parameter, rule: NormKind, *, may_use_kernel: bool = True
+    ) -> None:
         super().__init__()
-        self.implementation = norm_implementation(weight.device, weight.dtype)
+        what = weight.device, weight.dtype, len(weight), rule
+        self.implementation = norm_implementation(*what) if may_use_kernel else "torch"
         self.weight = weight
         self.rule = rule
 
@@ -124,34 +140,47 @@ class FusedRmsNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.rule.eps}"
 
 
+def norm_path(backbone: nn.Module) -> str:
+    """What a prepared model's norms run by; another path differs in the last bits."""
+    norms = [module for module in backbone.modules() if isinstance(module, FusedRmsNorm)]
+    return ", ".join(sorted({norm.implementation for norm in norms})) or "torch"
+
+
 @functools.cache
-def norm_implementation(device: torch.device, dtype: torch.dtype) -> str:
-    """Triton on cards where its kernels can be compiled and are right, torch elsewhere."""
-    if device.type != "cuda" or dtype == torch.float64 or triton_problem() is not None:
+def norm_implementation(
+    device: torch.device, dtype: torch.dtype, width: int, rule: NormKind
+) -> str:
+    """Triton on cards where its kernels can be compiled and are right, torch elsewhere.
+
+    Args:
+        device: Where the norm computes.
+        dtype: In what it computes.
+        width: D.
+        rule: How it normalises.
+    """
+    if dtype == torch.float64 or not runs_triton(device):
         return "torch"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "torch"
-    trial = functools.partial(_try_norm_kernels, device, dtype)
-    return "triton" if passes_trial(trial, "the norms' kernels", device, "PyTorch") else "torch"
+    trial = functools.partial(_try_norm_kernels, device, dtype, width, rule)
+    passed = passes_trial(trial, "norms", "the norms' kernels", device, "PyTorch")
+    return "triton" if passed else "torch"
 
 
-def _try_norm_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compare values and gradients with the twin in float64, at a head's and a row's width."""
+def _try_norm_kernels(device: torch.device, dtype: torch.dtype, width: int, rule: NormKind) -> None:
+    """Compare values and gradients with the twin in float64.
+
+    Width and rule are compiled in, so they are the model's own.
+    """
     generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 70, width, generator=generator).to(device, dtype)
+    weight = torch.randn(width, generator=generator).to(device, dtype)
+    found = _value_and_gradient(
+        functools.partial(rms_norm, implementation="triton"), x, weight, grad, rule
+    )
+    exact = (x.double(), weight.double(), grad.double(), rule)
+    expected = _value_and_gradient(twins.rms_norm, *exact)
     limit = 1e-5 if dtype == torch.float32 else 2e-2
-    for width in (128, 4096):
-        x, grad = torch.randn(2, 70, width, generator=generator).to(device, dtype)
-        weight = torch.randn(width, generator=generator).to(device, dtype)
-        norms = [family.rms_norm for family in FAMILIES.values() if family.rms_norm]
-        for offset, rounds_first in sorted({(norm.offset, norm.rounds_first) for norm in norms}):
-            rule = NormKind(1e-6, offset, rounds_first)
-            found = _value_and_gradient(
-                functools.partial(rms_norm, implementation="triton"), x, weight, grad, rule
-            )
-            exact = (x.double(), weight.double(), grad.double(), rule)
-            expected = _value_and_gradient(twins.rms_norm, *exact)
-            for got, want, what in zip(found, expected, ("value", "gradient"), strict=True):
-                check_error(got, want, limit, f"{what} at {width}")
+    for got, want, what in zip(found, expected, ("value", "gradient"), strict=True):
+        check_error(got, want, limit, f"{what} at {width}")
 
 
 def _value_and_gradient(

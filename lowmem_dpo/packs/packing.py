@@ -30,6 +30,10 @@ from lowmem_dpo.tokens.encoding import TokenPair, common_prefix_length
 
 PAD_ID = 0
 TOKEN_MULTIPLE = 64  # keeps the matrix products on full tiles
+# On a card N is the inner side of LoRA's gradients too, long and thin products for which cuBLAS
+# splits the sum; some of its versions are reported to lose what is left over of a split's block
+# (facebookexperimental/triton#2767). A CPU has no such fault, and more padding costs it time.
+CARD_TOKEN_MULTIPLE = 128
 # What a pack costs whatever N is (launches, dequantising), in tokens.
 PACK_OVERHEAD_TOKENS = 128
 MAX_SIMULATED_STEPS = 64
@@ -262,7 +266,12 @@ def epoch_order(num_pairs: int, seed: int, epoch: int) -> list[int]:
 
 
 def choose_pack_tokens(
-    trees: Sequence[Tree], batch_size: int, *, limit: int | None = None, seed: int = 0
+    trees: Sequence[Tree],
+    batch_size: int,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    multiple: int = TOKEN_MULTIPLE,
 ) -> int:
     """Choose N, the tokens of a pack, for the least predicted time.
 
@@ -275,15 +284,16 @@ def choose_pack_tokens(
         batch_size: Pairs per optimizer step.
         limit: The most tokens that fit in memory.
         seed: The run's seed.
+        multiple: What N shall be a multiple of.
 
     Returns:
-        A multiple of 64, at least the longest tree and at most `limit`.
+        A multiple of `multiple`, at least the longest tree and at most `limit`.
 
     Raises:
         ValueError: The longest tree does not fit in `limit`.
     """
     sizes = [tree.num_tokens for tree in trees]
-    smallest = round_up_tokens(max(sizes))
+    smallest = round_up_tokens(max(sizes), multiple)
     if limit is not None and smallest > limit:
         longest = max(trees, key=lambda tree: tree.num_tokens)
         raise ValueError(
@@ -295,7 +305,8 @@ def choose_pack_tokens(
     steps = [[sizes[i] for i in order[start : start + batch_size]] for start in starts]
     totals = [sum(step) for step in steps]
     fractions = [total // n for total in (max(totals), sum(totals) // len(totals)) for n in SPLITS]
-    candidates = {smallest, *map(round_up_tokens, fractions), *(smallest * n for n in SPLITS)}
+    candidates = {smallest, *(smallest * n for n in SPLITS)}
+    candidates |= {round_up_tokens(number, multiple) for number in fractions}
     allowed = sorted(n for n in candidates if n >= smallest and (limit is None or n <= limit))
     costs = {}
     for n in allowed:
@@ -304,9 +315,9 @@ def choose_pack_tokens(
     return min(allowed, key=costs.__getitem__)
 
 
-def round_up_tokens(num_tokens: int) -> int:
-    """The next multiple of 64, as the tokens of a pack should be."""
-    return -(-num_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+def round_up_tokens(num_tokens: int, multiple: int = TOKEN_MULTIPLE) -> int:
+    """The next multiple, as the tokens of a pack should be."""
+    return -(-num_tokens // multiple) * multiple
 
 
 def fill(packs: Sequence[Pack]) -> float:

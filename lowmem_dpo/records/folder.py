@@ -50,6 +50,7 @@ FREE_TO_CHANGE = {
     "layer_inputs",
     "head_weight",
     "head_kernel",
+    "kernels",
     "reference",
     "device",
     "model",

@@ -291,6 +291,8 @@ def _field_value(name: str, annotation: Any, value: Any) -> Any:
         ValueError: If the value cannot be one; it names the field.
     """
     given, origin, kinds = value, get_origin(annotation), get_args(annotation)
+    if value is False and annotation == str | list[str]:
+        value = "off"  # which YAML 1.1 takes for it
     if origin is UnionType:
         for kind in kinds:
             with suppress(ValueError):

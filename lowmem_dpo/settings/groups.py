@@ -26,6 +26,7 @@ from lowmem_dpo.settings.fields import (
 )
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
+KERNELS = ("head", "attention", "norms", "nf4")
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,25 @@ class ModelSettings(Settings):
     """Compute type. auto: bfloat16 where the card has it, else float16; float32 on a CPU."""
     device: str = "auto"
     """auto (the CUDA card; the CPU only where there is none), cpu, cuda or cuda:N."""
+    kernels: str | list[str] = "auto"
+    """Triton kernels that may run on a card: auto (all), off, or of head, attention, norms, nf4."""
     cache_dir: str | None = None
     """Folder of caches (reference, quantised base); $LOWMEM_DPO_CACHE or ~/.cache/lowmem_dpo."""
 
+    @property
+    def allowed_kernels(self) -> set[str]:
+        """`kernels` as names; empty for off."""
+        return set(KERNELS) if self.kernels == "auto" else set(self.kernels) - {"off"}
+
     def check(self) -> None:
-        """Refuse what would have no effect."""
+        """Refuse what would have no effect, and kernels that are not there."""
         if self.quantization == "none":
             check_unused(self, "quantization", "quantized_copy")
+        names = ["auto"] if self.kernels == "auto" else self.kernels
+        if names not in (["auto"], ["off"]) and not set(names) <= set(KERNELS):
+            raise ValueError(
+                f"kernels must be auto, off, or of {', '.join(KERNELS)}, got {self.kernels}"
+            )
 
 
 @dataclass(frozen=True)

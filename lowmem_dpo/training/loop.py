@@ -68,6 +68,7 @@ def train_steps(run: Run, state: TrainingState, max_grad_norm: float) -> Iterato
     parameters = lora_parameters(model.network)
     adapter = run.policy.adapter
     assert adapter is not None
+    allocate_moments(state.optimizer)
     for batch in run.batches.from_step(state.step):
         begun = time.perf_counter()
         is_first = state.step == 0
@@ -96,7 +97,7 @@ def train_steps(run: Run, state: TrainingState, max_grad_norm: float) -> Iterato
             check_adapter_moves(parameters, state.step)
 
         seconds = time.perf_counter() - begun
-        peak = peak_memory_bytes(model.device)
+        memory = peak_memory(model.device)
         yield StepResult(
             state.step,
             {
@@ -107,7 +108,7 @@ def train_steps(run: Run, state: TrainingState, max_grad_norm: float) -> Iterato
                 "num_tokens": state.num_tokens,
                 "pairs_per_second": len(batch) / seconds,
                 "tokens_per_second": tokens / seconds,
-                **({} if peak is None else {"peak_memory_bytes": peak}),
+                **memory,
             },
             step_zero,
         )
@@ -158,6 +159,25 @@ def new_state(
     device = parameters[0].device
     scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
     return TrainingState(optimizer, lr_scheduler, scaler, device)
+
+
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give Adam the memory of moments that it does not have yet, zeros as its first step would.
+
+    So what a run needs at its peak is seen in the first micro-batch, not after it.
+    """
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if parameter in optimizer.state:  # of a checkpoint
+                continue
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+            elif init_state := getattr(optimizer, "init_state", None):  # of bitsandbytes
+                init_state(group, parameter, group_index, index)
 
 
 def _update(
@@ -249,16 +269,23 @@ def num_sequence_tokens(tree: Tree) -> int:
     return 2 * len(tree.trunk) + len(tree.chosen) + len(tree.rejected)
 
 
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Peak memory: allocated on a CUDA device, resident on the CPU; None where unknown."""
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak memory by its metric's name: of tensors on a CUDA device, resident on the CPU.
+
+    On a card also what the allocator held for them, which is what a limit holds: with gaps between
+    tensors it is more. Nothing where it is unknown.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return {
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        }
     try:
         import resource
     except ImportError:  # Windows
-        return None
+        return {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return {"peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024}
 
 
 def check_step_zero(

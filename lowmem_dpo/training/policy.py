@@ -22,14 +22,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 import lowmem_dpo_kernels
 from lowmem_dpo.console import say, warn
-from lowmem_dpo.machine.device import resolve_device, resolve_dtype
+from lowmem_dpo.machine.device import matmul_settings, resolve_device, resolve_dtype
 from lowmem_dpo.memory.limits import limit_memory
 from lowmem_dpo.model.attention import attention_path
 from lowmem_dpo.model.head import check_tied_head
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.layer import TILE_ROWS
 from lowmem_dpo.model.lora import AdapterSpec, linear_layers, lora_layers, match_targets
-from lowmem_dpo.model.surgery import norm_implementation, prepare_model
+from lowmem_dpo.model.surgery import norm_path, prepare_model
 from lowmem_dpo.reference.cache import Fingerprint
 from lowmem_dpo.settings.groups import (
     AdapterSettings,
@@ -112,6 +112,10 @@ def read_source(
             raise ValueError(f"{name} host has no effect on {device.type}; leave it out")
     if memory.memory_limit is not None:
         limit_memory(parse_bytes(memory.memory_limit), device)
+    if settings.kernels != "auto" and device.type != "cuda":
+        raise ValueError(f"kernels {settings.kernels} has no effect on {device}; leave it out")
+    if "head" not in settings.allowed_kernels and memory.head_kernel not in ("auto", "torch"):
+        raise ValueError(f"head_kernel {memory.head_kernel} is not among kernels; leave one out")
     try:
         resolve_implementation(memory.head_kernel, device)
     except ValueError as error:
@@ -198,9 +202,10 @@ class Policy:
             "head": lowmem_dpo_kernels.token_logps_path(device, model.head_implementation),
             "kernels": lowmem_dpo_kernels.NUMERICS_VERSION,
             "attention": attention_path(model.config, device, model.dtype),
-            "norms": norm_implementation(device, model.dtype),
+            "norms": norm_path(model.backbone),
             "tile_rows": TILE_ROWS,
             "matmul_precision": torch.get_float32_matmul_precision(),
+            **(matmul_settings() if on_cuda else {}),
             "torch": torch.__version__,
             "triton": _triton_version() if on_cuda else None,
             "transformers": importlib.metadata.version("transformers"),
@@ -256,6 +261,7 @@ def load_policy(
         head_quantization=settings.head_quantization,
         head_on_host=memory.head_weight == "host",
         head_kernel=memory.head_kernel,
+        kernels=settings.allowed_kernels,
         layer_inputs_on_host=memory.layer_inputs == "host",
     )
     if source.init_adapter:

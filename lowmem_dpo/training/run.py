@@ -16,6 +16,8 @@ from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.machine.device import matmul_rate
 from lowmem_dpo.model.scoring import LOGP_TOLERANCE, check_packing, score
 from lowmem_dpo.packs.packing import (
+    CARD_TOKEN_MULTIPLE,
+    TOKEN_MULTIPLE,
     Tree,
     build_tree,
     choose_pack_tokens,
@@ -348,18 +350,23 @@ def plan_pack_tokens(
         ValueError: If the longest pair does not fit.
     """
     longest = max(tree.num_tokens for tree in trees)
+    on_card = policy.model.device.type == "cuda"
+    multiple = CARD_TOKEN_MULTIPLE if on_card else TOKEN_MULTIPLE
     if wanted is not None:
         if wanted < longest:
             raise ValueError(
                 f"pack_tokens {wanted} is less than the longest pair ({longest} tokens); "
                 "raise it, leave it out, or lower max_length"
             )
+        if on_card and (rounded := round_up_tokens(wanted, multiple)) != wanted:
+            say(f"pack_tokens {wanted}: {rounded}, on a card it is a multiple of {multiple}")
+            return rounded
         return wanted
     cached = cache.pack_tokens([tree.digest for tree in trees], policy.fingerprint(0))
     if cached is not None and cached >= longest:
         return cached
-    limit = max(PACK_TOKENS_LIMIT, round_up_tokens(longest))
-    return choose_pack_tokens(trees, batch_size, limit=limit, seed=seed)
+    limit = max(PACK_TOKENS_LIMIT, round_up_tokens(longest, multiple))
+    return choose_pack_tokens(trees, batch_size, limit=limit, seed=seed, multiple=multiple)
 
 
 @torch.no_grad()

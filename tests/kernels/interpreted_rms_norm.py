@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from lowmem_dpo_kernels import rms_norm_triton
+from lowmem_dpo_kernels import rms_norm, rms_norm_triton
 from tests.kernels.test_rms_norm import KINDS, exact, make_inputs
 
 
@@ -31,3 +31,15 @@ def test_kernels_write_nothing_beside_their_rows():
     rms_norm_triton.forward(x, weight, KINDS["llama"], out[:3], rstd[:3])
     rms_norm_triton.backward(grad, x, weight, KINDS["llama"], rstd[:3], out[:3])
     assert (out[3:] == 7.0).all() and (rstd[3:] == 7.0).all()
+
+
+def test_rows_that_do_not_follow_each_other_are_read_as_they_lie():
+    """Parts of a wider tensor, whose rows the kernels would read from their neighbours' memory."""
+    x, weight, grad = make_inputs((5, 24), torch.float32)
+    wide, wide_grad = torch.full((2, 5, 40), 7.0)
+    wide[:, 8:32], wide_grad[:, 8:32] = x, grad
+    part = wide[:, 8:32].requires_grad_()
+    out = rms_norm(part, weight, KINDS["llama"], implementation="triton")
+    (grad_x,) = torch.autograd.grad(out, part, wide_grad[:, 8:32])
+    for got, want in zip((out, grad_x), exact(x, weight, grad, KINDS["llama"]), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)

@@ -96,10 +96,13 @@ def test_products_use_tensor_cores_save_those_of_fp32(op, capability, label):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
-def test_rows_of_weights_leave_16_bytes_at_a_time(capability):
+def test_rows_come_in_and_leave_16_bytes_at_a_time(capability):
     for label in ("bf16", "fp32, bias, cap"):
         (launch,) = compile_launches("token_logps", capability, label)
         assert "st.global.v4" in launch.ptx
+        assert "ld.global.v4" in launch.ptx
+        num_scalar = len(re.findall(r"ld\.global\.b32", launch.ptx))
+        assert num_scalar <= 4 or "bias" in label  # of a row's statistics; a bias ends at width
     (launch,) = compile_launches("nf4_dequantize", capability, "bf16")
     assert "st.global.v4" in launch.ptx
     assert "fma.rn" not in launch.ptx  # or NF4's bits would differ from bitsandbytes'

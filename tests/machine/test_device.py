@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import os
 import time
 
 import pytest
@@ -7,9 +9,8 @@ import torch
 from lowmem_dpo.machine import device
 from lowmem_dpo.machine.cards import Card, Machine, NvidiaCards
 from lowmem_dpo.machine.device import (
-    check_error,
     matmul_rate,
-    passes_trial,
+    matmul_settings,
     resolve_device,
     resolve_dtype,
     unusable_cards,
@@ -200,38 +201,33 @@ def test_matmul_rate_counts_the_products_of_the_time_measured(monkeypatch):
     assert matmul_rate(torch.float32) == 2 * (2 * 256 * 2048 * 2048) / 0.4
 
 
-def test_passes_trial_says_once_why_kernels_are_not_used(capsys):
-    def crash():
-        raise RuntimeError("no kernel image\nfor this card")
-
-    assert passes_trial(lambda: None, "the kernels", torch.device("cpu"), "PyTorch")
-    assert not capsys.readouterr().out
-    assert not passes_trial(crash, "the kernels", torch.device("cpu"), "PyTorch")
-    assert capsys.readouterr().out == (
-        "warning: the kernels failed their trial on cpu (no kernel image for this card); PyTorch "
-        "is used, please report it\n"
-    )
+def test_resolve_device_leaves_no_room_to_split_sums_but_what_the_user_set(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.delenv("CUBLASLT_WORKSPACE_SIZE", raising=False)
+    resolve_device("cpu", READY)
+    assert "CUBLASLT_WORKSPACE_SIZE" not in os.environ
+    resolve_device("cuda", READY)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ.pop("CUBLASLT_WORKSPACE_SIZE") == "1"
 
 
-def test_passes_trial_does_not_take_a_full_card_for_a_fault(capsys):
-    def greedy():
-        raise torch.OutOfMemoryError("full")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        passes_trial(greedy, "the kernels", torch.device("cpu"), "PyTorch")
-    assert not capsys.readouterr().out
-
-
-@pytest.mark.parametrize("factor, right", [(1.0, True), (1.01, True), (1.03, False)])
-def test_check_error_is_relative(factor, right):
-    numbers = torch.linspace(-3, 100, 7)
-    if right:
-        check_error(factor * numbers, numbers, 0.02, "numbers")
-        return
-    with pytest.raises(ValueError, match=r"numbers: relative error 3\.0e-02"):
-        check_error(factor * numbers, numbers, 0.02, "numbers")
-
-
-def test_check_error_refuses_nan():
-    with pytest.raises(ValueError, match="relative error nan"):
-        check_error(torch.tensor([1.0, torch.nan]), torch.ones(2), 0.02, "numbers")
+def test_matmul_settings_tell_what_a_user_set(monkeypatch):
+    before = matmul_settings()
+    assert before.keys() == {
+        "cublas_workspace_config",
+        "cublaslt_workspace_size",
+        "triton_default_fp_fusion",
+        "blas_library",
+        "reduced_precision_sums",
+    }
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    found = matmul_settings()
+    matmul.allow_bf16_reduced_precision_reduction = allowed
+    assert found["cublas_workspace_config"] == ":4096:2"
+    assert found["triton_default_fp_fusion"] == "0"
+    assert found["reduced_precision_sums"][0] == "False"
+    assert json.loads(json.dumps(found)) == found

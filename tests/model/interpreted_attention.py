@@ -57,4 +57,5 @@ def test_model_with_kernels_equals_the_portable_path(family, tmp_path, monkeypat
 
 
 def test_the_kernels_pass_their_trial():
-    model_attention._try_kernels(torch.device("cpu"), torch.float32, 16, 2)
+    variant = model_attention.Variant(4, 2, 16, True, True)
+    model_attention._try_kernels(torch.device("cpu"), torch.float32, variant)

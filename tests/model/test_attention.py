@@ -7,8 +7,15 @@ from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
 
 from lowmem_dpo.model import attention
-from lowmem_dpo.model.attention import attention_path, segment_attention, tree_attention
+from lowmem_dpo.model.attention import (
+    TREE_ATTENTION_BY_TORCH,
+    Variant,
+    attention_path,
+    segment_attention,
+    tree_attention,
+)
 from tests.interpreter import assert_passes_in_the_interpreter
+from tests.kernels.helpers import import_benchmark
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 
@@ -165,10 +172,11 @@ def test_attention_path_names_the_kernel_and_its_tiles_where_it_runs(monkeypatch
 def trial(monkeypatch):
     """Run the trial of some kernels on a CPU; gives the path that is taken then."""
 
-    def take(kernel):
+    def take(kernel, *, window=False, softcap=False):
         monkeypatch.setattr(attention, "_by_kernel", kernel)
         monkeypatch.setattr(attention, "tree_attention_path", lambda *arguments: "triton")
-        return attention._kernel_path(torch.device("cpu"), torch.float32, 24, 3)
+        variant = Variant(6, 2, 24, window, softcap)
+        return attention._kernel_path(torch.device("cpu"), torch.float32, variant)
 
     attention._kernels_agree.cache_clear()
     yield take
@@ -178,7 +186,8 @@ def trial(monkeypatch):
 @pytest.mark.parametrize("fault", ["", "values", "gradients", "crash"])
 def test_kernels_that_fail_their_trial_are_not_used(fault, trial, capsys):
     def kernel(query, key, value, tree_layout, rule):
-        assert query.shape[1] == 3 * key.shape[1]
+        assert query.shape[1::2] == (6, 24) and key.shape[1] == 2
+        assert query.stride(2) == 6 * 24  # seen as projections are
         if fault == "crash":
             raise RuntimeError("no kernel image\nfor this card")
         if fault == "gradients":  # of trunk keys: rejected's part is missing
@@ -190,15 +199,55 @@ def test_kernels_that_fail_their_trial_are_not_used(fault, trial, capsys):
     assert ("PyTorch's attention is used" in capsys.readouterr().out) == bool(fault)
 
 
-@pytest.mark.parametrize("window", [False, True])
 @pytest.mark.parametrize("softcap", [False, True])
-def test_each_compiled_variant_of_the_kernels_is_tried(window, softcap, trial):
-    def kernel(query, key, value, tree_layout, rule):
-        output = segment_attention(query, key, value, tree_layout, rule)
-        is_wrong = (rule.sliding_window is not None, rule.softcap is not None) == (window, softcap)
-        return output * 1.03 if is_wrong else output
+def test_the_variants_of_a_model_are_tried_and_no_others(softcap, trial):
+    tried = set()
 
-    assert trial(kernel) == ""
+    def kernel(query, key, value, tree_layout, rule):
+        tried.add((rule.sliding_window is not None, rule.softcap is not None))
+        output = segment_attention(query, key, value, tree_layout, rule)
+        return output if rule.sliding_window is None else output * 1.03
+
+    assert trial(kernel, softcap=softcap) == "triton"
+    assert tried == {(False, softcap)}
+    assert trial(kernel, window=True, softcap=softcap) == ""  # wrong with a window alone
+    assert tried == {(False, softcap), (True, softcap)}
+
+
+def test_attention_path_tells_kernels_that_serve_some_layers_only(monkeypatch):
+    monkeypatch.setattr(attention, "tree_attention_path", lambda *arguments: "triton")
+    monkeypatch.setattr(attention, "_kernels_agree", lambda *case: not case[2].has_window)
+    device = torch.device("cpu")
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4)
+    assert attention_path(config, device, torch.float16) == "lowmem_dpo_tree, triton"
+    config.sliding_window = 8
+    assert attention_path(config, device, torch.float16) == "lowmem_dpo_tree, triton, torch"
+    config._attn_implementation = TREE_ATTENTION_BY_TORCH
+    assert attention_path(config, device, torch.float16) == "lowmem_dpo_tree"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window, expected", [(False, 3), (True, 6)])
+def test_the_trial_compiles_what_the_model_runs(window, expected, monkeypatch):
+    """On a card that is not there: the layer's launches take the trial's compiled objects."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    module = importlib.import_module("lowmem_dpo_kernels.tree_attention")
+    monkeypatch.setattr(module, "tree_attention_path", lambda *_: "triton")
+    monkeypatch.setattr(attention, "check_error", lambda *_: None)
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    variant = Variant(8, 2, 64, window, False)
+    with import_benchmark("_ahead_of_time").compiling_for((8, 6)) as launches:
+        attention._try_kernels(device, dtype, variant)
+        tried = {id(launch.code) for launch in launches}
+        launches.clear()
+        query, key, value = (
+            torch.zeros(1, 192, heads, 64, dtype=dtype, requires_grad=True) for heads in (8, 2, 2)
+        )
+        kind = attention.AttentionKind(0.125, 100 if window else None, None)
+        views = (x.transpose(1, 2) for x in (query, key, value))
+        attention._by_kernel(*views, ((0, 90, 40, 30),), kind).sum().backward()
+    assert len(tried) == expected
+    assert len(launches) == 3 and {id(launch.code) for launch in launches} <= tried
 
 
 def test_a_full_card_does_not_change_the_path(trial):

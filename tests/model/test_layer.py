@@ -253,11 +253,21 @@ def test_token_wise_half_gives_the_output_and_gradients_of_autograd(family, batc
 def test_tiles_have_one_shape_and_cover_every_row():
     half = token_wise(2048)
     for num_rows in (1, 2047, 2048, 2049, 4097, 8192):
-        slices = half.tiles(num_rows)
+        slices = half.tiles(num_rows, torch.device("cpu"))
         assert [i for s in slices for i in range(num_rows)[s]] == list(range(num_rows))
         heights = [s.stop - s.start for s in slices]
         assert len(set(heights[:-1])) <= 1 and heights[-1] <= heights[0] <= 2048
         assert len(slices) == -(-num_rows // 2048)
+
+
+def test_tiles_of_a_card_are_multiples_of_128_where_there_are_several():
+    half, card = token_wise(2048), torch.device("cuda")
+    for num_rows in (2112, 2240, 2432, 4160, 8192):
+        slices = half.tiles(num_rows, card)
+        assert [i for s in slices for i in range(num_rows)[s]] == list(range(num_rows))
+        assert slices[0].stop % 128 == 0 and slices[0].stop <= 2048
+        assert len(slices) == -(-num_rows // 2048)
+    assert half.tiles(3, card) == [slice(0, 3)]  # a generated token is no tile
 
 
 def test_rows_have_the_same_bits_in_any_tile():

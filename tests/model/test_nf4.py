@@ -146,7 +146,9 @@ def test_a_kernel_that_differs_from_bitsandbytes_fails_its_trial(fault, monkeypa
         return weight._dequantize_by_bitsandbytes(dtype) + (2.0**-20 if levels == fault else 0)
 
     monkeypatch.setattr(Nf4Weight, "_dequantize_by_kernel", kernel)
-    assert nf4._kernels_agree(torch.device("cpu"), torch.float32) == (not fault)
+    agree = [nf4._kernel_agrees(torch.device("cpu"), torch.float32, b) for b in (True, False)]
+    wrong = {"": [True, True], "two levels": [False, True], "one level": [True, False]}
+    assert agree == wrong.get(fault, [False, False])
     said = capsys.readouterr().out
     assert ("bitsandbytes is used" in said) == bool(fault)
     assert fault in said
@@ -155,11 +157,10 @@ def test_a_kernel_that_differs_from_bitsandbytes_fails_its_trial(fault, monkeypa
 @pytest.mark.parametrize("agrees", [False, True])
 def test_a_kernel_is_used_on_a_card_if_it_passes_its_trial(agrees, monkeypatch):
     asked = []
-    monkeypatch.setattr(nf4, "triton_problem", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    monkeypatch.setattr(nf4, "_kernels_agree", lambda *case: asked.append(case) or agrees)
+    monkeypatch.setattr(nf4, "runs_triton", lambda device: True)
+    monkeypatch.setattr(nf4, "_kernel_agrees", lambda *case: asked.append(case) or agrees)
     nf4._has_kernel.cache_clear()
-    case = torch.device("cuda"), torch.bfloat16
+    case = torch.device("cuda"), torch.bfloat16, True
     found = [nf4._has_kernel(*case) for _ in range(2)]
     nf4._has_kernel.cache_clear()
     assert found == [agrees, agrees]

@@ -10,8 +10,9 @@ from lowmem_dpo.model.head import HostHead, Int8Head
 from lowmem_dpo.model.language_model import LanguageModel, StorageRow
 from lowmem_dpo.model.layer import DecoderLayer
 from lowmem_dpo.model.lora import AdapterSpec, lora_layers, wrap_linears
+from lowmem_dpo.model.nf4 import quantize_nf4
 from lowmem_dpo.model.scoring import attention
-from lowmem_dpo.model.surgery import FusedRmsNorm, prepare_model
+from lowmem_dpo.model.surgery import FusedRmsNorm, norm_path, prepare_model
 from tests.tiny import FAMILIES, tiny_model
 
 ADAPTER = AdapterSpec(rank=4, alpha=8.0, dropout=0.0, targets="all", rank_stabilised=False)
@@ -38,6 +39,37 @@ def test_prepare_model_changes_no_bit_of_what_transformers_computes(family, dtyp
     with attention(model, model.family.plain_attention):
         plain.set_attn_implementation(model.family.plain_attention)
         assert torch.equal(hidden_states(model.network), hidden_states(plain))
+
+
+@pytest.mark.parametrize("name", ["", "head", "attention", "norms", "nf4"])
+def test_prepare_model_leaves_out_the_kernels_that_it_may_not_use(name, monkeypatch):
+    """Every kernel passes its trial here, so the allowed ones are those that would run."""
+    monkeypatch.setattr(surgery, "norm_implementation", lambda *_: "triton")
+    monkeypatch.setattr(surgery, "head_that_passed_its_trial", lambda model: model)
+    model = loaded()
+    linear = model.layers[0].self_attn.q_proj
+    weight = quantize_nf4(linear.weight)
+    del linear.weight
+    linear.weight = weight
+    model = prepare_model(model, ADAPTER, kernels=[name] if name else [])
+    assert (model.head_implementation == "auto") == (name == "head")
+    assert (norm_path(model.backbone) == "triton") == (name == "norms")
+    assert weight.may_use_kernel == (name == "nf4")
+    by_kernel = model.config._attn_implementation == TREE_ATTENTION
+    assert by_kernel == (name == "attention")
+
+
+def test_tree_attention_by_torch_asks_no_kernel_and_outlives_a_check(monkeypatch):
+    monkeypatch.setattr(surgery, "head_that_passed_its_trial", lambda model: model)
+    model, usual = prepare_model(loaded(), kernels=[]), prepare_model(loaded())
+    monkeypatch.setattr("lowmem_dpo.model.attention._kernel_path", pytest.fail)
+    with attention(model, "sdpa"):
+        pass
+    layout = {"inputs_embeds": torch.randn(1, 20, 64), "tree_layout": ((0, 9, 6, 5),)}
+    layout |= {"position_ids": torch.arange(20)[None], "use_cache": False}
+    found = model.backbone(**layout).last_hidden_state
+    monkeypatch.undo()
+    assert torch.equal(found, usual.backbone(**layout).last_hidden_state)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

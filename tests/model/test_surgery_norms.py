@@ -1,14 +1,11 @@
-import functools
-
 import pytest
 import torch
 from torch import nn
 
-from lowmem_dpo.machine.device import passes_trial
 from lowmem_dpo.model import surgery
 from lowmem_dpo.model.families import FAMILIES as RECORDS
 from lowmem_dpo.model.surgery import FusedRmsNorm, replace_norms
-from lowmem_dpo_kernels import rms_norm
+from lowmem_dpo_kernels import NormKind, rms_norm
 from tests.model.test_layer import adapted_model
 from tests.tiny import FAMILIES
 
@@ -44,30 +41,33 @@ def test_norms_of_another_class_stay_as_they_are():
     assert [type(layer) for layer in layers] == [NewRMSNorm, nn.LayerNorm]
 
 
+CASE = torch.device("cpu"), torch.float32, 96, NormKind(1e-6, 1.0, False)
+
+
 @pytest.mark.parametrize("is_right", [True, False])
-def test_norm_kernels_are_tried_before_they_are_used(is_right, monkeypatch, capsys):
+def test_norm_kernels_are_tried_as_the_model_has_them(is_right, monkeypatch, capsys):
     """A card that is not there: PyTorch stands for its kernels, and is wrong by a tenth or not."""
 
     def by_kernel(x, weight, rule, *, implementation):
         assert implementation == "triton"
+        assert x.shape[-1] == 96 and rule == CASE[3]
         return rms_norm(x, weight, rule) * (1.0 if is_right else 1.1)
 
     monkeypatch.setattr(surgery, "rms_norm", by_kernel)
-    trial = functools.partial(surgery._try_norm_kernels, torch.device("cpu"), torch.float32)
-    assert passes_trial(trial, "the norms' kernels", torch.device("cpu"), "PyTorch") == is_right
+    monkeypatch.setattr(surgery, "runs_triton", lambda device: True)
+    surgery.norm_implementation.cache_clear()
+    assert surgery.norm_implementation(*CASE) == ("triton" if is_right else "torch")
+    surgery.norm_implementation.cache_clear()
     assert ("the norms' kernels failed their trial" in capsys.readouterr().out) != is_right
 
 
-@pytest.mark.parametrize("is_wrong", [(0.0, True), (0.0, False), (1.0, False)], ids=str)
-def test_the_norm_of_every_family_is_tried(is_wrong, monkeypatch):
-    def by_kernel(x, weight, rule, *, implementation):
-        fault = (rule.offset, rule.rounds_first) == is_wrong
-        return rms_norm(x, weight, rule) * (1.1 if fault else 1.0)
-
-    monkeypatch.setattr(surgery, "rms_norm", by_kernel)
-    with pytest.raises(ValueError, match="value at 128: relative error 1"):
-        surgery._try_norm_kernels(torch.device("cpu"), torch.float32)
-
-
-def test_norms_run_by_pytorch_without_a_card():
-    assert surgery.norm_implementation(torch.device("cpu"), torch.bfloat16) == "torch"
+def test_norms_run_by_pytorch_without_a_card_and_where_their_kernel_is_left_out(monkeypatch):
+    assert surgery.norm_implementation(*CASE) == "torch"
+    monkeypatch.setattr(surgery, "norm_implementation", lambda *_: "triton")
+    model = adapted_model("llama")
+    assert surgery.norm_path(model.model) == "torch"
+    replace_norms(model.model, RECORDS["llama"])
+    assert surgery.norm_path(model.model) == "triton"
+    model = adapted_model("llama")
+    replace_norms(model.model, RECORDS["llama"], may_use_kernel=False)
+    assert surgery.norm_path(model.model) == "torch"

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lowmem_dpo.packs import packing
 from lowmem_dpo.packs.packing import (
+    CARD_TOKEN_MULTIPLE,
     choose_pack_tokens,
     epoch_order,
     fill,
@@ -214,6 +215,13 @@ def test_choose_pack_tokens_keeps_to_the_longest_tree_and_the_limit():
     assert choose_pack_tokens(trees, 8, limit=192) == 192
     with pytest.raises(ValueError, match=r"\(row 1\) needs .* 192 tokens, but at most 191 fit"):
         choose_pack_tokens(trees, 8, limit=191)
+
+
+def test_choose_pack_tokens_gives_a_card_its_own_multiple():
+    trees = [make_tree(1, 50, 40, 40), *random_trees(31, longest=100)]
+    for batch_size in (1, 5, 8, 16):
+        assert choose_pack_tokens(trees, batch_size, multiple=CARD_TOKEN_MULTIPLE) % 128 == 0
+    assert choose_pack_tokens(trees[:1], 8, multiple=CARD_TOKEN_MULTIPLE) == 256
 
 
 def test_round_up_tokens_gives_the_next_multiple_of_64():

@@ -352,3 +352,28 @@ def test_a_check_is_made_if_only_one_setting_of_its_group_is_given():
         TrainConfig(memory_limit="much")
     with pytest.raises(ValueError, match="save_strategy steps needs save_steps"):
         TrainConfig(save_strategy="steps")
+
+
+@pytest.mark.parametrize(
+    "given, allowed",
+    [
+        ("auto", {"head", "attention", "norms", "nf4"}),
+        ("off", set()),
+        ("norms,head", {"head", "norms"}),
+        ("[nf4]", {"nf4"}),
+    ],
+)
+def test_kernels_are_read_alike_from_words_and_yaml(given, allowed, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"kernels: {given}\n")
+    config = TrainConfig.from_yaml(path)
+    assert config.allowed_kernels == allowed
+    assert parse_config(GenerateConfig, ["--kernels", given]).allowed_kernels == allowed
+    path.write_text(to_yaml(config))
+    assert TrainConfig.from_yaml(path) == config
+
+
+@pytest.mark.parametrize("given", ["attn", "off,head", "auto,nf4"])
+def test_kernels_that_are_not_there_are_refused(given):
+    with pytest.raises(ValueError, match="kernels must be auto, off, or of head, attention"):
+        parse_config(TrainConfig, ["--kernels", given])

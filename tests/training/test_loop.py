@@ -13,6 +13,7 @@ from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.training.loop import (
     _update,
+    allocate_moments,
     check_adapter_moves,
     check_loss_scale,
     check_skipped,
@@ -21,6 +22,7 @@ from lowmem_dpo.training.loop import (
     describe_non_finite,
     name_rows,
     new_state,
+    peak_memory,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
@@ -164,6 +166,48 @@ def test_new_state_warms_up_over_the_steps_or_the_share_asked_for():
 
 def test_new_state_leaves_a_last_step_that_trains():
     assert rates(3, warmup_steps=50, lr_scheduler_type="constant_with_warmup")[-1] == 1
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "sgd"])
+def test_moments_are_there_before_the_first_step_and_change_no_bit(optim):
+    config, found = TrainConfig(optim=optim), []
+    for allocates in (False, True):
+        parameters = [torch.nn.Parameter(torch.ones(size)) for size in ((128, 64), (3,))]
+        optimizer = new_state(config, parameters, 10).optimizer
+        optimizer.param_groups[0]["lr"] = 0.1
+        if allocates:
+            allocate_moments(optimizer)
+            before = moments(optimizer)
+        for step in range(2):
+            torch.manual_seed(step)
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        found.append(parameters)
+        if allocates:
+            after = moments(optimizer)
+            assert before.keys() == after.keys() and bool(after) == (optim != "sgd")
+            assert all(after[name].data_ptr() == x.data_ptr() for name, x in before.items())
+            allocate_moments(optimizer)  # as in a resumed run
+            assert all(moments(optimizer)[name] is x for name, x in after.items())
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def moments(optimizer):
+    return {
+        (id(parameter), name): value
+        for parameter, state in optimizer.state.items()
+        for name, value in state.items()
+        if torch.is_tensor(value) and value.shape == parameter.shape
+    }
+
+
+def test_peak_memory_of_a_card_is_what_tensors_take_and_what_is_held_for_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5)
+    found = peak_memory(torch.device("cuda"))
+    assert found == {"peak_memory_bytes": 3, "peak_reserved_bytes": 5}
+    assert peak_memory(torch.device("cpu")).keys() <= {"peak_memory_bytes"}
 
 
 def test_page_state_puts_loaded_moments_into_new_paged_buffers(monkeypatch):

@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from lowmem_dpo import TrainConfig, Trainer
 from lowmem_dpo.model import surgery
@@ -78,6 +79,13 @@ def test_fingerprint_names_all_that_can_move_a_last_bit(llama_dir, monkeypatch):
     assert (found["attention"], found["pack_tokens"]) == ("lowmem_dpo_tree", 448)
     wanted = replace(wanted, model=replace(wanted.model, head_implementation="triton"))
     assert wanted.fingerprint(448)["head"].startswith("triton, blocks of ")
+    settings = {"cublas_workspace_config": ":16:8"}
+    monkeypatch.setattr(policy, "matmul_settings", lambda: settings)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    card = replace(wanted.model, device=torch.device("cuda"))
+    on_card = replace(wanted, model=card).fingerprint(448)
+    assert on_card.keys() == found.keys() | settings.keys() and on_card["device"] == "RTX"
     monkeypatch.setattr(policy, "attention_path", lambda *arguments: "lowmem_dpo_tree, triton")
     assert wanted.fingerprint(448)["attention"] == "lowmem_dpo_tree, triton"
 
@@ -125,6 +133,7 @@ def test_generate_uses_a_quantised_head(llama_dir, monkeypatch):
     [
         ({"head_weight": "host"}, "head_weight host has no effect on cpu"),
         ({"head_kernel": "fused"}, "head_kernel: implementation fused needs CUDA, got cpu"),
+        ({"kernels": "off"}, r"kernels \['off'\] has no effect on cpu; leave it out"),
     ],
 )
 def test_read_source_refuses_heads_that_cannot_be(llama_dir, settings, message):

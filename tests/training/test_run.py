@@ -1,4 +1,5 @@
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,3 +160,24 @@ def test_warmup_settings_that_contradict_each_other_are_refused():
         TrainConfig(warmup_steps=5, warmup_ratio=0.2)
     with pytest.raises(ValueError, match="warmup_steps=5 has no effect with lr_scheduler_type"):
         TrainConfig(warmup_steps=5, lr_scheduler_type="constant")
+
+
+@pytest.mark.parametrize(
+    "device, wanted, expected", [("cpu", 200, 200), ("cuda", 200, 256), ("cuda", 256, 256)]
+)
+def test_pack_tokens_that_are_given_are_rounded_up_on_a_card(device, wanted, expected, capsys):
+    policy = SimpleNamespace(model=SimpleNamespace(device=torch.device(device)))
+    found = run.plan_pack_tokens(PAIRS, policy, None, batch_size=1, seed=0, wanted=wanted)
+    assert found == expected
+    said = f"pack_tokens {wanted}: {expected}, on a card it is a multiple of 128"
+    assert (said in capsys.readouterr().out) == (wanted != expected)
+
+
+@pytest.mark.parametrize("device, expected", [("cpu", 192), ("cuda", 256)])
+def test_packs_of_a_card_are_multiples_of_128(device, expected):
+    policy = SimpleNamespace(
+        model=SimpleNamespace(device=torch.device(device)), fingerprint=lambda n: {}
+    )
+    cache = SimpleNamespace(pack_tokens=lambda *_: None)
+    trees = [fold(0, (1,) * 60, (2,) * 40, (3,) * 40, 60, 60)]
+    assert run.plan_pack_tokens(trees, policy, cache, batch_size=1, seed=0) == expected

@@ -1,0 +1,73 @@
+"""Trying a kernel once before a model uses it.
+
+What a compiler makes of a kernel differs from card to card, and a kernel that serves policy and
+reference alike would be wrong in both, so unseen at step zero.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+
+from lowmem_dpo.console import warn
+from lowmem_dpo.settings.groups import KERNELS
+from lowmem_dpo.stopping import RunStopped
+
+# Triton's driver, cuBLAS's handles and pinned memory raise a plain RuntimeError.
+_FULL = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDA_ERROR_OUT_OF_MEMORY", re.I)
+
+
+def passes_trial(
+    trial: Callable[[], None], name: str, kernels: str, device: torch.device, other: str
+) -> bool:
+    """Run a trial; one warning tells why kernels are not used.
+
+    Args:
+        trial: Raises where results are wrong; whatever a compiler or a driver raises counts too.
+        name: Of the kernels in the setting `kernels`.
+        kernels: What is tried, in words, in the plural.
+        device: Where it is tried.
+        other: What is used in its place.
+
+    Raises:
+        torch.OutOfMemoryError: Which tells nothing of the kernels: the next use tries them again.
+        RunStopped: If the card is of no use after it. CUDA does not forget an illegal access: what
+            would be used in place of the kernels fails too, until the process ends.
+    """
+    try:
+        trial()
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or _FULL.search(str(error)):
+            raise torch.OutOfMemoryError(str(error)) from error
+        why = " ".join(str(error).split())[:200]
+        failed = f"{kernels} failed their trial on {device} ({why})"
+        if not _still_works(device):
+            rest = ",".join(each for each in KERNELS if each != name)
+            raise RunStopped(
+                f"{failed} and the card does not answer any more; start again without them, "
+                f"--kernels {rest}, and please report it"
+            ) from error
+        warn(f"{failed}; {other} is used, please report it")
+        return False
+    return True
+
+
+def _still_works(device: torch.device) -> bool:
+    """Whether a card has come through what was done last."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return False
+    return True
+
+
+def check_error(found: torch.Tensor, expected: torch.Tensor, limit: float, what: str) -> None:
+    """Refuse a result whose relative Frobenius error is above `limit`, or not a number.
+
+    Raises:
+        ValueError: With the error.
+    """
+    error = (found - expected).norm() / expected.norm()
+    if not error <= limit:
+        raise ValueError(f"{what}: relative error {error:.1e}")

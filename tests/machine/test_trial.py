@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from lowmem_dpo.machine.trial import check_error, passes_trial
+from lowmem_dpo.stopping import RunStopped
+
+CPU = torch.device("cpu")
+
+
+def test_passes_trial_says_once_why_kernels_are_not_used(capsys):
+    def crash():
+        raise RuntimeError("no kernel image\nfor this card")
+
+    assert passes_trial(lambda: None, "norms", "the kernels", CPU, "PyTorch")
+    assert not capsys.readouterr().out
+    assert not passes_trial(crash, "norms", "the kernels", CPU, "PyTorch")
+    assert capsys.readouterr().out == (
+        "warning: the kernels failed their trial on cpu (no kernel image for this card); PyTorch "
+        "is used, please report it\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("full"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ],
+    ids=lambda error: str(error)[:30],
+)
+def test_passes_trial_does_not_take_a_full_card_for_a_fault(error, capsys):
+    def greedy():
+        raise error
+
+    with pytest.raises(torch.OutOfMemoryError):
+        passes_trial(greedy, "norms", "the kernels", CPU, "PyTorch")
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_passes_trial_stops_where_the_card_does_not_come_through(answers, monkeypatch, capsys):
+    """An illegal access is raised by every later call, so nothing takes the kernels' place."""
+
+    def crash(device=None):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", (lambda device: None) if answers else crash)
+    arguments = (crash, "norms", "the norms' kernels", torch.device("cuda"), "PyTorch")
+    if answers:
+        assert not passes_trial(*arguments)
+        assert "PyTorch is used" in capsys.readouterr().out
+        return
+    with pytest.raises(RunStopped, match="start again without them, --kernels head,attention,nf4"):
+        passes_trial(*arguments)
+
+
+@pytest.mark.parametrize("factor, right", [(1.0, True), (1.01, True), (1.03, False)])
+def test_check_error_is_relative(factor, right):
+    numbers = torch.linspace(-3, 100, 7)
+    if right:
+        check_error(factor * numbers, numbers, 0.02, "numbers")
+        return
+    with pytest.raises(ValueError, match=r"numbers: relative error 3\.0e-02"):
+        check_error(factor * numbers, numbers, 0.02, "numbers")
+
+
+def test_check_error_refuses_nan():
+    with pytest.raises(ValueError, match="relative error nan"):
+        check_error(torch.tensor([1.0, torch.nan]), torch.ones(2), 0.02, "numbers")
