@@ -22,7 +22,7 @@ from lowmem_dpo.data.formats import (
 )
 from lowmem_dpo.data.messages import keys_in_words
 from lowmem_dpo.data.repositories import read_dataset
-from lowmem_dpo.data.rows import READERS, Row, RowFault, read_rows
+from lowmem_dpo.data.rows import Row, RowFault, is_row_file, read_rows
 
 SHOWN_FAULTS = 3
 # Rows of which most decide the format.
@@ -63,7 +63,7 @@ class ReadReport:
 def is_single_file(source: str | Path) -> bool:
     """Whether a source is a file of rows; else it is a folder or a data set on the hub."""
     path = Path(source)
-    return path.suffix.lower() in READERS and not path.is_dir()
+    return is_row_file(path) and not path.is_dir()
 
 
 def read_preferences(
@@ -78,8 +78,8 @@ def read_preferences(
     """Read every row of a source of preference pairs.
 
     Args:
-        source: A .jsonl, .json, .csv or .parquet file, a folder of them or of `save_to_disk`, or a
-            Hugging Face data set id.
+        source: A file that `read_rows` reads, a folder of them or of `save_to_disk`, or a Hugging
+            Face data set id.
         dataset_config: Configuration of a data set; not for single files.
         split: Split of a data set or folder; by default the one named `purpose`, or the only one.
         purpose: train or test.
