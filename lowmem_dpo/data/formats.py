@@ -10,7 +10,6 @@ is refused. All other columns are left out, and told by name.
 
 import difflib
 import re
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -26,7 +25,7 @@ from lowmem_dpo.data.messages import (
     read_template_kwargs,
     read_tools,
 )
-from lowmem_dpo.data.rows import RowFault, read_text, type_in_words
+from lowmem_dpo.data.rows import RowFault, printable_line, read_text, type_in_words
 from lowmem_dpo.data.sides import (
     SIDES,
     Columns,
@@ -210,12 +209,13 @@ def _what_is_missing(value: Columns) -> str:
     if "prompt" in lacking and PROMPT_COLUMNS & value.keys():
         lacking.remove("prompt")
     hints = {name: close_name(name, value[name], tuple(lacking)) for name in list(value)[:50]}
-    found = keys_in_words(f"{n} (did you mean {h}?)" if h else n for n, h in hints.items())
-    names = ", ".join(f"{hint}: {name}" for name, hint in hints.items() if hint)
-    return (
-        f"missing {', '.join(lacking)}; found {found}; {known_formats()}; "
-        f"name other columns with columns {{{names or 'chosen: NAME'}}}"
-    )
+    hints = {name: hint for name, hint in hints.items() if hint}
+    found = f"missing {', '.join(lacking)}; found {keys_in_words(value)}"
+    if not hints:
+        return f"{found}; {known_formats()}; name other columns with columns {{chosen: NAME}}"
+    meant = " and ".join(f"{hint} by {printable_line(name)}" for name, hint in hints.items())
+    names = ", ".join(f"{hint}: {printable_line(name)}" for name, hint in hints.items())
+    return f"{found}; did you mean {meant}? then set columns {{{names}}}"
 
 
 def _has_label(value: Columns) -> bool:
@@ -226,14 +226,13 @@ def _has_label(value: Columns) -> bool:
 
 def known_formats() -> str:
     """The columns of every format in one line."""
-    prompts = defaultdict(list)
+    beside: dict[str, list[str]] = {}
     for known in FORMATS:
-        prompts[known.columns[-2:]].append(", ".join(known.columns[:-2]))
-    parts = []
-    for sides, names in prompts.items():
-        named = [name for name in dict.fromkeys(names) if name]
-        beside = f" with {' or '.join(named)}" if named else ""
-        parts.append(", ".join(sides) + beside + (", or alone" if "" in names and named else ""))
+        if known.columns[-2:] == SIDES:
+            beside.setdefault(", ".join(SIDES), []).extend(known.columns[:-2])
+        else:
+            beside[", ".join(known.columns)] = []
+    parts = (f"{key}, alone or with {'/'.join(n)}" if n else key for key, n in beside.items())
     return "known are " + "; ".join(parts)
 
 

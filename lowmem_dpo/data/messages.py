@@ -10,6 +10,7 @@ What is left out or read as something else goes into `Notes`.
 import json
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +60,7 @@ class Notes:
             for notation, names in self.decoded.items()
         ]
         lines += [
-            f"{count} of the texts in {name} look like messages, but most do not: they stay text"
+            f"{name}: {count} texts look like messages and stay text, as most there are plain text"
             for name, count in self.kept_text.items()
         ]
         if self.unused_keys:
@@ -174,7 +175,9 @@ def _joined_parts(parts: list[Any], name: str, notes: Notes) -> str:
 
 def _calls_of_turn(content: Any, name: str) -> list[Any]:
     """The tool calls that are a turn's content: an object or a list of them, mostly as text."""
-    calls = read_from_text(content, name)
+    calls = content
+    with suppress(RowFault):
+        calls = read_from_text(content, name)
     calls = calls if isinstance(calls, list) else [calls]
     functions = [call.get("function", call) if isinstance(call, dict) else {} for call in calls]
     if not calls or not all(isinstance(f, dict) and f.get("name") for f in functions):

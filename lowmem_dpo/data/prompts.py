@@ -35,8 +35,8 @@ def _text_of(row: Row) -> str:
 
 def _prompt_of(row: Row) -> str:
     prompt = row.value.get("prompt") if isinstance(row.value, dict) else None
-    is_text = isinstance(prompt, str) and prompt.strip() and not looks_like_messages(prompt)
-    if row.fault or not is_text:
+    prompt = None if looks_like_messages(prompt) else prompt
+    if row.fault or not isinstance(prompt, str) or not prompt.strip():
         fault = row.fault or "every row must be an object with text, not messages, in `prompt`"
         raise ValueError(f"{row.place}: {fault}")
     return prompt

@@ -53,7 +53,7 @@ def value_of_text(text: str) -> tuple[Any, str]:
             value = ast.literal_eval(text.strip())
         return json.loads(json.dumps(value)), "Python"
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        reason = "; NumPy's arrays are printed without commas" if NO_COMMAS.search(text) else ""
+        reason = " (NumPy prints arrays without commas)" if NO_COMMAS.search(text) else ""
         raise ValueError(
             f"neither JSON nor a Python list or dict{reason}; write it with json.dumps"
         ) from None

@@ -202,7 +202,7 @@ def test_parse_row_keeps_further_text_of_messages():
     [
         (
             [1],
-            "a row must be a JSON object, got a list; known are chosen, rejected with",
+            "a row must be a JSON object, got a list; known are chosen, rejected, alone",
         ),
         ({"prompt": "p", "chosen": "c"}, "missing rejected; found prompt, chosen; known are"),
         (
@@ -270,9 +270,7 @@ def test_every_format_shows_its_columns():
     for known in FORMATS:
         shown = set(re.findall(r'"(\w+)":', known.example))
         assert shown >= {part for name in known.columns for part in name.split(".")}, known.name
-        *prompt, better, worse = known.columns
-        assert f"{better}, {worse}" in known_formats()
-        assert all(re.search(rf"\b{name}\b", known_formats()) for name in prompt)
+        assert all(re.search(rf"\b{name}\b", known_formats()) for name in known.columns)
 
 
 def test_parse_row_prefers_the_first_format_that_fits():
