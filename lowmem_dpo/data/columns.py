@@ -103,6 +103,8 @@ def decode_messages(row: dict[str, Any], names: frozenset[str], notes: Notes) ->
     """
     for name in MESSAGE_COLUMNS:
         text = row.get(name)
+        if isinstance(text, dict) and isinstance(text.get("role", text.get("from")), list):
+            row = row | {name: _rows_of_lists(text)}
         if not isinstance(text, str) or not MESSAGES_OPENING.match(text):
             continue
         if name not in names:
@@ -116,6 +118,14 @@ def decode_messages(row: dict[str, Any], names: frozenset[str], notes: Notes) ->
         notes.decoded.setdefault(notation, {})[name] = None
         row = row | {name: value}
     return row
+
+
+def _rows_of_lists(value: dict[str, list[Any]]) -> Any:
+    """Messages from an object of lists, as columnar data sets have them; another value as it is."""
+    lengths = {len(item) if isinstance(item, list) else -1 for item in value.values()}
+    if len(lengths) > 1:
+        return value
+    return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
 
 
 def _holds_messages(value: Any) -> bool:

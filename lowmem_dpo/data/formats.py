@@ -232,7 +232,10 @@ def known_formats() -> str:
             beside.setdefault(", ".join(SIDES), []).extend(known.columns[:-2])
         else:
             beside[", ".join(known.columns)] = []
-    parts = (f"{key}, alone or with {'/'.join(n)}" if n else key for key, n in beside.items())
+    parts = [
+        f"{sides}, alone or with {'/'.join(dict.fromkeys(names))}" if names else sides
+        for sides, names in beside.items()
+    ]
     return "known are " + "; ".join(parts)
 
 
