@@ -112,7 +112,7 @@ class DataSettings(Settings):
     dataset_test_split: str | None = None
     """Split of eval_data to evaluate on; by default test, or the only one."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our names of columns to the file's, such as {prompt: question, chosen: answer_a}."""
+    """Our names of columns to the file's, such as {prompt: question, chosen: answers.0.text}."""
 
     def check(self) -> None:
         """Refuse two sources of evaluation, a split of nothing, and columns named wrongly."""
