@@ -13,7 +13,7 @@ from lowmem_dpo.data.messages import EMPTY, Notes, keys_in_words
 from lowmem_dpo.data.rows import RowFault
 from lowmem_dpo.data.text_values import MESSAGES_OPENING, looks_like_messages, value_of_text
 
-MESSAGE_COLUMNS = sorted(PROMPT_COLUMNS | ANSWER_COLUMNS)
+MESSAGE_COLUMNS = PROMPT_COLUMNS | ANSWER_COLUMNS
 OPENAI_PATH = "input.messages"
 
 
@@ -27,6 +27,8 @@ def open_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, A
     Returns:
         The row itself where no path leads anywhere.
     """
+    if not columns and "input" not in row:
+        return row
     paths = [path for path in columns.values() if "." in path]
     if _holds_messages(row.get("input")):
         paths.append(OPENAI_PATH)
@@ -101,8 +103,9 @@ def decode_messages(row: dict[str, Any], names: frozenset[str], notes: Notes) ->
     Raises:
         RowFault: A text cannot be read.
     """
-    for name in MESSAGE_COLUMNS:
-        text = row.get(name)
+    for name, text in row.items():
+        if name not in MESSAGE_COLUMNS:
+            continue
         if isinstance(text, dict) and isinstance(text.get("role", text.get("from")), list):
             row = row | {name: _rows_of_lists(text)}
         if not isinstance(text, str) or not MESSAGES_OPENING.match(text):

@@ -122,7 +122,8 @@ def parse_row(value: Any, row: int, notes: Notes | None = None) -> tuple[Prefere
         raise RowFault(
             f"a row must be a JSON object, got {type_in_words(value)}; {known_formats()}"
         )
-    value = {name: item for name, item in value.items() if item is not None}
+    if None in value.values():
+        value = {name: item for name, item in value.items() if item is not None}
     found = next((f for f in _formats_with(frozenset(value)) if f.holds(value)), None)
     if found is None:
         raise RowFault(_what_is_missing(value))

@@ -60,7 +60,7 @@ def test_read_preferences_reads_messages_that_stand_as_text(tmp_path, dump, nota
     row = {"prompt": dump([USER]), "chosen": dump([ANSWER]), "rejected": dump(ANSWER)}
     preferences, report = read_preferences(write(tmp_path, row, row))
     assert (preferences[1].prompt, preferences[1].rejected) == ([USER], [ANSWER])
-    said = f"chosen, prompt, rejected: {notation} text of messages, read as messages"
+    said = f"prompt, chosen, rejected: {notation} text of messages, read as messages"
     assert report.lines() == ["2 pairs, message lists", said]
 
 
