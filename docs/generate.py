@@ -53,8 +53,9 @@ def losses_table() -> str:
 
 
 def formats_table() -> str:
-    """Every format of a row."""
-    return table("format | a row", [(known.name, f"`{known.example}`") for known in FORMATS])
+    """Every format of a row, and what other trainers call it."""
+    rows = [(known.name, f"`{known.example}`", known.peers) for known in FORMATS]
+    return table("format | a row | elsewhere", rows)
 
 
 def renamed_table() -> str:

@@ -43,7 +43,7 @@ ENTRANCES = {"__init__", "__main__"}
 
 MAX_FILE_LINES = 450
 MAX_ROOM_LINES = 2_500
-MAX_PRODUCT_LINES = 17_500  # raised with what the product can do, never for how it does it
+MAX_PRODUCT_LINES = 18_200  # raised with what the product can do, never for how it does it
 # The rest takes the groups of settings that it needs.
 MAX_MODULES_WITH_TRAIN_CONFIG = 5
 

@@ -4,43 +4,58 @@
 `holds` is true of it; error texts and the table in docs/data.md are made of it too. What is not
 known is refused by name: a file that is guessed at trains on the wrong text in silence.
 
-Where chosen and rejected hold whole conversations, the prompt is what both begin with: whole
-messages, at least up to a user's. What differs is scored, all of it. In plain strings the prompt is
-the longest common text, as TRL takes it (one character less before a space); they are joined text
-then and get no chat template. Where exactly that prompt ends matters little: tokens that both sides
-share add the same to both log-probs.
+A column that any format takes for the prompt is read, or says only what is read already, or the row
+is refused. All other columns are left out, and told by name.
 """
 
+import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 from lowmem_dpo.data.messages import (
-    SYSTEM_ROLES,
-    Message,
-    common_messages,
+    CALL_ROLES,
+    ROLES,
+    UNSUPPORTED,
+    Notes,
     has_system,
     keys_in_words,
-    read_messages,
     read_template_kwargs,
     read_tools,
 )
-from lowmem_dpo.data.rows import RowFault, read_text, type_in_words
+from lowmem_dpo.data.rows import RowFault, printable_line, read_text, type_in_words
+from lowmem_dpo.data.sides import (
+    SIDES,
+    Columns,
+    Content,
+    Sides,
+    all_strings,
+    begins_with_prompt,
+    is_hh,
+    read_context,
+    read_conversations,
+    read_hh,
+    read_joined,
+    read_message_lists,
+    read_parts,
+    read_rejected_messages,
+    read_strings,
+)
+from lowmem_dpo.data.text_values import looks_like_messages
 
-Content = str | list[Message]
-Sides = tuple[Content, Content, Content]  # prompt, chosen, rejected
-Columns = dict[str, Any]
-
-SIDES = ("chosen", "rejected")
 # Read in every format. tools and chat_template_kwargs go to the chat template.
 COMMON_COLUMNS = ("system", "tools", "chat_template_kwargs")
-# Columns that change what the model reads; to drop them in silence would train on another text.
-UNSUPPORTED_COLUMNS = ("image", "images", "videos", "audios")
-PROMPT_ROLES = ("user", *SYSTEM_ROLES)  # of messages that no answer begins with
-PROMPT_PARTS = ("instruction", "input", "history")
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+ANSWER_COLUMNS = {
+    *SIDES,
+    *("preferred_output", "non_preferred_output"),
+    *("response", "rejected_response", "rejected_messages"),
+}
+ANSWER_ROLES = [role for role, ours in ROLES.items() if ours == "assistant"]
+# Of data with one answer a row.
+LABELS = ("label", "kto_tag")
+CLOSE_NAMES = 0.85  # of difflib: rejcted is rejected, prompt_id is not prompt
 
 
 @dataclass(frozen=True)
@@ -72,8 +87,9 @@ class Format:
 
     Attributes:
         name: For messages.
-        columns: What a row must have.
+        columns: What a row must have; with dots within objects.
         example: A row, for docs/data.md.
+        peers: Where it comes from, and what other trainers call it; for docs/data.md.
         read: Prompt, chosen and rejected of a row.
         holds: What must be true of the values besides.
         parts: Further columns that are read where they are.
@@ -82,17 +98,19 @@ class Format:
     name: str
     columns: tuple[str, ...]
     example: str
-    read: Callable[[Columns], Sides]
+    peers: str
+    read: Callable[[Columns, Notes], Sides]
     holds: Callable[[Columns], bool] = lambda row: True
     parts: tuple[str, ...] = ()
 
 
-def parse_row(value: Any, row: int) -> tuple[Preference, Format]:
+def parse_row(value: Any, row: int, notes: Notes | None = None) -> tuple[Preference, Format]:
     """Read a row.
 
     Args:
         value: From the file, under our names of columns.
         row: Its number.
+        notes: Takes what is left out of messages.
 
     Returns:
         The preference, and the format it was found to have.
@@ -104,213 +122,135 @@ def parse_row(value: Any, row: int) -> tuple[Preference, Format]:
         raise RowFault(
             f"a row must be a JSON object, got {type_in_words(value)}; {known_formats()}"
         )
-    value = {name: item for name, item in value.items() if item is not None}
-    found = next((f for f in FORMATS if set(f.columns) <= value.keys() and f.holds(value)), None)
+    if None in value.values():
+        value = {name: item for name, item in value.items() if item is not None}
+    found = next((f for f in _formats_with(frozenset(value)) if f.holds(value)), None)
     if found is None:
         raise RowFault(_what_is_missing(value))
-    for column in UNSUPPORTED_COLUMNS:
+    for column in UNSUPPORTED:
         if value.get(column):
             raise RowFault(f"the column {column} is not supported yet; remove it")
-    for column in PROMPT_PARTS:
-        if column not in found.columns + found.parts and value.get(column):
-            raise RowFault(
-                f"the column {column} beside {found.columns[0]} is not supported; put it into the "
-                f"prompt, or set columns {{{found.columns[0]}: {found.columns[0]}}} to leave it out"
-            )
-    prompt, chosen, rejected = found.read(value)
+    sides = found.read(value, notes or Notes())
+    _check_nothing_is_lost(value, found, sides)
+    prompt, chosen, rejected = sides
     system = read_text(value.get("system") or "", "system")
     system = system if system.strip() else ""
     if system and not isinstance(prompt, str):
         if has_system(prompt):
             raise RowFault("a system column and a system message; keep one of them")
         prompt, system = [{"role": "system", "content": system}, *prompt], ""
-    tools = read_tools(value["tools"]) if "tools" in value else []
+    tools = value.get("tools", value.get("input.tools") if "input.tools" in found.parts else None)
     name = "chat_template_kwargs"
     variables = read_template_kwargs(value[name]) if name in value else {}
+    tools = read_tools(tools) if tools else []
     return Preference(prompt, chosen, rejected, row, system, tools, variables), found
+
+
+@lru_cache(maxsize=1000)
+def _formats_with(names: frozenset[str]) -> tuple["Format", ...]:
+    """The formats whose columns are among some names."""
+    return tuple(known for known in FORMATS if names.issuperset(known.columns))
+
+
+def _check_nothing_is_lost(value: Columns, found: Format, sides: Sides) -> None:
+    """Refuse a column of a conversation that is not read and says more than what is read."""
+    unread = (value.keys() & PROMPT_COLUMNS).difference(found.columns, found.parts)
+    if found.read is read_joined:  # it has no prompt of its own: any column of messages may be it
+        unread |= {name for name, item in value.items() if _is_messages(item)}
+    if not unread:
+        return
+    read = " ".join(text for part in (*sides, value.get("system")) for text in _texts(part))
+    for name in sorted(unread):
+        says = value[name]
+        if says in (value.get(side) for side in SIDES):
+            continue
+        while isinstance(says, list) and says and _role(says[-1]) in ANSWER_ROLES:
+            says = says[:-1]
+        if all(text in read for text in _texts(says)):
+            continue
+        first = found.columns[0]
+        leave_it = f"{{{first}: {first}}} to leave it out, " if first in PROMPT_COLUMNS else ""
+        raise RowFault(
+            f"the column {name} beside {first} is not supported; put it into the prompt, or set "
+            f"columns {leave_it}{{prompt: {name}}} to read it instead"
+        )
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a column: what is said, without white space that varies."""
+    if isinstance(value, str):
+        return [" ".join(value.split())]
+    if _role(value):
+        content = value.get("value" if "from" in value else "content")
+        return [] if _role(value) in CALL_ROLES else _texts(content)
+    return [text for item in value for text in _texts(item)] if isinstance(value, list) else []
+
+
+def _role(value: Any) -> Any:
+    """The role of a message; None of anything else."""
+    return value.get("from", value.get("role")) if isinstance(value, dict) else None
+
+
+def _is_messages(value: Any) -> bool:
+    """Whether a column holds a list of messages, as it is or as text."""
+    if isinstance(value, list):
+        return bool(value) and _role(value[0]) is not None
+    return looks_like_messages(value)
 
 
 def _what_is_missing(value: Columns) -> str:
     """What a row that has no format lacks, and how to mend it."""
-    if {"completion", "label"} <= value.keys():
+    if {"completion", "label"} <= value.keys() or _has_label(value):
         return (
-            "unpaired preferences (prompt, completion, label) are not supported yet; "
-            "convert to rows of prompt, chosen and rejected"
+            "unpaired preferences (KTO data: one answer a row, with a label) are not supported; "
+            "join two rows of the same prompt into one: prompt, chosen (the answer whose label is "
+            "true), rejected (the one whose label is false)"
         )
-    missing = ", ".join(key for key in ("prompt", *SIDES) if key not in value)
-    return (
-        f"missing {missing}; found {keys_in_words(value)}; {known_formats()}; "
-        "name other columns with columns {chosen: NAME}"
-    )
+    lacking = [key for key in ("prompt", *SIDES) if key not in value]
+    if "prompt" in lacking and PROMPT_COLUMNS & value.keys():
+        lacking.remove("prompt")
+    hints = {name: close_name(name, value[name], tuple(lacking)) for name in list(value)[:50]}
+    hints = {name: hint for name, hint in hints.items() if hint}
+    found = f"missing {', '.join(lacking)}; found {keys_in_words(value)}"
+    if not hints:
+        return f"{found}; {known_formats()}; name other columns with columns {{chosen: NAME}}"
+    meant = " and ".join(f"{hint} by {printable_line(name)}" for name, hint in hints.items())
+    names = ", ".join(f"{hint}: {printable_line(name)}" for name, hint in hints.items())
+    return f"{found}; did you mean {meant}? then set columns {{{names}}}"
+
+
+def _has_label(value: Columns) -> bool:
+    """Whether a row has a label of one answer, and no second answer."""
+    labels = [str(value[name]).lower() for name in LABELS if name in value]
+    return "rejected" not in value and any(x in ("true", "false", "0", "1") for x in labels)
 
 
 def known_formats() -> str:
     """The columns of every format in one line."""
-    sets = dict.fromkeys(", ".join(known.columns) for known in FORMATS)
-    return "known are " + "; ".join(sets)
-
-
-def _read_strings(row: Columns) -> Sides:
-    prompt, chosen, rejected = (read_text(row[key], key) for key in ("prompt", *SIDES))
-    return prompt, chosen, rejected
-
-
-def _read_message_lists(row: Columns, prompt_column: str = "prompt") -> Sides:
-    """A prompt and two answers, each a string, a message or a list of them."""
-    prompt = read_messages(row[prompt_column], prompt_column, "user")
-    return prompt, _answer(row["chosen"], "chosen"), _answer(row["rejected"], "rejected")
-
-
-def _read_rejected_response(row: Columns) -> Sides:
-    """A conversation whose last answer is the chosen one."""
-    messages = read_messages(row["messages"], "messages", "user")
-    _check_ends_in_answer(messages, "messages")
-    if len(messages) == 1:
-        raise RowFault("messages holds an answer alone; put the user's message before it")
-    rejected = _answer(row["rejected_response"], "rejected_response")
-    return messages[:-1], messages[-1:], rejected
-
-
-def _read_parts(row: Columns, *keys: str) -> Sides:
-    """A prompt in parts: one line each, with the turns before it in history."""
-    parts = [read_text(row[key], key) for key in keys if key in row]
-    prompt = "\n".join(part for part in parts if part)
-    chosen, rejected = row["chosen"], row["rejected"]
-    history = _history(row.get("history"))
-    if not history and isinstance(chosen, str) and isinstance(rejected, str):
-        return prompt, read_text(chosen, "chosen"), read_text(rejected, "rejected")
-    messages = [*history, {"role": "user", "content": prompt}]
-    return messages, _answer(chosen, "chosen"), _answer(rejected, "rejected")
-
-
-def _history(value: Any) -> list[Message]:
-    """Earlier turns: a list of pairs of what the user and the assistant said."""
-    if not value:
-        return []
-    if not isinstance(value, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 for pair in value
-    ):
-        raise RowFault("history must be a list of pairs [user, assistant]")
-    return [
-        {"role": role, "content": read_text(text, f"history[{i}]")}
-        for i, pair in enumerate(value)
-        for role, text in zip(("user", "assistant"), pair, strict=True)
+    beside: dict[str, list[str]] = {}
+    for known in FORMATS:
+        if known.columns[-2:] == SIDES:
+            beside.setdefault(", ".join(SIDES), []).extend(known.columns[:-2])
+        else:
+            beside[", ".join(known.columns)] = []
+    parts = [
+        f"{sides}, alone or with {'/'.join(dict.fromkeys(names))}" if names else sides
+        for sides, names in beside.items()
     ]
+    return "known are " + "; ".join(parts)
 
 
-def _read_conversations(row: Columns) -> Sides:
-    """Two whole conversations; a prompt beside them must be how they begin."""
-    chosen, rejected = (_conversation(row[side], side) for side in SIDES)
-    prompt = row.get("prompt")
-    if isinstance(prompt, str):
-        for name, messages in (("chosen", chosen), ("rejected", rejected)):
-            first = next((m["content"] for m in messages if m["role"] == "user"), None)
-            if first is None or first.strip() != read_text(prompt, "prompt").strip():
-                raise RowFault(f"the first user message of {name} is not the prompt")
-    elif prompt is not None:
-        messages = read_messages(prompt, "prompt", "user")
-        length = len(messages)
-        for name, side in (("chosen", chosen), ("rejected", rejected)):
-            if side[:length] != messages or len(side) == length:
-                raise RowFault(f"{name} is a whole conversation that does not begin with prompt")
-        return messages, chosen[length:], rejected[length:]
-    return _split(chosen, rejected)
+def close_name(name: str, item: Any, known: tuple[str, ...]) -> str:
+    """Which of some known names a column may be meant by: written almost so, or within its name."""
+    return _close_name(name, known) if isinstance(item, str | list | dict) else ""
 
 
-def _read_hh(row: Columns) -> Sides:
-    """Two conversations, each as one text with the turns marked."""
-    before = read_text(row.get("prompt") or "", "prompt")
-    sides = [read_text(row[side], side) for side in SIDES]
-    texts = [text if text.startswith(before) else before + text for text in sides]
-    chosen, rejected = (_hh_turns(text, side) for text, side in zip(texts, SIDES, strict=True))
-    return _split(chosen, rejected)
-
-
-def _hh_turns(text: str, name: str) -> list[Message]:
-    _, *turns = HH_TURN.split("\n\n" + text.lstrip())
-    messages = [
-        {"role": HH_ROLES[role], "content": content.strip()}
-        for role, content in zip(turns[::2], turns[1::2], strict=True)
-    ]
-    _check_ends_in_answer(messages, name)
-    return messages
-
-
-def _check_sides_part(chosen: Content, rejected: Content) -> None:
-    """Refuse equal sides without a prompt of their own: nothing tells where it ends."""
-    if chosen == rejected:
-        raise RowFault("chosen and rejected are identical; remove the row")
-
-
-def _split(chosen: list[Message], rejected: list[Message]) -> Sides:
-    """Whole conversations as the messages they share and what follows."""
-    _check_sides_part(chosen, rejected)
-    shared = common_messages(chosen, rejected)
-    if not any(message["role"] == "user" for message in chosen[:shared]):
-        raise RowFault(
-            "chosen and rejected do not begin with the same user message, so there is no prompt; "
-            "put it into a column prompt, or remove the row"
-        )
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _read_joined(row: Columns) -> Sides:
-    """Two texts that begin alike; the answers keep the prompt, as joined text does."""
-    chosen, rejected = (read_text(row[side], side) for side in SIDES)
-    _check_sides_part(chosen, rejected)
-    limit = min(len(chosen), len(rejected)) - 1
-    shared = next((i for i in range(limit) if chosen[i] != rejected[i]), max(limit, 0))
-    if shared and chosen[shared - 1] == " ":
-        shared -= 1
-    if not chosen[:shared].strip():
-        raise RowFault(
-            "chosen and rejected do not begin with the same text, so there is no prompt; "
-            "put it into a column prompt"
-        )
-    return chosen[:shared], chosen, rejected
-
-
-def _conversation(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise RowFault(
-            f"{name} must be a list of messages like the other side, got {type_in_words(value)}"
-        )
-    messages = read_messages(value, name, "user")
-    _check_ends_in_answer(messages, name)
-    return messages
-
-
-def _answer(value: Any, name: str) -> list[Message]:
-    """One side of a pair as messages: the answer alone, ending in an assistant turn."""
-    messages = read_messages(value, name, "assistant")
-    if messages[0]["role"] in PROMPT_ROLES:
-        raise RowFault(
-            f"{name} begins with a {messages[0]['role']} message; keep only the answer in it, or "
-            "whole conversations on both sides"
-        )
-    _check_ends_in_answer(messages, name)
-    return messages
-
-
-def _check_ends_in_answer(messages: list[Message], name: str) -> None:
-    if messages[-1]["role"] != "assistant":
-        raise RowFault(f"{name} must end with an assistant message")
-
-
-def _all_strings(row: Columns) -> bool:
-    return all(isinstance(row.get(key, ""), str) for key in ("prompt", *SIDES))
-
-
-def _begins_with_prompt(row: Columns) -> bool:
-    """Whether both sides are lists that begin with something other than an answer."""
-    firsts = [row[side][0] for side in SIDES if isinstance(row[side], list) and row[side]]
-    roles = [first.get("role", first.get("from")) for first in firsts if isinstance(first, dict)]
-    return len(roles) == 2 and all(role in (*PROMPT_ROLES, "human") for role in roles)
-
-
-def _is_hh(row: Columns) -> bool:
-    texts = [row["prompt"]] if row.get("prompt") else [row[side] for side in SIDES]
-    return _all_strings(row) and all(text.lstrip().startswith("Human:") for text in texts)
+@lru_cache(maxsize=1000)
+def _close_name(name: str, known: tuple[str, ...]) -> str:
+    words = re.split(r"[\W_]+", name.lower()[:80])
+    within = [other for other in known if other in words]
+    close = difflib.get_close_matches(name.lower()[:80], known, 1, CLOSE_NAMES)
+    return next(iter(within + close), "")
 
 
 FORMATS = (
@@ -319,82 +259,145 @@ FORMATS = (
         ("conversations", *SIDES),
         '{"conversations": [{"from": "human", "value": ...}, ...], "chosen": {"from": "gpt", ...}, '
         '"rejected": ...}',
-        lambda row: _read_message_lists(row, "conversations"),
+        "LLaMA-Factory: `formatting: sharegpt`, `ranking: true`",
+        partial(read_message_lists, name="conversations"),
     ),
     Format(
         "Anthropic HH text",
         SIDES,
         r'{"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}',
-        _read_hh,
-        _is_hh,
+        "Anthropic/hh-rlhf, the code of the DPO paper",
+        read_hh,
+        is_hh,
         ("prompt",),
     ),
     Format(
         "prompt/chosen/rejected strings",
         ("prompt", *SIDES),
         '{"prompt": "...", "chosen": "...", "rejected": "..."}',
-        _read_strings,
-        _all_strings,
+        "TRL: standard; axolotl: `chatml.prompt_pairs`; OpenRLHF: `prompt_key`",
+        read_strings,
+        all_strings,
     ),
     Format(
         "prompt and whole conversations",
         ("prompt", *SIDES),
         '{"prompt": "...", "chosen": [{"role": "user", ...}, {"role": "assistant", ...}], '
         '"rejected": [...]}',
-        _read_conversations,
-        _begins_with_prompt,
+        "UltraFeedback (alignment-handbook); axolotl: `chatml.ultra`",
+        read_conversations,
+        begins_with_prompt,
     ),
     Format(
         "message lists",
         ("prompt", *SIDES),
         '{"prompt": [{"role": "user", "content": "..."}], "chosen": [...], "rejected": [...]}',
-        _read_message_lists,
+        "TRL: conversational",
+        read_message_lists,
     ),
     Format(
         "instruction and input",
         ("instruction", *SIDES),
         '{"instruction": "...", "input": "...", "history": [["...", "..."]], "chosen": "...", '
         '"rejected": "..."}',
-        lambda row: _read_parts(row, "instruction", "input"),
+        "LLaMA-Factory: `formatting: alpaca`, `ranking: true`",
+        lambda row, notes: read_parts(row, notes, "instruction", "input"),
         parts=("input", "history"),
     ),
     Format(
         "question",
         ("question", *SIDES),
         '{"system": "...", "question": "...", "chosen": "...", "rejected": "..."}',
-        lambda row: _read_parts(row, "question"),
+        "Orca pairs; axolotl: `chatml.intel`",
+        partial(read_context, name="question"),
         parts=("history",),
     ),
     Format(
         "input",
         ("input", *SIDES),
         '{"input": "...", "chosen": "...", "rejected": "..."}',
-        lambda row: _read_parts(row, "input"),
+        "axolotl: `chatml.icr`",
+        partial(read_context, name="input"),
         parts=("history",),
+    ),
+    Format(
+        "OpenAI preference",
+        ("input.messages", "preferred_output", "non_preferred_output"),
+        '{"input": {"messages": [{"role": "user", ...}], "tools": [...]}, "preferred_output": '
+        '[{"role": "assistant", ...}], "non_preferred_output": [...]}',
+        "OpenAI: preference fine-tuning",
+        partial(
+            read_context,
+            name="input.messages",
+            sides=("preferred_output", "non_preferred_output"),
+        ),
+        parts=("input.tools",),
+    ),
+    Format(
+        "messages and rejected_messages",
+        ("messages", "rejected_messages"),
+        '{"messages": [..., {"role": "assistant", "content": "..."}], "rejected_messages": [...]}',
+        "ms-swift",
+        partial(read_rejected_messages, rejected="rejected_messages"),
     ),
     Format(
         "messages and rejected_response",
         ("messages", "rejected_response"),
         '{"messages": [..., {"role": "assistant", "content": "..."}], "rejected_response": "..."}',
-        _read_rejected_response,
+        "ms-swift",
+        partial(read_rejected_messages, rejected="rejected_response"),
+    ),
+    Format(
+        "query and responses",
+        ("query", "response", "rejected_response"),
+        '{"query": "...", "response": "...", "rejected_response": "...", '
+        '"history": [["...", "..."]]}',
+        "ms-swift, before version 3",
+        partial(read_context, name="query", sides=("response", "rejected_response")),
+        parts=("history",),
+    ),
+    *(
+        Format(
+            f"{name} and answers",
+            (name, *SIDES),
+            f'{{"{name}": [{{"role": "user", "content": "..."}}], '
+            '"chosen": "...", "rejected": "..."}',
+            peers,
+            partial(read_context, name=name),
+            lambda row: not begins_with_prompt(row),
+            parts=("history",),
+        )
+        for name, peers in (
+            ("messages", "axolotl: `chat_template.default`"),
+            ("conversation", "the same under other names"),
+            ("context", "the same"),
+            ("query", "the same; ms-swift's older name of a prompt"),
+        )
     ),
     Format(
         "implicit prompt, whole conversations",
         SIDES,
         '{"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}',
-        _read_conversations,
+        "TRL: conversational, implicit prompt; axolotl: `chatml.argilla_chat`",
+        read_conversations,
         lambda row: isinstance(row["chosen"], list) or isinstance(row["rejected"], list),
     ),
     Format(
         "implicit prompt, strings",
         SIDES,
         '{"chosen": "What is rain? Water.", "rejected": "What is rain? Wind."}',
-        _read_joined,
-        _all_strings,
+        "TRL: standard, implicit prompt",
+        read_joined,
+        all_strings,
     ),
 )
 # Columns of which a row's prompt is made.
-PROMPT_COLUMNS = {"prompt", "conversations", "messages", "question", *PROMPT_PARTS}
+PROMPT_COLUMNS = frozenset(
+    name
+    for known in FORMATS
+    for name in (*known.columns, *known.parts)
+    if name not in ANSWER_COLUMNS and name != "input.tools"
+)
 COLUMNS = tuple(
     dict.fromkeys([c for known in FORMATS for c in known.columns + known.parts] + [*COMMON_COLUMNS])
 )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lowmem_dpo.data.reading import is_single_file
 from lowmem_dpo.data.rows import Row, read_rows, read_text_lines
+from lowmem_dpo.data.text_values import looks_like_messages
 
 
 def read_prompts(path: str) -> list[str]:
@@ -34,7 +35,8 @@ def _text_of(row: Row) -> str:
 
 def _prompt_of(row: Row) -> str:
     prompt = row.value.get("prompt") if isinstance(row.value, dict) else None
+    prompt = None if looks_like_messages(prompt) else prompt
     if row.fault or not isinstance(prompt, str) or not prompt.strip():
-        fault = row.fault or "every row must be an object with text in `prompt`"
+        fault = row.fault or "every row must be an object with text, not messages, in `prompt`"
         raise ValueError(f"{row.place}: {fault}")
     return prompt

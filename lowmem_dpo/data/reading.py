@@ -4,30 +4,36 @@ Here rows get our names of columns, bad rows stop the run or are left out, and a
 one format.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from lowmem_dpo.data.columns import (
+    columns_of_messages,
+    decode_messages,
+    open_columns,
+    rename_columns,
+)
 from lowmem_dpo.data.formats import (
     COLUMNS,
     COMMON_COLUMNS,
     PROMPT_COLUMNS,
     Format,
     Preference,
+    close_name,
     known_formats,
     parse_row,
 )
-from lowmem_dpo.data.messages import keys_in_words
+from lowmem_dpo.data.messages import EMPTY, Notes, keys_in_words
 from lowmem_dpo.data.repositories import read_dataset
-from lowmem_dpo.data.rows import READERS, Row, RowFault, read_rows
+from lowmem_dpo.data.rows import Row, RowFault, is_row_file, read_rows
 
 SHOWN_FAULTS = 3
 # Rows of which most decide the format.
 FIRST_ROWS = 100
-EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
 @dataclass
@@ -37,21 +43,30 @@ class ReadReport:
     Attributes:
         format: Name of the rows' format.
         unused: Columns that hold something and are not read.
+        meant: Columns that some of these may be meant to be.
         num_rows: Rows found.
         num_skipped: Bad rows that were left out.
         faults: Place and reason of the first of them.
+        notes: What was left out of messages or read as something else, in sentences.
     """
 
     format: str = ""
     unused: list[str] = field(default_factory=list)
+    meant: dict[str, str] = field(default_factory=dict)
     num_rows: int = 0
     num_skipped: int = 0
     faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """The report in words, a line each."""
         unused = f" (columns not used: {keys_in_words(self.unused)})" if self.unused else ""
-        lines = [f"{self.num_rows - self.num_skipped} pairs, {self.format}{unused}"]
+        lines = [f"{self.num_rows - self.num_skipped} pairs, {self.format}{unused}", *self.notes]
+        for theirs, ours in self.meant.items():
+            theirs = keys_in_words([theirs])
+            lines.append(
+                f"{theirs} is not used: did you mean {ours}? then set columns {{{ours}: {theirs}}}"
+            )
         if self.num_skipped:
             lines.append(f"{self.num_skipped} of {self.num_rows} rows are bad and left out, as set")
             lines += self.faults
@@ -63,7 +78,7 @@ class ReadReport:
 def is_single_file(source: str | Path) -> bool:
     """Whether a source is a file of rows; else it is a folder or a data set on the hub."""
     path = Path(source)
-    return path.suffix.lower() in READERS and not path.is_dir()
+    return is_row_file(path) and not path.is_dir()
 
 
 def read_preferences(
@@ -79,8 +94,8 @@ def read_preferences(
     """Read the rows of a source of preference pairs.
 
     Args:
-        source: A .jsonl, .json, .csv or .parquet file, a folder of them or of `save_to_disk`, or a
-            Hugging Face data set id.
+        source: A file that `read_rows` reads, a folder of them or of `save_to_disk`, or a Hugging
+            Face data set id.
         dataset_config: Configuration of a data set; not for single files.
         split: Split of a data set or folder; by default the one named `purpose`, or the only one.
         purpose: train or test.
@@ -122,13 +137,17 @@ def _preferences(
 ) -> Iterator[Preference]:
     """Yield the good rows and write the report."""
     first_rows = list(islice(rows, FIRST_ROWS))
-    usual = _usual_format(first_rows, columns)
-    unused: dict[str, None] = {}
+    as_text = columns_of_messages(_good_values(first_rows, columns))
+    usual = _usual_format(first_rows, columns, as_text)
+    notes, unused, read = Notes(), dict[str, str](), frozenset[str]()
     for row in chain(first_rows, rows):
         report.num_rows += 1
         try:
-            value = _renamed(row, columns)
-            preference, found = parse_row(value, row.number)
+            theirs = _columns(row, columns)
+            value = theirs
+            if isinstance(theirs, dict):
+                value = decode_messages(rename_columns(theirs, columns), as_text, notes)
+            preference, found = parse_row(value, row.number, notes)
             usual = usual or (found, row.place)
             report.format = usual[0].name
             if found is not usual[0]:
@@ -146,17 +165,56 @@ def _preferences(
             if len(report.faults) < SHOWN_FAULTS:
                 report.faults.append(f"{row.place}: {fault}")
             continue
-        # Told of are columns that hold something and are not read.
-        read = {columns.get(name, name) for name in found.columns + found.parts + COMMON_COLUMNS}
-        if PROMPT_COLUMNS & columns.keys():
-            read -= PROMPT_COLUMNS - set(columns.values())
-        further = {name: item for name, item in row.value.items() if name not in read}
-        unused |= {name: None for name, item in further.items() if item not in EMPTY}
+        read = read or _names_read(found, columns)
+        for name, item in theirs.items():
+            if name not in read and name not in unused and item not in EMPTY:
+                unused[name] = close_name(name, item, _names_lacking(found, columns, value))
         yield preference
     report.unused = list(unused)
+    report.meant = {name: meant for name, meant in unused.items() if meant}
+    report.notes = notes.lines()
 
 
-def _usual_format(rows: Iterable[Row], columns: Mapping[str, str]) -> tuple[Format, str] | None:
+def _columns(row: Row, columns: Mapping[str, str]) -> Any:
+    """A row's value, with the objects apart that a path leads into.
+
+    Raises:
+        RowFault: The row cannot be read.
+    """
+    if row.fault:
+        raise RowFault(row.fault)
+    return open_columns(row.value, columns) if isinstance(row.value, dict) else row.value
+
+
+def _good_values(rows: list[Row], columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """What the rows hold that can be read, under our names of columns."""
+    for row in rows:
+        with suppress(RowFault):
+            value = _columns(row, columns)
+            if isinstance(value, dict):
+                yield rename_columns(value, columns)
+
+
+def _names_read(found: Format, columns: Mapping[str, str]) -> frozenset[str]:
+    """The file's names of columns that are read."""
+    read = {columns.get(name, name) for name in found.columns + found.parts + COMMON_COLUMNS}
+    if PROMPT_COLUMNS & columns.keys():
+        read -= PROMPT_COLUMNS - set(columns.values())
+    return frozenset(read)
+
+
+def _names_lacking(
+    found: Format, columns: Mapping[str, str], value: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Our columns that a row could have beside those it has: a prompt, if it has none."""
+    has_prompt = PROMPT_COLUMNS & ({*found.columns} | columns.keys())
+    names = {*found.parts, *COMMON_COLUMNS, *(() if has_prompt else ("prompt",))}
+    return tuple(sorted(name for name in names if name not in value))
+
+
+def _usual_format(
+    rows: list[Row], columns: Mapping[str, str], as_text: frozenset[str]
+) -> tuple[Format, str] | None:
     """The format that most of some rows have, and where one stands; None if all are bad.
 
     Rows whose prompt is null have no say: they lack a prompt, they are no other layout. Where all
@@ -165,38 +223,12 @@ def _usual_format(rows: Iterable[Row], columns: Mapping[str, str]) -> tuple[Form
     places: dict[Format, list[str]] = {}
     for row in rows:
         with suppress(RowFault):
-            value = _renamed(row, columns)
-            found = parse_row(value, row.number)[1]
-            if value.get("prompt", "") is not None:
-                places.setdefault(found, []).append(row.place)
+            for value in _good_values([row], columns):
+                value = decode_messages(value, as_text, Notes())
+                found = parse_row(value, row.number)[1]
+                if value.get("prompt", "") is not None:
+                    places.setdefault(found, []).append(row.place)
     if not places:
         return None
     usual = max(places, key=lambda found: len(places[found]))
     return usual, places[usual][0]
-
-
-def _renamed(row: Row, columns: Mapping[str, str]) -> Any:
-    """A row's value under our names of columns.
-
-    Who names a column of the prompt chooses it: the others are left out.
-
-    Raises:
-        RowFault: The row cannot be read, or lacks a column that was named.
-    """
-    if row.fault:
-        raise RowFault(row.fault)
-    value = row.value
-    if not columns or not isinstance(value, dict):
-        return value
-    for name, theirs in columns.items():
-        if theirs not in value:
-            raise RowFault(
-                f"no column {theirs}, which columns gives for {name}; found {keys_in_words(value)}"
-            )
-    chosen = PROMPT_COLUMNS if PROMPT_COLUMNS & columns.keys() else set()
-    kept = {
-        name: item
-        for name, item in value.items()
-        if name not in columns.values() and name not in columns and name not in chosen
-    }
-    return kept | {name: value[theirs] for name, theirs in columns.items()}

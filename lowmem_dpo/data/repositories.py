@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_dpo.data.hub_errors import class_names, hub_refusal
-from lowmem_dpo.data.rows import READERS, Row, drop_nulls, printable_line, read_rows
+from lowmem_dpo.data.rows import Row, drop_nulls, file_kinds, is_row_file, printable_line, read_rows
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SAVED_TO_DISK = ("state.json", "dataset_dict.json")
@@ -55,7 +55,7 @@ def _check_is_id(path: Path) -> None:
     """Refuse what is neither there nor an id of the hub."""
     if path.exists():
         kind = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
-        raise ValueError(f"{path}: {kind} is not supported; {', '.join(READERS)} files are")
+        raise ValueError(f"{path}: {kind} is not supported; {file_kinds()} files are")
     if not HUB_ID.fullmatch(path.as_posix()):
         raise ValueError(f"{path}: no such file or folder; an id on the hub is OWNER/NAME")
 
@@ -90,7 +90,7 @@ def _folder_files(name: str, config: str | None) -> dict[str, list[Path]]:
     except Exception as error:
         raise ValueError(_in_words(name, error)) from None
     paths = {str(split): [Path(file) for file in files[split]] for split in files}
-    is_ours = all(p.suffix.lower() in READERS and p.is_file() for ps in paths.values() for p in ps)
+    is_ours = all(is_row_file(p) and p.is_file() for ps in paths.values() for p in ps)
     return paths if is_ours else {}
 
 

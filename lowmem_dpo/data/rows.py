@@ -1,4 +1,4 @@
-"""Rows of local files: .jsonl, .json, .csv and .parquet, one at a time.
+"""Rows of local files, one at a time: `READERS` has the suffixes; text files may end in .gz too.
 
 Every reader yields `Row`s: a value, or what is wrong with that row. What is wrong with one row only
 is told in the row (by whoever reads its values, in a `RowFault`), so that the caller may leave it
@@ -9,24 +9,25 @@ file of any size without a line break costs one message, not the memory of the m
 
 import codecs
 import csv
+import gzip
+import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MAX_ROW_BYTES = 64 * 2**20  # an answer of a million words has 6 MiB
 # A list in a .json file is held as text beside its rows: 1 GiB costs up to 4 GiB of host memory.
 MAX_JSON_BYTES = 2**30
 CHUNK_BYTES = 2**20
 BATCH_ROWS = 256
-# A message list in a cell as json.dumps writes it, and as Python prints it.
-JSON_MESSAGES = re.compile(r'\[\{\s*"(role|content|from|value)"')
-PYTHON_MESSAGES = re.compile(r"\[\{\s*'(role|content|from|value)'")
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
 HALF_CHARACTERS = re.compile("[\ud800-\udfff]")
 NOT_UTF8 = "not valid UTF-8; save the file as UTF-8"
+DELIMITERS = {"tabs": "\t", "commas": ","}
 UTF_16 = "holds NUL bytes, as UTF-16 does; save the file as UTF-8"
 
 
@@ -55,7 +56,7 @@ def read_rows(path: Path, max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Row]:
     """Read the rows of a file, by its suffix.
 
     Args:
-        path: A file whose suffix is in `READERS`.
+        path: A file of which `is_row_file` is true.
         max_row_bytes: Longest row; in .csv counted in characters, in a .json list not looked at.
 
     Returns:
@@ -66,7 +67,52 @@ def read_rows(path: Path, max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Row]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; check the path")
-    return READERS[path.suffix.lower()](path, max_row_bytes)
+    return _unpacked(path, READERS[_suffix(path)](path, max_row_bytes))
+
+
+def is_row_file(path: Path) -> bool:
+    """Whether a file's name says that it holds rows that are read here."""
+    return _suffix(path) in READERS and not (_is_packed(path) and _suffix(path) == ".parquet")
+
+
+def file_kinds() -> str:
+    """The suffixes of files that are read here, in words."""
+    return f"{', '.join(READERS)} (.gz behind it too)"
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that says how a file's rows are written, without .gz."""
+    return (path.with_suffix("") if _is_packed(path) else path).suffix.lower()
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _open(path: Path) -> IO[bytes]:
+    """A file's bytes, unpacked."""
+    return gzip.open(path) if _is_packed(path) else path.open("rb")  # type: ignore[return-value]
+
+
+def _unpacked(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    """Rows of a file; what is wrong with the packing of a .gz file is told in one line."""
+    if not _is_packed(path):
+        yield from rows
+        return
+    place = f"{path}, line 1"
+    try:
+        for row in rows:
+            yield row
+            place = row.place
+    except gzip.BadGzipFile as error:
+        raise ValueError(
+            f"{place}: no gzip file, or a broken one ({printable_line(str(error))}); "
+            "if it is unpacked already, take .gz off its name"
+        ) from None
+    except (EOFError, zlib.error):
+        raise ValueError(
+            f"{place}: behind it the gzip file is cut off or broken; fetch it again"
+        ) from None
 
 
 def read_text_lines(path: Path, max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Row]:
@@ -75,6 +121,10 @@ def read_text_lines(path: Path, max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[
     Raises:
         OSError: The file cannot be opened.
     """
+    return _unpacked(path, _text_lines(path, max_row_bytes))
+
+
+def _text_lines(path: Path, max_row_bytes: int) -> Iterator[Row]:
     for number, line in _lines(path, max_row_bytes):
         place = f"{path}, line {number}"
         if line is None:
@@ -111,7 +161,7 @@ def _read_jsonl(path: Path, max_row_bytes: int) -> Iterator[Row]:
 def _lines(path: Path, max_row_bytes: int) -> Iterator[tuple[int, bytes | None]]:
     """Number and bytes of every line; None for one that is too long, whose rest is passed over."""
     number = 0
-    with path.open("rb") as file:
+    with _open(path) as file:
         while line := file.readline(max_row_bytes + 1):
             number += 1
             if len(line) <= max_row_bytes:
@@ -165,14 +215,15 @@ def _read_json(path: Path, max_row_bytes: int) -> Iterator[Row]:
     if not first.startswith(b"[") and not _parse_line(first)[1]:
         yield from _read_jsonl(path, max_row_bytes)
         return
-    if path.stat().st_size > MAX_JSON_BYTES:
+    # One byte a character; as UTF-8 a single emoji would make every character take four.
+    with _open(path) as file, io.TextIOWrapper(file, "latin-1", newline="") as characters:
+        is_short = path.stat().st_size <= MAX_JSON_BYTES
+        text = characters.read(MAX_JSON_BYTES + 1) if is_short else ""
+    if not is_short or len(text) > MAX_JSON_BYTES:
         raise ValueError(
             f"{path}: one list or object longer than {MAX_JSON_BYTES // 2**20} MiB, which would "
             "be held in memory whole; write it as .jsonl, each row on its own line"
         )
-    # One byte a character; as UTF-8 a single emoji would make every character take four.
-    with path.open(encoding="latin-1", newline="") as file:
-        text = file.read()
     yield from _json_rows(path, text.removeprefix(codecs.BOM_UTF8.decode("latin-1")))
 
 
@@ -233,13 +284,14 @@ def _broken_json(path: Path, row: int, error: json.JSONDecodeError) -> str:
 
 
 def _read_csv(path: Path, max_row_bytes: int) -> Iterator[Row]:
-    """The records of comma-separated values under a header; a cell may span lines."""
+    """The records of a table under a header, its cells apart by commas (.tsv: tabs)."""
     lines = _csv_lines(path, max_row_bytes)
+    apart = "tabs" if _suffix(path) == ".tsv" else "commas"
     usual = csv.field_size_limit(max_row_bytes)
     try:
-        reader = csv.reader(lines, strict=True)
+        reader = csv.reader(lines, strict=True, delimiter=DELIMITERS[apart])
         header = next(reader, [])
-        _check_header(path, header)
+        _check_header(path, header, apart)
         if len(set(header)) < len(header) or (header and "" in header[1:]):
             raise ValueError(f"{path}, line 1: names of columns are empty or stand there twice")
         while True:
@@ -251,22 +303,23 @@ def _read_csv(path: Path, max_row_bytes: int) -> Iterator[Row]:
                 yield _csv_row(number, f"{path}, line {number}", header, cells)
     except csv.Error as error:
         raise ValueError(
-            f"{path}, line {reader.line_num}: broken CSV ({error}); cells are separated by commas, "
-            'those with commas, quotes or line breaks in "...", quotes in them doubled'
+            f"{path}, line {reader.line_num}: broken CSV ({error}); cells are separated by "
+            f'{apart}, those with {apart}, quotes or line breaks in "...", quotes in them doubled'
         ) from None
     finally:
         csv.field_size_limit(usual)
 
 
-def _check_header(path: Path, header: list[str]) -> None:
-    """Refuse a header that was read wrongly: another encoding, cells that no comma parts."""
+def _check_header(path: Path, header: list[str], apart: str) -> None:
+    """Refuse a header that was read wrongly: another encoding, cells that are apart otherwise."""
     text = "".join(header)
     if HALF_CHARACTERS.search(text):
         raise ValueError(f"{path}, line 1: {NOT_UTF8}")
-    if len(header) == 1 and re.search("[;\t]", text):
+    if len(header) == 1 and re.search("[;\t]" if apart == "commas" else "[;,]", text):
+        other = ", or name the file .tsv" if "\t" in text else ""
         raise ValueError(
             f"{path}, line 1: the header is one cell ({printable_line(text)}); "
-            "separate cells by commas, not by semicolons or tabs"
+            f"separate cells by {apart}{other}"
         )
 
 
@@ -282,23 +335,13 @@ def _csv_lines(path: Path, max_row_bytes: int) -> Iterator[str]:
 
 
 def _csv_row(number: int, place: str, header: list[str], cells: list[str]) -> Row:
-    """A record as a row; cells that hold message lists are read as JSON."""
+    """A record as a row."""
     if len(cells) != len(header):
         fault = f"has {len(cells)} cells, the header names {len(header)} columns"
         return Row(number, place, fault=fault + '; put cells with commas or line breaks in "..."')
-    value: dict[str, Any] = {}
-    for name, cell in zip(header, cells, strict=True):
-        if HALF_CHARACTERS.search(cell):
-            return Row(number, place, fault=NOT_UTF8)
-        value[name] = cell
-        if PYTHON_MESSAGES.match(cell):
-            fault = "holds messages in Python's notation; write them with json.dumps"
-            return Row(number, place, fault=f"the column {printable_line(name)} {fault}")
-        if JSON_MESSAGES.match(cell):
-            value[name], fault = _parse_line(cell.encode())
-            if fault:
-                return Row(number, place, fault=f"the column {printable_line(name)}: {fault}")
-    return Row(number, place, value)
+    if any(map(HALF_CHARACTERS.search, cells)):
+        return Row(number, place, fault=NOT_UTF8)
+    return Row(number, place, dict(zip(header, cells, strict=True)))
 
 
 def _read_parquet(path: Path, max_row_bytes: int) -> Iterator[Row]:
@@ -349,7 +392,9 @@ def type_in_words(value: Any) -> str:
 
 READERS: dict[str, Callable[[Path, int], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }

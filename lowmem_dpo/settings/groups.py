@@ -132,7 +132,7 @@ class DataSettings(Settings):
     """The pairs."""
 
     data: str | None = None
-    """Pairs to train on: a .jsonl, .json, .csv or .parquet file, a folder, or a dataset id."""
+    """Pairs to train on: a .jsonl, .json, .csv, .tsv, .parquet file, a folder, or a dataset id."""
     eval_data: str | None = None
     """Pairs to evaluate on, from a source of the same kinds."""
     eval_fraction: float = field(default=0.0, metadata=SHARE)
@@ -144,7 +144,7 @@ class DataSettings(Settings):
     dataset_test_split: str | None = None
     """Split of eval_data to evaluate on; by default test, or the only one."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our names of columns to the file's, such as {prompt: question, chosen: answer_a}."""
+    """Our names of columns to the file's, such as {prompt: question, chosen: answers.0.text}."""
     max_samples: int | None = field(default=None, metadata=COUNT_OR_NONE)
     """Read this many rows of data, and of eval_data, the first; by default all."""
 

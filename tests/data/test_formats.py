@@ -68,12 +68,119 @@ AS_MESSAGES = Preference([USER], [CHOSEN], [REJECTED], 1)
             {"messages": [USER, CHOSEN], "rejected_response": "r"},
             AS_MESSAGES,
         ),
+        (
+            "messages and rejected_messages",
+            {"messages": [USER, CHOSEN], "rejected_messages": [USER, REJECTED]},
+            AS_MESSAGES,
+        ),
+        (
+            "messages and rejected_messages",
+            {"messages": [USER, CHOSEN], "rejected_messages": [REJECTED]},
+            AS_MESSAGES,
+        ),
+        (
+            "query and responses",
+            {"query": "u", "response": "c", "rejected_response": "r"},
+            AS_STRINGS,
+        ),
+        (
+            "OpenAI preference",
+            {"input.messages": [USER], "preferred_output": [CHOSEN], "non_preferred_output": "r"},
+            AS_MESSAGES,
+        ),
     ],
 )
 def test_parse_row_reads_every_format(name, row, expected):
     preference, found = parse_row(row, 1)
     assert found.name == name
     assert preference == expected
+
+
+@pytest.mark.parametrize("name", ["messages", "conversation", "context", "query"])
+def test_parse_row_takes_the_prompt_beside_answers(name):
+    answers = {"chosen": "c", "rejected": "r"}
+    assert parse_row({name: [USER], **answers}, 1)[0] == AS_MESSAGES
+    assert parse_row({name: "u", **answers}, 1)[0] == AS_STRINGS
+    row = {name: [USER], "chosen": [CHOSEN], "rejected": REJECTED}
+    assert parse_row(row, 1)[0] == AS_MESSAGES
+    assert parse_row({name: [USER, CHOSEN], **answers}, 1)[0] == AS_MESSAGES
+    assert parse_row({name: [USER, CHOSEN], **WHOLE}, 1)[0] == AS_MESSAGES
+    history = {"history": [["a", "b"]]}
+    before = [turn("user", "a"), turn("assistant", "b")]
+    assert parse_row({name: "u", **answers, **history}, 1)[0].prompt == [*before, USER]
+    for row, message in (
+        ({name: [USER], **answers, **history}, f"history beside messages in {name}; put it before"),
+        ({name: [USER, turn("assistant", "x")], **answers}, f"{name} ends with an assistant"),
+    ):
+        with pytest.raises(RowFault, match=message):
+            parse_row(row, 1)
+
+
+def test_parse_row_takes_openais_tools():
+    row = {"input.messages": [USER], "preferred_output": [CHOSEN], "non_preferred_output": "r"}
+    assert parse_row(row | {"input.tools": [TOOL]}, 1)[0].tools == [TOOL]
+    assert parse_row(row | {"input.tools": []}, 1)[0].tools == []
+    assert parse_row(STRINGS | {"input.tools": [TOOL]}, 1)[0].tools == []
+
+
+def test_parse_row_keeps_identical_pairs_for_encoding_to_count():
+    rows = [
+        STRINGS | {"rejected": "c"},
+        MESSAGES | {"rejected": "c"},
+        WHOLE | {"rejected": WHOLE["chosen"]},
+        HH | {"rejected": HH["chosen"]},
+        {"prompt": "u", **WHOLE, "rejected": WHOLE["chosen"]},
+        {"chosen": "ab", "rejected": "ab"},
+        {"chosen": "a", "rejected": "a"},
+        {"messages": [USER, CHOSEN], "rejected_response": "c"},
+        {"messages": [USER, CHOSEN], "rejected_messages": [USER, CHOSEN]},
+    ]
+    for row in rows:
+        preference = parse_row(row, 1)[0]
+        assert preference.chosen == preference.rejected
+
+
+# A column of the conversation is read, or says nothing new, or the row is refused
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        STRINGS | {"question": "u"},
+        STRINGS | {"prompt": "Answer:\n u", "instruction": "Answer: u", "input": ""},
+        STRINGS | {"messages": [USER, turn("assistant", "another answer")]},
+        WHOLE | {"prompt": "u", "messages": WHOLE["chosen"]},
+        WHOLE | {"messages": [USER, turn("assistant", "x")], "conversation": [{"input": "z"}]},
+        STRINGS | {"system": "s", "messages": [turn("system", "s"), USER]},
+        {"chosen": "u c", "rejected": "u r", "judge": [USER]},
+    ],
+)
+def test_parse_row_leaves_out_columns_that_say_nothing_new(row):
+    names = {"question", "instruction", "input", "messages", "conversation", "judge"}
+    assert parse_row(row, 1)[0] == parse_row({k: row[k] for k in row.keys() - names}, 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (STRINGS | {"messages": [turn("user", "v"), CHOSEN, USER]}, "{prompt: messages} to read"),
+        (STRINGS | {"prompt": "u", "query": "v"}, "the column query beside prompt is not"),
+        (WHOLE | {"messages": [turn("system", "s"), USER, CHOSEN]}, "column messages beside chos"),
+        (MESSAGES | {"input.messages": [turn("user", "v")]}, "column input.messages beside prompt"),
+        (
+            {"question": "u", "context": "v", "chosen": "c", "rejected": "r"},
+            "set columns {question: question} to leave it out, {prompt: context} to read it",
+        ),
+        (
+            {"trajectory": [USER], "chosen": "It is c", "rejected": "It is r"},
+            "the column trajectory beside chosen is not supported; put it into the prompt, or set "
+            "columns {prompt: trajectory} to read it instead",
+        ),
+    ],
+)
+def test_parse_row_refuses_to_drop_a_part_of_the_conversation(row, message):
+    with pytest.raises(RowFault, match=re.escape(message)):
+        parse_row(row, 1)
 
 
 def test_parse_row_keeps_turns_before_the_answer():
@@ -179,11 +286,13 @@ def test_parse_row_takes_empty_tools_for_none(empty):
 @pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}'])
 def test_parse_row_keeps_tool_calls_and_their_null_content(arguments):
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
-    calling, result = turn("assistant", None, tool_calls=[call]), turn("tool", "2", name="f")
-    without_content = {"role": "assistant", "tool_calls": [call]}
-    for first in (calling, without_content):
-        row = {"prompt": [USER], "chosen": [first, result, CHOSEN], "rejected": "r"}
-        assert parse_row(row, 1)[0].chosen == [calling, result, CHOSEN]
+    result, expected = turn("tool", "2", name="f"), turn("assistant", None, tool_calls=[CALL])
+    for calls in ([call], json.dumps([call])):
+        calling = turn("assistant", None, tool_calls=calls)
+        without_content = {"role": "assistant", "tool_calls": calls}
+        for first in (calling, without_content):
+            row = {"prompt": [USER], "chosen": [first, result, CHOSEN], "rejected": "r"}
+            assert parse_row(row, 1)[0].chosen == [expected, result, CHOSEN]
 
 
 def test_parse_row_keeps_further_text_of_messages():
@@ -198,12 +307,30 @@ def test_parse_row_keeps_further_text_of_messages():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ([1], "a row must be a JSON object, got a list; known are conversations, chosen, rejected"),
+        (
+            [1],
+            "a row must be a JSON object, got a list; known are chosen, rejected, alone",
+        ),
         ({"prompt": "p", "chosen": "c"}, "missing rejected; found prompt, chosen; known are"),
-        ({"question": "p", "answer": "c"}, "missing prompt, chosen, rejected; found question, ans"),
+        (
+            {"question": "p", "answer": "c"},
+            "missing chosen, rejected; found question, answer; k",
+        ),
         ({}, "missing prompt, chosen, rejected; found no keys"),
         ({f"k{i}": 1 for i in range(99)}, "k10, k11, ...; known are"),
         ({"prompt": "p", "completion": "c", "label": True}, "unpaired preferences"),
+        ({"messages": [USER, CHOSEN], "label": False}, "KTO data: one answer a row, with a label"),
+        ({"instruction": "u", "output": "c", "kto_tag": 1}, "join two rows of the same prompt"),
+        ({"prompt": "u", "completion": "c", "label": "True"}, "(the answer whose label is true)"),
+        ({"text": "u", "label": "sports"}, "missing prompt, chosen, rejected; found text, label"),
+        (
+            {"prompt": "u", "chosen": "c", "rejcted": "r"},
+            "did you mean rejected by rejcted? then set columns {rejected: rejcted}",
+        ),
+        (
+            {"prompt": "u", "chosen_response": "c", "rejected_response": "r"},
+            "then set columns {chosen: chosen_response, rejected: rejected_response}",
+        ),
         (STRINGS | {"prompt": 3}, "prompt must be a string or a list of messages, got a number"),
         (STRINGS | {"prompt": b"x"}, "prompt must be a string or a list of messages, got a value"),
         (STRINGS | {"chosen": None}, "missing chosen; found prompt, rejected; known are"),
@@ -220,7 +347,6 @@ def test_parse_row_keeps_further_text_of_messages():
         (MESSAGES | {"prompt": [turn("x" * 10**6, "u")]}, "xxx...'; known"),
         (MESSAGES | {"prompt": [turn("user", [])]}, "prompt[0].content must be a string, got"),
         (MESSAGES | {"prompt": [turn("user", None)]}, "prompt[0].content must be a string, got"),
-        (MESSAGES | {"chosen": [turn("assistant", "c", weight=1)]}, "chosen[0].weight must be"),
         (MESSAGES | {"chosen": [USER]}, "chosen begins with a user message; keep only the answer"),
         (MESSAGES | {"chosen": [turn("tool", "u")]}, "chosen must end with an assistant"),
         (SHAREGPT | {"system": "s", "conversations": [turn("system", "t")]}, "a system column and"),
@@ -236,17 +362,18 @@ def test_parse_row_keeps_further_text_of_messages():
         (WHOLE | {"prompt": "v"}, "the first user message of chosen is not the prompt"),
         (WHOLE | {"prompt": [turn("user", "v")]}, "chosen is a whole conversation that does not"),
         (WHOLE | {"prompt": [USER, CHOSEN]}, "chosen is a whole conversation that does not begin"),
-        (WHOLE | {"rejected": WHOLE["chosen"]}, "chosen and rejected are identical"),
         (WHOLE | {"rejected": [turn("user", "v"), REJECTED]}, "the same user message"),
         (WHOLE | {"rejected": [USER]}, "rejected must end with an assistant message"),
         (WHOLE | {"rejected": []}, "rejected is an empty list"),
         (WHOLE | {"rejected": "r"}, "rejected must be a list of messages like the other side"),
-        (HH | {"rejected": HH["chosen"]}, "chosen and rejected are identical"),
         (HH | {"rejected": "\n\nHuman: u"}, "rejected must end with an assistant message"),
         ({"chosen": "a", "rejected": "b"}, "do not begin with the same text"),
         ({"chosen": "", "rejected": "b"}, "do not begin with the same text"),
-        ({"chosen": "ab", "rejected": "ab"}, "chosen and rejected are identical"),
         ({"messages": [CHOSEN], "rejected_response": "r"}, "messages holds an answer alone"),
+        (
+            {"messages": [USER, CHOSEN], "rejected_messages": [turn("user", "v"), REJECTED]},
+            "do not begin with the same user message",
+        ),
         ({"messages": [USER], "rejected_response": "r"}, "messages must end with an assistant"),
         ({"input": "q", "chosen": "c", "rejected": "r", "history": "x"}, "history must be a list"),
         ({"question": "q", "chosen": "c", "rejected": "r", "history": [["a"]]}, "history must be"),
@@ -265,8 +392,8 @@ def test_parse_row_refuses_a_bad_row_in_one_line(row, message):
 def test_every_format_shows_its_columns():
     for known in FORMATS:
         shown = set(re.findall(r'"(\w+)":', known.example))
-        assert shown >= set(known.columns), known.name
-        assert ", ".join(known.columns) in known_formats()
+        assert shown >= {part for name in known.columns for part in name.split(".")}, known.name
+        assert all(re.search(rf"\b{name}\b", known_formats()) for name in known.columns)
 
 
 def test_parse_row_prefers_the_first_format_that_fits():

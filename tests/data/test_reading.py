@@ -29,7 +29,7 @@ def test_read_preferences_says_what_the_file_holds(tmp_path):
     assert [p.row for p in preferences] == [1, 2, 3]
     expected = "3 pairs, prompt/chosen/rejected strings (columns not used: score, source \\ud800)"
     assert report.lines() == [expected]
-    row = {"conversations": MESSAGES["prompt"], **ROW}
+    row = {"conversations": MESSAGES["prompt"], **ROW, "prompt": "u"}
     assert read_preferences(write(tmp_path, [row]))[1].unused == ["prompt"]
 
 

@@ -1,3 +1,4 @@
+import gzip
 import json
 import re
 
@@ -117,6 +118,17 @@ def test_read_dataset_reads_folders_of_parquet_and_csv(tmp_path):
         assert prompts(tmp_path / name) == ["p"]
 
 
+@pytest.mark.parametrize("suffix", [".tsv", ".ndjson", ".jsonl.gz", ".csv.gz"])
+def test_read_dataset_reads_folders_of_every_kind_of_file_here(tmp_path, suffix):
+    text = "prompt\tchosen\trejected\np\tc\tr\n" if suffix == ".tsv" else json.dumps(ROW)
+    text = "prompt,chosen,rejected\np,c,r\n" if suffix == ".csv.gz" else text
+    content = gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode()
+    (tmp_path / f"data{suffix}").write_bytes(content)
+    rows = list(read_dataset(str(tmp_path), None, None))
+    assert [row.value for row in rows] == [ROW]
+    assert f"data{suffix}, line " in rows[0].place
+
+
 def test_read_dataset_reads_what_save_to_disk_wrote(tmp_path):
     messages = [{"role": "user", "content": "u"}]
     data = datasets.Dataset.from_list([ROW | {"prompt": messages}, ROW | {"prompt": messages * 2}])
@@ -132,9 +144,9 @@ def test_read_dataset_reads_what_save_to_disk_wrote(tmp_path):
 
 
 def test_read_dataset_refuses_other_sources_by_name(tmp_path):
-    for name in ("a.txt", "a.jsonl.gz", "a"):
+    for name in ("a.txt", "a.parquet.gz", "a.gz", "a"):
         (tmp_path / name).write_text("x")
-        with pytest.raises(ValueError, match=r"not supported; \.jsonl, \.json, \.csv, \.parquet"):
+        with pytest.raises(ValueError, match=r"not supported; \.jsonl, .*\(\.gz behind it"):
             prompts(tmp_path / name)
     with pytest.raises(ValueError, match="no such file or folder; an id on the hub is OWNER/NAME"):
         prompts(tmp_path / "missing")

@@ -1,6 +1,8 @@
 import csv
+import gzip
 import io
 import json
+import random
 import re
 import tracemalloc
 
@@ -9,7 +11,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lowmem_dpo.data import rows as rows_module
-from lowmem_dpo.data.rows import MAX_ROW_BYTES, READERS, drop_nulls, printable_line, read_rows
+from lowmem_dpo.data.rows import (
+    MAX_ROW_BYTES,
+    READERS,
+    drop_nulls,
+    is_row_file,
+    printable_line,
+    read_rows,
+)
 
 ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
 GOOD = json.dumps(ROW)
@@ -208,12 +217,12 @@ def test_read_rows_reads_csv_cells_that_span_lines(tmp_path):
     ]
 
 
-def test_read_rows_reads_messages_in_csv_cells_and_leaves_other_json_text(tmp_path):
-    messages = [{"role": "user", "content": "é"}]
-    table = io.StringIO()
-    csv.writer(table).writerows([["prompt", "chosen"], [json.dumps(messages), '[{"a": 1}]']])
-    path = write(tmp_path, "a.csv", table.getvalue())
-    assert [r.value for r in read_rows(path)] == [{"prompt": messages, "chosen": '[{"a": 1}]'}]
+def test_read_rows_reads_cells_between_tabs(tmp_path):
+    text = 'prompt\tchosen\na, b;c\t"d\te\n""f"""\n'
+    rows = list(read_rows(write(tmp_path, "a.tsv", text)))
+    assert [row.value for row in rows] == [{"prompt": "a, b;c", "chosen": 'd\te\n"f"'}]
+    message = "line 1: the header is one cell (a,b); separate cells by tabs"
+    assert message in refusal(write(tmp_path, "b.tsv", "a,b\n1,2\n"))
 
 
 @pytest.mark.parametrize(
@@ -228,13 +237,57 @@ def test_read_rows_reads_messages_in_csv_cells_and_leaves_other_json_text(tmp_pa
         (b"a,b\n1,\xff\n", "line 2: not valid UTF-8"),
         (b"a,\xe4\n1,2\n", "line 1: not valid UTF-8; save the file as UTF-8"),
         ("a;b\n1;2\n", "line 1: the header is one cell (a;b); separate cells by commas"),
-        ("a\tb\n1\t2\n", "line 1: the header is one cell (a b); separate cells by commas"),
-        ("a,b\n\"[{'role': 'user'}]\",2\n", "line 2: the column a holds messages in Python's"),
-        ('a,b\n"[{""role"": ",2\n', "line 2: the column a: broken JSON"),
+        ("a\tb\n1\t2\n", "(a b); separate cells by commas, or name the file .tsv"),
     ],
 )
 def test_read_rows_refuses_bad_csv(tmp_path, text, message):
     assert message in refusal(write(tmp_path, "a.csv", text))
+
+
+# .gz
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".JSONL"])
+def test_read_rows_unpacks_text_files(tmp_path, suffix):
+    text = {".json": f"[{GOOD}]", ".csv": "prompt,chosen,rejected\np,c,r\n"}
+    text[".tsv"] = text[".csv"].replace(",", "\t")
+    content = text.get(suffix, GOOD).encode()
+    plain, packed = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}.gz"
+    plain.write_bytes(content)
+    packed.write_bytes(gzip.compress(content))
+    for path in (plain, packed):
+        assert is_row_file(path)
+        assert [row.value for row in read_rows(path)] == [ROW]
+    assert not is_row_file(tmp_path / "a.parquet.gz") and not is_row_file(tmp_path / "a.gz")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz"])
+def test_read_rows_names_a_gzip_file_that_is_none_or_not_whole(tmp_path, name):
+    noise = random.Random(0).randbytes(1000).hex()
+    whole = gzip.compress("\n".join([GOOD] * 5 + [noise]).encode())
+    for content in (whole[:-20], whole[:200] + b"x" * 20 + whole[220:]):
+        assert "the gzip file is cut off or broken" in refusal(write(tmp_path, name, content))
+    message = refusal(write(tmp_path, name, GOOD))
+    assert message.startswith(f"{tmp_path / name}, line 1: no gzip file") and "take .gz" in message
+
+
+def test_read_rows_gives_the_rows_before_the_place_where_a_gzip_file_is_cut(tmp_path):
+    whole = gzip.compress(f"{GOOD}\n".encode() + random.Random(0).randbytes(10**5))
+    rows = read_rows(write(tmp_path, "a.jsonl.gz", whole[:5000]))
+    assert next(rows).value == ROW
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz, line \d+: behind it the gzip file is cut"):
+        list(rows)
+
+
+def test_read_rows_does_not_unpack_a_list_beyond_its_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "MAX_JSON_BYTES", 2**20)
+    path = write(tmp_path, "a.json.gz", gzip.compress(b"[" + b" " * 2**24))
+    tracemalloc.start()
+    message = refusal(path, max_row_bytes=2**20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "one list or object longer than 1 MiB" in message
+    assert peak < 6 * 2**20
 
 
 # .parquet
@@ -274,7 +327,7 @@ def test_drop_nulls_goes_into_lists_and_keeps_their_nulls():
 # Any bytes
 
 
-@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize("suffix", [*READERS, ".jsonl.gz", ".json.gz", ".tsv.gz"])
 @given(data=st.data())
 def test_read_rows_survives_any_bytes(tmp_path_factory, suffix, data):
     start = data.draw(
