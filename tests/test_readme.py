@@ -1,7 +1,10 @@
 import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +44,16 @@ GENERATOR = load_generator()
 def test_tables_are_those_of_the_code(path):
     text = path.read_text(encoding="utf-8")
     assert GENERATOR.with_tables(text) == text, "run python docs/generate.py"
+
+
+def test_tables_are_made_from_the_checkout_that_the_generator_stands_in(tmp_path):
+    """Not from another one that is installed."""
+    (tmp_path / "lowmem_dpo").mkdir()
+    (tmp_path / "lowmem_dpo" / "__init__.py").write_text("raise ImportError('another checkout')")
+    code = f"import runpy; runpy.run_path({str(ROOT / 'docs' / 'generate.py')!r})"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    assert result.returncode == 0
 
 
 def test_documents_name_files_that_exist():
