@@ -15,7 +15,7 @@ import yaml
 from lowmem_dpo.cli import VERBS
 from lowmem_dpo.data.formats import FORMATS
 from lowmem_dpo.losses.types import LOSS_TYPES
-from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.fields import parse_config
 from lowmem_dpo.settings.other_trainers import CONVERTED, FIXED, NO_EFFECT, RENAMED
 
@@ -86,7 +86,16 @@ def cells(table: str) -> list[list[str]]:
     return [re.split(r"(?<!\\) ?\| ?", line)[1:-1] for line in lines]
 
 
-@pytest.mark.parametrize("config", [TrainConfig, GenerateConfig, DemoConfig])
+@pytest.mark.parametrize("verb", VERBS)
+def test_settings_of_every_verb_stand_in_its_section(verb):
+    sections = read(ROOT / "docs" / "settings.md").split("\n## ")[1:]
+    (section,) = (text for text in sections if verb in text.splitlines()[0].split())
+    (table,) = re.findall(r"<!-- table (\w+) -->", section)
+    assert VERBS[table].config is VERBS[verb].config
+    assert GENERATOR.TABLES[table]() == GENERATOR.settings_tables(VERBS[verb].config)
+
+
+@pytest.mark.parametrize("config", dict.fromkeys(verb.config for verb in VERBS.values()))
 def test_settings_tables_have_every_setting_once(config):
     rows = cells(GENERATOR.settings_tables(config))
     assert sorted(row[0].strip("`") for row in rows) == sorted(f.name for f in fields(config))

@@ -349,3 +349,10 @@ def test_a_check_is_made_if_only_one_setting_of_its_group_is_given():
         TrainConfig(memory_limit="much")
     with pytest.raises(ValueError, match="save_strategy steps needs save_steps"):
         TrainConfig(save_strategy="steps")
+
+
+def test_warmup_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match=r"warmup_ratio=0\.2 has no effect with warmup_steps=5"):
+        TrainConfig(warmup_steps=5, warmup_ratio=0.2)
+    with pytest.raises(ValueError, match="warmup_steps=5 has no effect with lr_scheduler_type"):
+        TrainConfig(warmup_steps=5, lr_scheduler_type="constant")

@@ -80,13 +80,6 @@ def test_a_small_model_is_trained_without_a_word(llama_dir, pairs_file, tmp_path
     assert "takes at least" not in capsys.readouterr().out
 
 
-def test_generate_with_a_large_model_only_says_that_it_is_slow(monkeypatch, llama_dir, capsys):
-    monkeypatch.setattr(size, "LARGE_FOR_A_CPU", 1000)
-    words = ["--model", str(llama_dir), "--prompt", "hello", "--max_new_tokens", "2"]
-    assert main(["generate", *words]) == 0
-    assert "on a CPU: an answer takes minutes" in capsys.readouterr().out
-
-
 EVALUATED = {"eval_fraction": 0.1}
 PATIENT = {**EVALUATED, "eval_steps": 2, "early_stopping_patience": 4}
 
@@ -141,10 +134,3 @@ def test_warn_of_short_run_counts_the_steps_of_a_run_that_hardly_moves(capsys):
 def test_batches_take_no_step_for_rounding(epochs, steps):
     config = TrainConfig(batch_size=4, num_train_epochs=epochs)
     assert Batches.of(config, 400).num_steps == steps
-
-
-def test_warmup_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(ValueError, match=r"warmup_ratio=0\.2 has no effect with warmup_steps=5"):
-        TrainConfig(warmup_steps=5, warmup_ratio=0.2)
-    with pytest.raises(ValueError, match="warmup_steps=5 has no effect with lr_scheduler_type"):
-        TrainConfig(warmup_steps=5, lr_scheduler_type="constant")
