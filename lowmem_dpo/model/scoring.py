@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowmem_dpo.machine.device import check_error, passes_trial
 from lowmem_dpo.model.attention import TREE_ATTENTION
@@ -41,8 +41,6 @@ NUM_HEAD_ROWS = 64
 # Relative Frobenius errors of a right head: logits are fp32, its weights and gradients may be
 # rounded to bfloat16 (2^-9).
 HEAD_LOGPS_TOLERANCE, HEAD_GRADIENTS_TOLERANCE = 1e-3, 0.02
-
-UNSUITABLE_LAYERS = (nn.RNNBase, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # Largest rms difference per token, in nats, between two correct ways to compute log-probs.
 LOGP_TOLERANCE = {
@@ -198,11 +196,6 @@ def check_packing(model: LanguageModel, pack: Pack, sequences: Sequence[tuple[in
     Raises:
         ValueError: If the model is not computed rightly; it must not be trained then.
     """
-    for name, module in model.layers.named_modules():
-        if isinstance(module, UNSUITABLE_LAYERS):
-            raise ValueError(
-                f"layer {name} is a {type(module).__name__}: such models are not supported"
-            )
     callers: list[Any] = []
     packed = score(model, pack, on_tree_attention=callers.append).cpu()
     if len(callers) != len(model.layers) or len(set(map(id, callers))) != len(model.layers):

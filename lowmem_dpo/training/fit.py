@@ -20,9 +20,9 @@ from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.packs.packing import Pack, fill, pack_trees
 from lowmem_dpo.records.checkpoints import load_checkpoint, read_record
 from lowmem_dpo.records.folder import (
-    FREE_TO_CHANGE,
     check_resumable,
     hold_folder,
+    settings_to_share,
     text_versions,
 )
 from lowmem_dpo.records.trackers import Trackers, check_installed
@@ -105,7 +105,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     pairs = load_pairs(config, config, source.tokenizer, seed=seed)
     check_token_ids(pairs, source.config)
     batches = Batches.of(config, len(pairs.train))
-    facts = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
+    facts = settings_to_share(asdict(config))
     facts |= {"data_digest": pairs.digest, "template_digest": template.digest}
     if checkpoint is not None:
         check_resumable(checkpoint, facts, asdict(TrainConfig()))

@@ -187,6 +187,7 @@ def test_parse_config_refuses_in_one_line(words, message):
     [
         ({"temperature": 0, "top_p": 0.5}, "top_p=0.5 has no effect with temperature=0"),
         ({"temperature": 0, "top_k": 5}, "top_k=5 has no effect with temperature=0"),
+        ({"temperature": 0, "seed": 5}, "seed=5 has no effect with temperature=0"),
         (
             {"quantization": "none", "quantized_copy": False},
             "quantized_copy=False has no effect with quantization=none",

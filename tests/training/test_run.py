@@ -1,4 +1,5 @@
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,15 @@ def test_forward_tokens_counts_the_reference_once_and_three_passes_a_step():
     assert tokens(loss_type="aot", batch_size=2) == 200 + 4 * 200
     assert tokens(PAIRS[:1]) == 300 + 3 * 200
     assert tokens(PAIRS[:1], only_reference=True) == 300
+
+
+def test_self_check_takes_the_shortest_and_the_longest_pair(monkeypatch):
+    lengths = [5, 3, 9, 4]
+    trees = [fold(n, (1,) * n, (2,) * n, (3,) * n, n, n) for n in lengths]
+    taken = []
+    monkeypatch.setattr(run, "check_packing", lambda model, pack, ids: taken.append(pack) or 0.0)
+    assert run.self_check(SimpleNamespace(model=None), trees) == 0.0
+    assert sorted(tree.row for tree in taken[0].trees) == [3, 9]
 
 
 def test_matmul_rate_counts_the_products_of_the_time_measured(monkeypatch):
