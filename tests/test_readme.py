@@ -15,6 +15,7 @@ import yaml
 from lowmem_dpo.cli import VERBS
 from lowmem_dpo.data.formats import FORMATS
 from lowmem_dpo.losses.types import LOSS_TYPES
+from lowmem_dpo.model.families import FAMILIES
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.fields import parse_config
 from lowmem_dpo.settings.other_trainers import CONVERTED, FIXED, NO_EFFECT, RENAMED
@@ -122,6 +123,13 @@ def test_tables_of_other_trainers_have_every_foreign_name():
 
 def test_readme_is_short():
     assert len(README.splitlines()) < 200
+
+
+def test_readme_names_every_type_of_model():
+    """In the table of what it trains, and no other there."""
+    table = README.partition("| type | models")[2].partition("\n\n")[0]
+    types = re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in table.splitlines()[2:]))
+    assert sorted(types) == sorted(FAMILIES)
 
 
 def test_readme_commands_are_understood():
