@@ -102,13 +102,13 @@ def score_plain(model: LanguageModel, ids: tuple[int, ...]) -> Tensor:
         [L - 1] fp32, in nats.
     """
     input_ids = torch.tensor(ids, device=model.device)
-    with attention(model, model.family.plain_attention):
+    with other_attention(model, model.family.plain_attention):
         hidden = model.backbone(input_ids=input_ids[None], use_cache=False).last_hidden_state[0]
     return plain_logps(model, hidden[:-1], input_ids[1:])[0]
 
 
 @contextmanager
-def attention(model: LanguageModel, name: str) -> Any:
+def other_attention(model: LanguageModel, name: str) -> Any:
     """Run the model with another attention function for a while."""
     model.backbone.set_attn_implementation(name)
     try:
@@ -272,7 +272,7 @@ def check_head_kernels(model: LanguageModel) -> None:
     check_error(gradients.to(wanted.dtype), wanted, HEAD_GRADIENTS_TOLERANCE, "gradients")
 
 
-def head_that_passed_its_trial(model: LanguageModel) -> LanguageModel:
+def with_tried_head_kernels(model: LanguageModel) -> LanguageModel:
     """The model with a head that is computed rightly here: torch's products if Triton's are not.
 
     Args:

@@ -21,7 +21,7 @@ from lowmem_dpo.model.head import HeadQuantization, head_to_host, quantize_head
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.layer import DecoderLayer
 from lowmem_dpo.model.lora import AdapterSpec, add_lora
-from lowmem_dpo.model.scoring import head_that_passed_its_trial
+from lowmem_dpo.model.scoring import with_tried_head_kernels
 from lowmem_dpo_kernels import NormKind, rms_norm, triton_problem, twins
 
 
@@ -59,7 +59,7 @@ def prepare_model(
         model = head_to_host(model)
     if adapter is not None:
         add_lora(model.network, adapter, seed)
-    model = head_that_passed_its_trial(replace(model, head_implementation=head_kernel))
+    model = with_tried_head_kernels(replace(model, head_implementation=head_kernel))
     replace_norms(model.backbone, model.family)
     has_dropout = adapter is not None and adapter.dropout > 0
     for i, layer in enumerate(model.layers):
@@ -86,18 +86,18 @@ def replace_norms(backbone: nn.Module, family: Family) -> int:
     """
     if family.rms_norm is None:
         return 0
-    kind = family.rms_norm
+    record = family.rms_norm
     found = [
         (parent, name, child)
         for parent in backbone.modules()
         for name, child in parent.named_children()
-        if type(child).__name__ == kind.class_name
+        if type(child).__name__ == record.class_name
     ]
     for parent, name, norm in found:
         eps: Any = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
         weight: Any = norm.weight
-        rule = NormKind(eps, kind.offset, kind.rounds_first)
-        setattr(parent, name, FusedRmsNorm(weight, rule))
+        kind = NormKind(eps, record.offset, record.rounds_first)
+        setattr(parent, name, FusedRmsNorm(weight, kind))
     return len(found)
 
 
@@ -106,22 +106,22 @@ class FusedRmsNorm(nn.Module):
 
     Args:
         weight: [D], frozen.
-        rule: How the family normalises.
+        kind: How the family normalises.
     """
 
-    def __init__(self, weight: nn.Parameter, rule: NormKind) -> None:
+    def __init__(self, weight: nn.Parameter, kind: NormKind) -> None:
         super().__init__()
         self.implementation = norm_implementation(weight.device, weight.dtype)
         self.weight = weight
-        self.rule = rule
+        self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the rows of [..., D]."""
-        return rms_norm(x, self.weight, self.rule, implementation=self.implementation)
+        return rms_norm(x, self.weight, self.kind, implementation=self.implementation)
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
-        return f"{tuple(self.weight.shape)}, eps={self.rule.eps}"
+        return f"{tuple(self.weight.shape)}, eps={self.kind.eps}"
 
 
 @functools.cache
@@ -144,22 +144,22 @@ def _try_norm_kernels(device: torch.device, dtype: torch.dtype) -> None:
         weight = torch.randn(width, generator=generator).to(device, dtype)
         norms = [family.rms_norm for family in FAMILIES.values() if family.rms_norm]
         for offset, rounds_first in sorted({(norm.offset, norm.rounds_first) for norm in norms}):
-            rule = NormKind(1e-6, offset, rounds_first)
+            kind = NormKind(1e-6, offset, rounds_first)
             found = _value_and_gradient(
-                functools.partial(rms_norm, implementation="triton"), x, weight, grad, rule
+                functools.partial(rms_norm, implementation="triton"), x, weight, grad, kind
             )
-            exact = (x.double(), weight.double(), grad.double(), rule)
+            exact = (x.double(), weight.double(), grad.double(), kind)
             expected = _value_and_gradient(twins.rms_norm, *exact)
             for got, want, what in zip(found, expected, ("value", "gradient"), strict=True):
                 check_error(got, want, limit, f"{what} at {width}")
 
 
 def _value_and_gradient(
-    norm: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor, rule: NormKind
+    norm: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor, kind: NormKind
 ) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        out = norm(x, weight, rule)
+        out = norm(x, weight, kind)
     out.backward(grad)
     assert x.grad is not None
     return out.detach(), x.grad

@@ -10,7 +10,7 @@ from lowmem_dpo.model.head import HostHead, Int8Head
 from lowmem_dpo.model.language_model import LanguageModel, StorageRow
 from lowmem_dpo.model.layer import DecoderLayer
 from lowmem_dpo.model.lora import AdapterSpec, lora_layers, wrap_linears
-from lowmem_dpo.model.scoring import attention
+from lowmem_dpo.model.scoring import other_attention
 from lowmem_dpo.model.surgery import FusedRmsNorm, prepare_model
 from tests.tiny import FAMILIES, tiny_model
 
@@ -35,7 +35,7 @@ def hidden_states(network):
 def test_prepare_model_changes_no_bit_of_what_transformers_computes(family, dtype):
     plain = tiny_model(family).to(dtype)
     model = prepare_model(loaded(family, dtype), ADAPTER)
-    with attention(model, model.family.plain_attention):
+    with other_attention(model, model.family.plain_attention):
         plain.set_attn_implementation(model.family.plain_attention)
         assert torch.equal(hidden_states(model.network), hidden_states(plain))
 
@@ -64,7 +64,7 @@ def test_prepare_model_tries_the_head_that_it_has_put_in(monkeypatch):
         assert isinstance(model.head_weight, Int8Head) and model.head_implementation == "auto"
         return replace(model, head_implementation="torch")
 
-    monkeypatch.setattr(surgery, "head_that_passed_its_trial", trial)
+    monkeypatch.setattr(surgery, "with_tried_head_kernels", trial)
     before = loaded()
     model = prepare_model(before, ADAPTER, head_quantization="int8")
     assert model.head_implementation == "torch"

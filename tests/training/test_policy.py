@@ -86,7 +86,7 @@ def test_fingerprint_names_all_that_can_move_a_last_bit(llama_dir, monkeypatch):
 def test_load_policy_takes_torchs_products_where_the_heads_kernels_fail(llama_dir, monkeypatch):
     monkeypatch.setattr(
         surgery,
-        "head_that_passed_its_trial",
+        "with_tried_head_kernels",
         lambda model: replace(model, head_implementation="torch"),
     )
     made = policy_for(TrainConfig(model=str(llama_dir), device="cpu"))
