@@ -17,8 +17,6 @@ from torch import Tensor
 IGNORED = -100
 """A target that is not scored."""
 
-LN2 = 0.6931471824645996  # rounded to fp32
-
 EXPONENT_HEADROOM = {torch.float16: 10.0}
 """Largest exponent of a softmax weight, in nats, by its type; 0 for others. float16 needs its upper
 range too, or it loses the softmax's tail; its maximum is e^11."""

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowmem_dpo_kernels.twins import NF4_BLOCK
+from lowmem_dpo_kernels.twins import NF4_BLOCK as BLOCK
 
 WORDS = 512  # of a program: 4,096 numbers
 NUM_WARPS = 4
@@ -82,11 +82,10 @@ def nf4_dequantize(
         ValueError: If the sizes do not fit together.
     """
     numel = out.numel()
-    if numel % 8 or packed.numel() * 2 != numel or absmax.numel() != -(-numel // NF4_BLOCK):
+    if numel % 8 or packed.numel() * 2 != numel or absmax.numel() != -(-numel // BLOCK):
         raise ValueError(
-            "NF4 needs a multiple of 8 numbers, half as many bytes and a scale for every "
-            f"{NF4_BLOCK}, got {numel}, {packed.numel()} and {absmax.numel()}; use the plain twin "
-            "for odd sizes"
+            f"NF4 needs a multiple of 8 numbers, half as many bytes and a scale for every {BLOCK}, "
+            f"got {numel}, {packed.numel()} and {absmax.numel()}; use the plain twin for odd sizes"
         )
     if not (out.is_contiguous() and packed.is_contiguous()):
         raise ValueError("packed and out must be contiguous; call .contiguous()")

@@ -37,7 +37,6 @@ from lowmem_dpo_kernels.token_logps_pass import pass_numerics, run_pass
 from lowmem_dpo_kernels.triton_support import TRITON_CAPABILITY, runs_triton, triton_problem
 
 HEAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 logger = logging.getLogger(__name__)
 
 

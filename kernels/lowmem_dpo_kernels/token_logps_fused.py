@@ -31,7 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowmem_dpo_kernels.heads import LN2, HeadSlice, ScoredRows
+from lowmem_dpo_kernels.heads import HeadSlice, ScoredRows
+from lowmem_dpo_kernels.token_logps_pass import LN2
 from lowmem_dpo_kernels.token_logps_triton import soft_capped
 
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run on the CPU, for tests

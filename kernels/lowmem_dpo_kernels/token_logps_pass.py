@@ -21,16 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_dpo_kernels.heads import (
-    EXPONENT_HEADROOM,
-    IGNORED,
-    LN2,
-    FrozenHead,
-    HeadSlice,
-    ScoredRows,
-)
+from lowmem_dpo_kernels.heads import EXPONENT_HEADROOM, IGNORED, FrozenHead, HeadSlice, ScoredRows
 
 ALIGNMENT = 64
+LN2 = 0.6931471824645996  # rounded to fp32
 
 _HALF_PRODUCTS_FROM = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}  # compute capability
 

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 
 TRITON_CAPABILITY = (8, 0)
-"""Compute capability of the first cards that multiply every type of the kernels; Triton supports
-none before them."""
+"""Compute capability of the first cards that Triton supports; they multiply every type here."""
 
 
 @functools.cache
