@@ -27,7 +27,8 @@ from _common import (
     write_record,
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from lowmem_dpo.machine.device import DTYPES
+
 NUMBER_FORMATS = {"ms": ".3f", "tflops": ".3g", "gb_per_s": ".1f", "peak_mib": ".0f"}
 WIDTHS = {"op": 15, "impl": 26, "shape": 30, "dtype": 9, "device": 24}
 

@@ -23,7 +23,7 @@ from _runs import run_on
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from lowmem_dpo.model.scoring import attention
+from lowmem_dpo.model.scoring import other_attention
 from lowmem_dpo.packs.packing import Tree, build_tree
 from lowmem_dpo.settings.groups import (
     AdapterSettings,
@@ -112,7 +112,7 @@ def load(directory: Path, *, rank: int, quantization: Any) -> Policy:
 @torch.no_grad()
 def answer_logps(policy: Policy, ids: Tensor) -> Tensor:
     """[4096] log-prob of every answer, in float64 from the hidden states on."""
-    with attention(policy.model, policy.model.family.plain_attention):
+    with other_attention(policy.model, policy.model.family.plain_attention):
         hidden = policy.model.backbone(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     logps = F.log_softmax((hidden @ policy.model.head_weight.T).double(), dim=-1)
     return logps.gather(-1, ids[:, 1:, None])[..., 0].sum(1)

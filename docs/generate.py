@@ -6,8 +6,13 @@ What stands between `<!-- table NAME -->` and `<!-- end -->` is replaced; the na
 
 import json
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+DOCS = Path(__file__).parent
+# This checkout comes first, before one that is installed.
+sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "kernels")]
 
 from lowmem_dpo.data.formats import FORMATS
 from lowmem_dpo.losses.types import LOSS_TYPES, span
@@ -16,8 +21,6 @@ from lowmem_dpo.settings.conversions import CONVERTED
 from lowmem_dpo.settings.fields import Settings, settings_by_group, type_name
 from lowmem_dpo.settings.help import default_text, field_docs, group_title
 from lowmem_dpo.settings.other_names import FIXED, NO_EFFECT, RENAMED
-
-DOCS = Path(__file__).parent
 
 
 def table(head: str, rows: Iterable[Iterable[str]]) -> str:

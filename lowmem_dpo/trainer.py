@@ -1,4 +1,4 @@
-"""The Python interface, which the command line uses too: `Trainer(config).fit("pairs.jsonl")`."""
+"""The Python interface to what the verbs do: `Trainer(config).fit("pairs.jsonl")`."""
 
 from dataclasses import fields, replace
 from pathlib import Path

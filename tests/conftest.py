@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import FAMILIES, save_tiny_model
+from tests.tiny import FAMILIES, SIZES, save_tiny_model
 
 # What libraries read once, when they are imported. The suite runs on every core: threads inside a
 # test would only fight for them.
@@ -59,22 +59,6 @@ def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowmem_dpo.training.recorder.draw_plots", lambda *paths: [])
 
 
-CHECKPOINT_SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-
-
 @pytest.fixture
 def tiny_checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
     """Write a small random checkpoint as transformers does; gives its folder and the model."""
@@ -82,7 +66,7 @@ def tiny_checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def write(family="llama", *, name="base", dtype=torch.float32, shards=False, **changes):
-        config = AutoConfig.for_model(**CHECKPOINT_SIZES | FAMILIES[family] | changes)
+        config = AutoConfig.for_model(**SIZES | {"vocab_size": 96} | FAMILIES[family] | changes)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
         with torch.no_grad():

@@ -14,7 +14,7 @@ import yaml
 from lowmem_dpo.cli import VERBS, _os_error, main
 from lowmem_dpo.settings.configs import DemoConfig, TrainConfig
 from lowmem_dpo.version import __version__
-from tests.tiny import save_tiny_model
+from tests.errors import one_line_error
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,13 +29,6 @@ def train(llama_dir, pairs_file, tmp_path):
         return main(["train", *given, "--batch_size", "4", "--lora_r", "4", *words])
 
     return run
-
-
-def one_line_error(capsys) -> str:
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("lowmem_dpo: error: ")]
-    assert len(lines) == 1 and "Traceback" not in error, error
-    return lines[0]
 
 
 def test_version(capsys):
@@ -295,108 +288,6 @@ def test_help_all_shows_every_setting(word, capsys):
 def test_unknown_verb(capsys):
     assert main(["trian"]) == 2
     assert "known: train" in one_line_error(capsys)
-
-
-def test_generate_shows_base_and_adapter_side_by_side(train, tmp_path, llama_dir, capsys):
-    assert train("--learning_rate", "1e-2", "--num_train_epochs", "3") == 0
-    adapter = str(tmp_path / "out" / "best")
-    capsys.readouterr()
-    words = ["generate", "--adapter", adapter, "--max_new_tokens", "8", "--prompt", "hello"]
-    assert main([*words, "--model", str(llama_dir)]) == 0
-    printed = capsys.readouterr().out
-    assert printed.index("prompt: hello") < printed.index("base:") < printed.index("adapter:")
-    assert main(words) == 0  # the adapter names its base
-    assert "adapter:" in capsys.readouterr().out
-
-
-def test_generate_reads_prompts_from_files(tmp_path, llama_dir, capsys):
-    files = {
-        "p.txt": "one\n\ntwo\n",
-        "p.jsonl": '{"prompt": "one"}\n{"prompt": "two"}\n',
-        "p.json": '[{"prompt": "one"}, {"prompt": "two"}]',
-        "p.csv": "prompt,note\none,1\ntwo,2\n",
-    }
-    for name, text in files.items():
-        path: Path = tmp_path / name
-        path.write_text(text)
-        words = [
-            "generate",
-            "--model",
-            str(llama_dir),
-            "--prompts",
-            str(path),
-            "--max_new_tokens",
-            "2",
-        ]
-        assert main(words) == 0
-        printed = capsys.readouterr().out
-        assert "prompt: one" in printed and "prompt: two" in printed and "adapter:" not in printed
-
-
-def generate(model: Path, *words: str) -> int:
-    return main(["generate", "--model", str(model), "--max_new_tokens", "8", *words])
-
-
-def test_generate_warns_of_answers_beyond_the_models_positions(llama_dir, capsys):
-    assert generate(llama_dir, "--prompt", "a" * 600, "--max_new_tokens", "1") == 0
-    assert "the model was made for 512; shorten one" in " ".join(capsys.readouterr().out.split())
-
-
-def test_generate_refuses_prompts_that_the_model_cannot_answer(tmp_path, llama_dir, capsys):
-    assert generate(llama_dir, "--prompt", "") == 2
-    assert "prompt is empty" in one_line_error(capsys)
-    small = save_tiny_model(tmp_path / "small", vocab_size=100)
-    assert generate(small, "--prompt", "hello") == 2
-    assert "vocabulary has 100" in one_line_error(capsys)
-
-
-def test_generate_with_longrope_takes_texts_of_its_first_range(tmp_path, capsys):
-    model = save_tiny_model(tmp_path / "m", "phi3-longrope")
-    assert generate(model, "--prompt", "hello") == 0
-    assert "nothing to compare" in capsys.readouterr().out
-    assert generate(model, "--prompt", "hello" * 60) == 2
-    line = one_line_error(capsys)
-    assert "beyond 256 tokens" in line and "max_length" not in line
-
-
-def test_generate_refuses_a_bad_file_of_prompts(tmp_path, llama_dir, capsys):
-    (tmp_path / "p.jsonl").write_text('{"text": "one"}\n')
-    assert (
-        main(["generate", "--model", str(llama_dir), "--prompts", str(tmp_path / "p.jsonl")]) == 2
-    )
-    assert "p.jsonl, line 1: every row must be an object with" in one_line_error(capsys)
-    path = tmp_path / "p.txt"
-    for content, said in (
-        (
-            b"one\n\nz\xff\n",
-            "p.txt, line 3: not valid UTF-8 (byte 1 of the row); save the file as",
-        ),
-        ("one".encode("utf-16-le"), "p.txt, line 1: holds NUL bytes, as UTF-16 does"),
-        (b" \n", "p.txt holds no prompts; write one a line"),
-    ):
-        path.write_bytes(content)
-        assert generate(llama_dir, "--prompts", str(path)) == 2
-        assert said in one_line_error(capsys)
-    for name, said in ((tmp_path, "give a file of prompts"), ("gone.txt", "No such file or")):
-        assert generate(llama_dir, "--prompts", str(name)) == 2
-        line = one_line_error(capsys)
-        assert f"cannot read the prompts in {name}: " in line and said in line
-        assert "Errno" not in line
-    assert main(["generate", "--model", str(llama_dir)]) == 2
-    assert "--prompt" in one_line_error(capsys)
-
-
-def test_generate_uses_the_quantised_copy(llama_dir, capsys, monkeypatch):
-    assert generate(llama_dir, "--prompt", "hello", "--seed", "1") == 0
-    first = capsys.readouterr().out
-    assert "quantised; the next start reads the copy" in first
-    monkeypatch.setattr(
-        "lowmem_dpo.weights.loading.quantize_nf4", lambda weight: pytest.fail("quantised again")
-    )
-    assert generate(llama_dir, "--prompt", "hello", "--seed", "1") == 0
-    second = capsys.readouterr().out
-    assert "read from its quantised copy" in second
-    assert second.partition("prompt:")[2] == first.partition("prompt:")[2]
 
 
 def test_sigterm_before_there_is_anything_to_save_is_ctrl_c(monkeypatch, capsys):

@@ -1,7 +1,10 @@
 import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +15,8 @@ import yaml
 from lowmem_dpo.cli import VERBS
 from lowmem_dpo.data.formats import FORMATS
 from lowmem_dpo.losses.types import LOSS_TYPES
-from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.model.families import FAMILIES
+from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.conversions import CONVERTED
 from lowmem_dpo.settings.fields import parse_config
 from lowmem_dpo.settings.other_names import FIXED, NO_EFFECT, RENAMED
@@ -42,6 +46,16 @@ GENERATOR = load_generator()
 def test_tables_are_those_of_the_code(path):
     text = path.read_text(encoding="utf-8")
     assert GENERATOR.with_tables(text) == text, "run python docs/generate.py"
+
+
+def test_tables_are_made_from_the_checkout_that_the_generator_stands_in(tmp_path):
+    """Not from another one that is installed."""
+    (tmp_path / "lowmem_dpo").mkdir()
+    (tmp_path / "lowmem_dpo" / "__init__.py").write_text("raise ImportError('another checkout')")
+    code = f"import runpy; runpy.run_path({str(ROOT / 'docs' / 'generate.py')!r})"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    assert result.returncode == 0
 
 
 def test_documents_name_files_that_exist():
@@ -74,7 +88,16 @@ def cells(table: str) -> list[list[str]]:
     return [re.split(r"(?<!\\) ?\| ?", line)[1:-1] for line in lines]
 
 
-@pytest.mark.parametrize("config", [TrainConfig, GenerateConfig, DemoConfig])
+@pytest.mark.parametrize("verb", VERBS)
+def test_settings_of_every_verb_stand_in_its_section(verb):
+    sections = read(ROOT / "docs" / "settings.md").split("\n## ")[1:]
+    (section,) = (text for text in sections if verb in text.splitlines()[0].split())
+    (table,) = re.findall(r"<!-- table (\w+) -->", section)
+    assert VERBS[table].config is VERBS[verb].config
+    assert GENERATOR.TABLES[table]() == GENERATOR.settings_tables(VERBS[verb].config)
+
+
+@pytest.mark.parametrize("config", dict.fromkeys(verb.config for verb in VERBS.values()))
 def test_settings_tables_have_every_setting_once(config):
     rows = cells(GENERATOR.settings_tables(config))
     assert sorted(row[0].strip("`") for row in rows) == sorted(f.name for f in fields(config))
@@ -102,6 +125,13 @@ def test_tables_of_other_trainers_have_every_foreign_name():
 
 def test_readme_is_short():
     assert len(README.splitlines()) < 200
+
+
+def test_readme_names_every_type_of_model():
+    """In the table of what it trains, and no other there."""
+    table = README.partition("| type | models")[2].partition("\n\n")[0]
+    types = re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in table.splitlines()[2:]))
+    assert sorted(types) == sorted(FAMILIES)
 
 
 def test_readme_commands_are_understood():

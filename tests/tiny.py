@@ -15,6 +15,22 @@ _LONGROPE = {
     "partial_rotary_factor": 0.5,
 }
 
+# Every tiny model has these sizes, whatever its family's own defaults are. Rows are whole blocks of
+# NF4: bitsandbytes' own CPU kernel is wrong where blocks straddle rows.
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
 # What each family can do that others cannot, in values that matter at this size.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
@@ -28,10 +44,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": WINDOW,
         "max_window_layers": 1,
     },
-    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
     "gemma2": {
         "model_type": "gemma2",
-        "head_dim": 16,
         "sliding_window": WINDOW,
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 5.0,
@@ -40,7 +55,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma3": {
         "model_type": "gemma3_text",
-        "head_dim": 16,
         "sliding_window": WINDOW,
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
@@ -58,8 +72,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "phi3-longrope": {
         "model_type": "phi3",
-        "hidden_size": 64,
-        "head_dim": 16,
         "rope_parameters": _LONGROPE,
         "original_max_position_embeddings": 256,
     },
@@ -95,19 +107,11 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
 
     from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
 
-    settings = {
-        "vocab_size": len(byte_tokenizer()),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
+    tokenizer = byte_tokenizer()
+    settings = SIZES | {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
         "initializer_range": 0.2,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": byte_tokenizer().eos_token_id,
-        "pad_token_id": None,
     }
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**settings | FAMILIES[family] | changes)

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64
+from lowmem_dpo_kernels.twins import NF4_BLOCK as BLOCK
+
 WORDS = 512  # of a program: 4,096 numbers
 NUM_WARPS = 4
 

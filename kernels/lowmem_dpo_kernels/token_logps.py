@@ -34,10 +34,9 @@ from torch.autograd.function import once_differentiable
 
 from lowmem_dpo_kernels.heads import IGNORED, FrozenHead, Weight
 from lowmem_dpo_kernels.token_logps_pass import pass_numerics, run_pass
-from lowmem_dpo_kernels.triton_support import OLDEST_CAPABILITY, runs_triton, triton_problem
+from lowmem_dpo_kernels.triton_support import TRITON_CAPABILITY, runs_triton, triton_problem
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
+HEAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 logger = logging.getLogger(__name__)
 
 
@@ -113,7 +112,7 @@ def resolve_implementation(
     # Triton's interpreter runs kernels on the CPU, for tests.
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"implementation {implementation} needs CUDA, got {device}; use auto")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
         raise ValueError(
             f"implementation {implementation} needs compute capability 8.0, got "
             f"{torch.cuda.get_device_capability(device)}; use auto"
@@ -178,7 +177,7 @@ def check_head_inputs(
     Raises:
         ValueError: For the first that does not fit. Indices are looked at on the CPU only.
     """
-    if hidden.dtype not in DTYPES:
+    if hidden.dtype not in HEAD_DTYPES:
         raise ValueError(
             f"hidden must be floating point, got {hidden.dtype}; cast it, say to float32"
         )

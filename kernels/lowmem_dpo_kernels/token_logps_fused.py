@@ -32,10 +32,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lowmem_dpo_kernels.heads import HeadSlice, ScoredRows
+from lowmem_dpo_kernels.token_logps_pass import LN2
 from lowmem_dpo_kernels.token_logps_triton import soft_capped
 
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run on the CPU, for tests
-LN2 = tl.constexpr(0.6931471824645996)  # ln 2, rounded to fp32
+_LN2 = tl.constexpr(LN2)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
@@ -144,7 +145,7 @@ def _score_tile_kernel(
     z = tl.where(is_target | (offsets >= width_here)[None, :], -float("inf"), z)
 
     top = tl.maximum(tl.ceil(tl.max(z, axis=1) * LOG2E) - headroom, LOWEST)
-    weights = tl.exp(z - (top * LN2)[:, None])
+    weights = tl.exp(z - (top * _LN2)[:, None])
     at = tl.cast(tl.program_id(1), tl.int64) * num_rows + first_row + row
     tl.store(tile_top_ptr + at, top, mask=valid_row)
     tl.store(tile_rest_ptr + at, tl.sum(weights, axis=1), mask=valid_row)

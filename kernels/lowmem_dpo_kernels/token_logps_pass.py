@@ -24,7 +24,7 @@ from torch import Tensor
 from lowmem_dpo_kernels.heads import EXPONENT_HEADROOM, IGNORED, FrozenHead, HeadSlice, ScoredRows
 
 ALIGNMENT = 64
-LN2 = 0.6931471824645996  # rounded to fp32, as in the fused kernels
+LN2 = 0.6931471824645996  # rounded to fp32
 
 _HALF_PRODUCTS_FROM = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}  # compute capability
 

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-OLDEST_CAPABILITY = (8, 0)
-"""Compute capability of the first cards that multiply every type of the kernels; Triton supports
-none before them."""
+TRITON_CAPABILITY = (8, 0)
+"""Compute capability of the first cards that Triton supports; they multiply every type here."""
 
 
 @functools.cache
@@ -38,7 +37,7 @@ def runs_triton(device: torch.device) -> bool:
     return (
         device.type == "cuda"
         and triton_problem() is None
-        and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
+        and torch.cuda.get_device_capability(device) >= TRITON_CAPABILITY
     )
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lowmem_dpo_kernels.rms_norm import NormKind
 
+NF4_BLOCK = 64  # numbers of an NF4 weight that share a scale
+
 
 def token_logps(
     hidden: Tensor,
@@ -69,7 +71,7 @@ def nf4_dequantize(
         scales = code[absmax.int()] * absmax2.repeat_interleave(256)[: len(absmax)] + offset
     pairs = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), 1)
     numbers = levels[pairs.view(-1).int()[: out.numel()]]
-    return out.copy_((numbers * scales.repeat_interleave(64)[: out.numel()]).view(out.shape))
+    return out.copy_((numbers * scales.repeat_interleave(NF4_BLOCK)[: out.numel()]).view(out.shape))
 
 
 def tree_attention(

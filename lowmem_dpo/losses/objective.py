@@ -7,14 +7,13 @@ and add its closed form to the tests.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowmem_dpo.losses.functions import LOSSES, log_ratios
 from lowmem_dpo.losses.pairs import LossParameters, PairLogps
-from lowmem_dpo.losses.types import LOSS_TYPES, losses_of
+from lowmem_dpo.losses.types import LOSS_TYPES, LossChoice, losses_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Objective:
     couples_pairs: bool
 
     @classmethod
-    def of(cls, settings: Any) -> "Objective":
+    def of(cls, settings: LossChoice) -> "Objective":
         """That of a `LossSettings`; rpo_alpha counts as the weight of sft."""
         losses = losses_of(settings)
         terms = list(zip(losses, settings.loss_weights or [1.0] * len(losses), strict=True))

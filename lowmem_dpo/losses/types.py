@@ -5,14 +5,16 @@ table in docs/losses.md. The functions of the same names are in `functions`; thi
 them because settings are read, and help is shown, without torch.
 """
 
+# ruff: noqa: D102 - the properties of a protocol are documented where the settings are
+
 import difflib
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 # Settings that some losses read and others do not.
 _ALL = {"beta", "rpo_alpha"}
 _REFERENCE = _ALL | {"ld_alpha", "reference_free"}
-_SCORES = _REFERENCE | {"f_divergence_type"}
+_SCORES = _REFERENCE | {"f_divergence_type", "f_alpha_divergence_coef"}
 _SMOOTHED = _REFERENCE | {"label_smoothing"}
 _SMOOTHED_SCORES = _SCORES | {"label_smoothing"}
 
@@ -139,6 +141,29 @@ LOSS_TYPES: dict[str, LossType] = {
 }
 
 
+class LossChoice(Protocol):
+    """What this room reads of a `LossSettings`, which it cannot import: settings import it."""
+
+    @property
+    def loss_type(self) -> str | list[str]: ...
+    @property
+    def loss_weights(self) -> list[float] | None: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def rpo_alpha(self) -> float: ...
+    @property
+    def ld_alpha(self) -> float | None: ...
+    @property
+    def label_smoothing(self) -> float: ...
+    @property
+    def f_divergence_type(self) -> str: ...
+    @property
+    def f_alpha_divergence_coef(self) -> float: ...
+    @property
+    def reference_free(self) -> bool: ...
+
+
 # What other trainers and papers call them.
 _ALSO_KNOWN_AS = {
     "dpo": "sigmoid",
@@ -151,13 +176,13 @@ _ALSO_KNOWN_AS = {
 }
 
 
-def losses_of(config: Any) -> dict[str, LossType]:
+def losses_of(config: LossChoice) -> dict[str, LossType]:
     """The losses of a config by their names, in order, however many there are."""
     names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
     return {name: LOSS_TYPES[name] for name in names}
 
 
-def check_loss_settings(config: Any) -> list[str]:
+def check_loss_settings(config: LossChoice) -> list[str]:
     """Bring loss_type and loss_weights into shape and check the settings of the losses together.
 
     Returns:
@@ -179,7 +204,8 @@ def check_loss_settings(config: Any) -> list[str]:
     object.__setattr__(config, "loss_type", value[0] if len(value) == 1 else list(value))
     losses = losses_of(config)
     if config.loss_weights is not None:
-        _check_weights(config, list(losses))
+        weights = _checked_weights(config.loss_weights, list(losses))
+        object.__setattr__(config, "loss_weights", weights)
     if config.f_alpha_divergence_coef == 1:
         raise ValueError(
             "f_alpha_divergence_coef must be in [0, 2] and not 1, which is f_divergence_type "
@@ -204,9 +230,8 @@ def check_loss_settings(config: Any) -> list[str]:
     return sorted(settings.difference(*(loss.reads for loss in losses.values())))
 
 
-def _check_weights(config: Any, names: list[str]) -> None:
-    """Hold loss_weights against the losses; whole numbers become floats."""
-    weights = config.loss_weights
+def _checked_weights(weights: list[float], names: list[str]) -> list[float]:
+    """loss_weights held against the losses; whole numbers become floats."""
     if len(names) == 1:
         raise ValueError(
             f"loss_weights={weights} has no effect with one loss; leave it out, or name several "
@@ -224,10 +249,10 @@ def _check_weights(config: Any, names: list[str]) -> None:
                 f"loss_weights must be numbers > 0, got {weight!r}; leave a loss that should not "
                 "count out of loss_type"
             )
-    object.__setattr__(config, "loss_weights", [float(weight) for weight in weights])
+    return [float(weight) for weight in weights]
 
 
-def _check_divergence(config: Any, losses: dict[str, LossType]) -> None:
+def _check_divergence(config: LossChoice, losses: dict[str, LossType]) -> None:
     """Refuse an f-divergence other than reverse_kl where it has no meaning."""
     # Only in margins does log Z cancel.
     sided = [n for n, loss in losses.items() if "f_divergence_type" not in loss.reads]
@@ -251,7 +276,7 @@ def _nearest(name: str) -> str:
     return f"; did you mean {meant}?" if meant else ""
 
 
-def unusual_values(config: Any, learning_rate: float) -> list[str]:
+def unusual_values(config: LossChoice, learning_rate: float) -> list[str]:
     """A line for beta and one for the learning rate where they are not what is usual."""
     losses = losses_of(config)
     lines = []

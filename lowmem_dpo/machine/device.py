@@ -14,11 +14,11 @@ import torch
 
 from lowmem_dpo.machine.cards import Machine, NvidiaCards, this_machine
 from lowmem_dpo_kernels import triton_problem
+from lowmem_dpo_kernels.triton_support import TRITON_CAPABILITY
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 OLDEST_CAPABILITY = (7, 5)
-TRITON_CAPABILITY = (8, 0)
 PROBE_SECONDS = 0.3
 
 # Every CUDA of a major version runs on drivers from this one on.

@@ -7,7 +7,8 @@ A decoder layer of each is attention and a gated MLP, with a residual around eit
 Families differ in which of the four norms there are, in the factor r, in what a norm does, and in
 the logits. In a parallel layer the MLP reads what attention reads: y = h + mlp(norm(x)).
 
-To add a family, write its record here and a configuration into `tests/tiny.py`.
+To add a family, write its record here, a configuration into `tests/tiny.py` and a line into the
+README's table.
 """
 
 from collections.abc import Callable, Mapping

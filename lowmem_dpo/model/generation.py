@@ -12,7 +12,7 @@ from transformers import (
 
 from lowmem_dpo.machine.device import cuda_devices
 from lowmem_dpo.model.language_model import LanguageModel, rope_limit
-from lowmem_dpo.model.scoring import attention
+from lowmem_dpo.model.scoring import other_attention
 from lowmem_dpo.settings.groups import SamplingSettings
 
 
@@ -62,7 +62,7 @@ def generate_text(
         TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     )
     with (
-        attention(model, model.family.plain_attention),
+        other_attention(model, model.family.plain_attention),
         torch.random.fork_rng(cuda_devices(device)),
     ):
         torch.manual_seed(sampling.seed)

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from lowmem_dpo.machine.trial import passes_trial
 from lowmem_dpo_kernels.triton_support import runs_triton
+from lowmem_dpo_kernels.twins import NF4_BLOCK
 
 QUANTISER_VERSION = 1
 """Raised whenever the same weight would be stored as other bytes."""
 
-BLOCK = 64
-BLOCK2 = 256
+BLOCK, BLOCK2 = NF4_BLOCK, 256
 
 # Numbers quantised at a time: bitsandbytes' temporaries are about 20 bytes a number on the CPU.
 # Larger ones left the C allocator's heap full of holes, which count as memory of the process. On a

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowmem_dpo.machine.trial import check_error, passes_trial
 from lowmem_dpo.model.language_model import LanguageModel
@@ -40,8 +40,6 @@ NUM_HEAD_ROWS = 64
 # Relative Frobenius errors of a right head: logits are fp32, its weights and gradients may be
 # rounded to bfloat16 (2^-9).
 HEAD_LOGPS_TOLERANCE, HEAD_GRADIENTS_TOLERANCE = 1e-3, 0.02
-
-UNSUITABLE_LAYERS = (nn.RNNBase, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # Largest rms difference per token, in nats, between two correct ways to compute log-probs.
 LOGP_TOLERANCE = {
@@ -103,13 +101,13 @@ def score_plain(model: LanguageModel, ids: tuple[int, ...]) -> Tensor:
         [L - 1] fp32, in nats.
     """
     input_ids = torch.tensor(ids, device=model.device)
-    with attention(model, model.family.plain_attention):
+    with other_attention(model, model.family.plain_attention):
         hidden = model.backbone(input_ids=input_ids[None], use_cache=False).last_hidden_state[0]
     return plain_logps(model, hidden[:-1], input_ids[1:])[0]
 
 
 @contextmanager
-def attention(model: LanguageModel, name: str) -> Any:
+def other_attention(model: LanguageModel, name: str) -> Any:
     """Run the model with another attention function for a while."""
     own = model.backbone.config._attn_implementation
     model.backbone.set_attn_implementation(name)
@@ -198,11 +196,6 @@ def check_packing(model: LanguageModel, pack: Pack, sequences: Sequence[tuple[in
     Raises:
         ValueError: If the model is not computed rightly; it must not be trained then.
     """
-    for name, module in model.layers.named_modules():
-        if isinstance(module, UNSUITABLE_LAYERS):
-            raise ValueError(
-                f"layer {name} is a {type(module).__name__}: such models are not supported"
-            )
     callers: list[Any] = []
     packed = score(model, pack, on_tree_attention=callers.append).cpu()
     if len(callers) != len(model.layers) or len(set(map(id, callers))) != len(model.layers):
@@ -279,7 +272,7 @@ def check_head_kernels(model: LanguageModel) -> None:
     check_error(gradients.to(wanted.dtype), wanted, HEAD_GRADIENTS_TOLERANCE, "gradients")
 
 
-def head_that_passed_its_trial(model: LanguageModel) -> LanguageModel:
+def with_tried_head_kernels(model: LanguageModel) -> LanguageModel:
     """The model with a head that is computed rightly here: torch's products if Triton's are not.
 
     Args:

@@ -22,7 +22,7 @@ from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.layer import DecoderLayer
 from lowmem_dpo.model.lora import AdapterSpec, add_lora
 from lowmem_dpo.model.nf4 import Nf4Weight
-from lowmem_dpo.model.scoring import head_that_passed_its_trial
+from lowmem_dpo.model.scoring import with_tried_head_kernels
 from lowmem_dpo.settings.groups import KERNELS
 from lowmem_dpo_kernels import NormKind, rms_norm, twins
 from lowmem_dpo_kernels.triton_support import runs_triton
@@ -69,7 +69,7 @@ def prepare_model(
         for weight in model.network.modules():
             if isinstance(weight, Nf4Weight):
                 weight.may_use_kernel = False
-    model = head_that_passed_its_trial(replace(model, head_implementation=head_kernel))
+    model = with_tried_head_kernels(replace(model, head_implementation=head_kernel))
     replace_norms(model.backbone, model.family, may_use_kernel="norms" in kernels)
     has_dropout = adapter is not None and adapter.dropout > 0
     for i, layer in enumerate(model.layers):
@@ -98,18 +98,18 @@ def replace_norms(backbone: nn.Module, family: Family, *, may_use_kernel: bool =
     """
     if family.rms_norm is None:
         return 0
-    kind = family.rms_norm
+    record = family.rms_norm
     found = [
         (parent, name, child)
         for parent in backbone.modules()
         for name, child in parent.named_children()
-        if type(child).__name__ == kind.class_name
+        if type(child).__name__ == record.class_name
     ]
     for parent, name, norm in found:
         eps: Any = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
         weight: Any = norm.weight
-        rule = NormKind(eps, kind.offset, kind.rounds_first)
-        setattr(parent, name, FusedRmsNorm(weight, rule, may_use_kernel=may_use_kernel))
+        kind = NormKind(eps, record.offset, record.rounds_first)
+        setattr(parent, name, FusedRmsNorm(weight, kind, may_use_kernel=may_use_kernel))
     return len(found)
 
 
@@ -118,26 +118,26 @@ class FusedRmsNorm(nn.Module):
 
     Args:
         weight: [D], frozen.
-        rule: How the family normalises.
+        kind: How the family normalises.
         may_use_kernel: As for `replace_norms`.
     """
 
     def __init__(
-        self, weight: nn.Parameter, rule: NormKind, *, may_use_kernel: bool = True
+        self, weight: nn.Parameter, kind: NormKind, *, may_use_kernel: bool = True
     ) -> None:
         super().__init__()
-        what = weight.device, weight.dtype, len(weight), rule
+        what = weight.device, weight.dtype, len(weight), kind
         self.implementation = norm_implementation(*what) if may_use_kernel else "torch"
         self.weight = weight
-        self.rule = rule
+        self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the rows of [..., D]."""
-        return rms_norm(x, self.weight, self.rule, implementation=self.implementation)
+        return rms_norm(x, self.weight, self.kind, implementation=self.implementation)
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
-        return f"{tuple(self.weight.shape)}, eps={self.rule.eps}"
+        return f"{tuple(self.weight.shape)}, eps={self.kind.eps}"
 
 
 def norm_path(backbone: nn.Module) -> str:
@@ -148,7 +148,7 @@ def norm_path(backbone: nn.Module) -> str:
 
 @functools.cache
 def norm_implementation(
-    device: torch.device, dtype: torch.dtype, width: int, rule: NormKind
+    device: torch.device, dtype: torch.dtype, width: int, kind: NormKind
 ) -> str:
     """Triton on cards where its kernels can be compiled and are right, torch elsewhere.
 
@@ -156,27 +156,27 @@ def norm_implementation(
         device: Where the norm computes.
         dtype: In what it computes.
         width: D.
-        rule: How it normalises.
+        kind: How it normalises.
     """
     if dtype == torch.float64 or not runs_triton(device):
         return "torch"
-    trial = functools.partial(_try_norm_kernels, device, dtype, width, rule)
+    trial = functools.partial(_try_norm_kernels, device, dtype, width, kind)
     passed = passes_trial(trial, "norms", "the norms' kernels", device, "PyTorch")
     return "triton" if passed else "torch"
 
 
-def _try_norm_kernels(device: torch.device, dtype: torch.dtype, width: int, rule: NormKind) -> None:
+def _try_norm_kernels(device: torch.device, dtype: torch.dtype, width: int, kind: NormKind) -> None:
     """Compare values and gradients with the twin in float64.
 
-    Width and rule are compiled in, so they are the model's own.
+    Width and kind are compiled in, so they are the model's own.
     """
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(2, 70, width, generator=generator).to(device, dtype)
     weight = torch.randn(width, generator=generator).to(device, dtype)
     found = _value_and_gradient(
-        functools.partial(rms_norm, implementation="triton"), x, weight, grad, rule
+        functools.partial(rms_norm, implementation="triton"), x, weight, grad, kind
     )
-    exact = (x.double(), weight.double(), grad.double(), rule)
+    exact = (x.double(), weight.double(), grad.double(), kind)
     expected = _value_and_gradient(twins.rms_norm, *exact)
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     for got, want, what in zip(found, expected, ("value", "gradient"), strict=True):
@@ -184,11 +184,11 @@ def _try_norm_kernels(device: torch.device, dtype: torch.dtype, width: int, rule
 
 
 def _value_and_gradient(
-    norm: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor, rule: NormKind
+    norm: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor, kind: NormKind
 ) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        out = norm(x, weight, rule)
+        out = norm(x, weight, kind)
     out.backward(grad)
     assert x.grad is not None
     return out.detach(), x.grad

@@ -320,7 +320,7 @@ def round_up_tokens(num_tokens: int, multiple: int = TOKEN_MULTIPLE) -> int:
     return -(-num_tokens // multiple) * multiple
 
 
-def fill(packs: Sequence[Pack]) -> float:
+def filled_share(packs: Sequence[Pack]) -> float:
     """Share of the packs' tokens that belong to a tree."""
     used = sum(tree.num_tokens for pack in packs for tree in pack.trees)
     return used / sum(len(pack.input_ids) for pack in packs)

@@ -326,7 +326,7 @@ def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """A schedule's state without what cannot be written as JSON (its lambdas hold no state)."""
+    """A learning-rate scheduler's state as JSON can hold it: its lambdas have no state."""
     return {key: value for key, value in state.items() if key != "lr_lambdas"} | {
         "lr_lambdas": [None]
     }

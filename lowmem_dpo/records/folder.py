@@ -65,7 +65,6 @@ FREE_TO_CHANGE = {
     "init_adapter",
 }
 
-
 # What tells that a folder holds a run, and what else it writes there.
 RUN_FILES = ("config.yaml", "adapter", "best", "checkpoints")
 RECORD_FILES = ("run.json", "metrics.jsonl")
@@ -219,6 +218,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
     return rows
+
+
+def settings_to_share(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run must have as its checkpoint has them."""
+    return {name: value for name, value in settings.items() if name not in FREE_TO_CHANGE}
 
 
 def check_resumable(

@@ -150,6 +150,8 @@ class _ShardWriter:
     """Writes shards; a full disk is said once, and tried again each time.
 
     Attributes:
+        cache: Where they go.
+        fingerprint: Under which numerics they were scored.
         unwritten: Pair keys to their log-probs: the next shard.
         tried_at: When one was last written, or could not be.
         error: Why the numbers since the last shard are not written.

@@ -16,12 +16,12 @@ from lowmem_dpo.console import duration, progress, say, warn
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import unusual_values
 from lowmem_dpo.model.lora import lora_layers, lora_parameters
-from lowmem_dpo.packs.packing import Pack, fill, pack_trees
+from lowmem_dpo.packs.packing import Pack, filled_share, pack_trees
 from lowmem_dpo.records.checkpoints import load_checkpoint, read_record
 from lowmem_dpo.records.folder import (
-    FREE_TO_CHANGE,
     check_resumable,
     hold_folder,
+    settings_to_share,
     text_versions,
 )
 from lowmem_dpo.records.trackers import Trackers, check_installed
@@ -48,7 +48,7 @@ from lowmem_dpo.version import __version__
 from lowmem_dpo.weights.adapters import load_adapter
 from lowmem_dpo.weights.size import ModelSize, storage_table
 
-STEPS_TO_PREDICT_FILL = 16
+STEPS_TO_PREDICT_FILLED_SHARE = 16
 
 StepCallback = Callable[[StepResult], Any]
 
@@ -105,7 +105,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     pairs = load_pairs(config, config, source.tokenizer, seed=seed)
     check_token_ids(pairs, source.config)
     batches = Batches.of(config, len(pairs.train))
-    facts = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
+    facts = settings_to_share(asdict(config))
     facts |= {"data_digest": pairs.digest, "template_digest": template.digest}
     if checkpoint is not None:
         check_resumable(checkpoint, facts, asdict(TrainConfig()))
@@ -210,7 +210,9 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
 
         first_step = state.step
         folder.start(to_yaml(replace(config, resume=None)), first_step)
-        folder.note(**_facts_at_start(run))
+        share = filled_share(_first_packs(run))
+        say(f"steps: {num_steps}, in micro-batches {share:.0%} filled")
+        folder.note(**_facts_at_start(run, share))
         begun = time.perf_counter()
         trackers = None
         if config.trackers:
@@ -278,13 +280,16 @@ def _say_plan(config: TrainConfig, policy: Policy, objective: Objective, pack_to
         say(f"loss {config.loss_type}: compares the pairs of a step, one more forward pass a step")
 
 
-def _facts_at_start(run: Run) -> dict[str, Any]:
-    """What run.json says of a run before its first step; its plan is said."""
+def _first_packs(run: Run) -> list[Pack]:
+    """The micro-batches of the first steps."""
     packs: list[Pack] = []
-    for batch in itertools.islice(run.batches.from_step(0), STEPS_TO_PREDICT_FILL):
+    for batch in itertools.islice(run.batches.from_step(0), STEPS_TO_PREDICT_FILLED_SHARE):
         packs += pack_trees([run.pairs.train[i] for i in batch], run.pack_tokens)
-    num_steps, share = run.batches.num_steps, fill(packs)
-    say(f"plan: {num_steps} steps, micro-batches {share:.0%} filled")
+    return packs
+
+
+def _facts_at_start(run: Run, share: float) -> dict[str, Any]:
+    """What run.json says of a run before its first step; `share` of its micro-batches is filled."""
     reference = run.reference and {
         "num_scored": run.reference.num_scored,
         "recheck_rms": run.reference.recheck_rms,
@@ -298,7 +303,7 @@ def _facts_at_start(run: Run) -> dict[str, Any]:
         "model": run.policy.identity,
         "data": run.pairs.facts,
         "data_digest": run.pairs.digest,
-        "plan": {"pack_tokens": run.pack_tokens, "fill": share, "num_steps": num_steps},
+        "plan": {"pack_tokens": run.pack_tokens, "fill": share, "num_steps": run.batches.num_steps},
         "self_check_rms": run.self_check_rms,
         "reference": reference,
         "finished": False,

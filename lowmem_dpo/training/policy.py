@@ -150,7 +150,7 @@ class Policy:
         identity: What the reference's numbers depend on, but the pair.
         tokenizer: Of the same source.
         adapter: What kind of adapter; None for a base alone.
-        source: The base's folder or id.
+        base: Folder or id of the base.
         init_adapter: The adapter folder it starts from.
         base_storage: As in `Source`.
         chat_template: To save with the adapter: Jinja text, several by name, or None.
@@ -160,7 +160,7 @@ class Policy:
     identity: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     adapter: AdapterSpec | None
-    source: str
+    base: str
     init_adapter: str | None
     base_storage: dict[str, str]
     chat_template: str | dict[str, str] | None = None
@@ -168,7 +168,7 @@ class Policy:
     def save(self, directory: Path) -> None:
         """Write the adapter in PEFT's format, with the tokenizer and template it trained under."""
         assert self.adapter is not None, "a base alone has no adapter to save"
-        save_adapter(directory, self.model.network, base_model=self.source, settings=self.adapter)
+        save_adapter(directory, self.model.network, base_model=self.base, settings=self.adapter)
         save_base_storage(directory, self.base_storage)
         own = self.tokenizer.chat_template
         self.tokenizer.chat_template = self.chat_template

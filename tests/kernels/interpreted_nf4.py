@@ -1,6 +1,6 @@
 """Tests of the NF4 kernel on the CPU. They need TRITON_INTERPRET=1 before triton is imported.
 
-`test_nf4.py` runs this file in a process of its own.
+`test_nf4.py` starts it, in the process that all such files share.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """Tests of the norms' kernels on the CPU. They need TRITON_INTERPRET=1 before triton is imported.
 
-`test_rms_norm.py` runs this file in a process of its own.
+`test_rms_norm.py` starts it, in the process that all such files share.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """Tests of the Triton path on the CPU. They need TRITON_INTERPRET=1 before triton is imported.
 
-`test_token_logps_triton.py` runs this file in a process of its own.
+`test_token_logps_triton.py` starts it, in the process that all such files share.
 """
 
 import pytest

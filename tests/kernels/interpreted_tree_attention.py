@@ -1,6 +1,6 @@
 """Tests of the kernels on the CPU. They need TRITON_INTERPRET=1 before triton is imported.
 
-`test_tree_attention.py` runs this file in a process of its own.
+`test_tree_attention.py` starts it, in the process that all such files share.
 """
 
 import pytest

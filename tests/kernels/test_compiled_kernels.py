@@ -1,5 +1,6 @@
 """Every kernel compiled for cards that need not be there."""
 
+import ast
 import json
 import re
 
@@ -17,8 +18,10 @@ RECORD = json.loads(
     (BENCHMARKS / "results" / "kernel_resources-tree_attention.json").read_text(encoding="utf-8")
 )
 
-# The fullest variant everywhere, others here and there. All of attention's are on record.
+# The first of every operation, the fullest variant everywhere, others here and there. All of
+# attention's are on record.
 COMPILED = [
+    *((op, (8, 6), next(cases((8, 6))).label) for op, cases in kernel_resources.LAUNCHES.items()),
     *(
         (op, capability, label)
         for capability in CAPABILITIES
@@ -33,7 +36,6 @@ COMPILED = [
     ("token_logps", (9, 0), "fp32, bias, cap"),
     ("token_logps_fused", (8, 6), "fp16"),
     ("token_logps_fused", (8, 6), "fp32"),
-    ("nf4_dequantize", (8, 6), "bf16"),
     ("nf4_dequantize", (12, 0), "fp16, one level"),
     ("rms_norm", (8, 6), "D=128, fp16, gemma"),
     ("rms_norm", (8, 6), "D=8192, bf16, llama"),
@@ -106,6 +108,28 @@ def test_rows_come_in_and_leave_16_bytes_at_a_time(capability):
     (launch,) = compile_launches("nf4_dequantize", capability, "bf16")
     assert "st.global.v4" in launch.ptx
     assert "fma.rn" not in launch.ptx  # or NF4's bits would differ from bitsandbytes'
+
+
+def launched_kernels() -> set[str]:
+    """The names behind `@triton.jit` that some line of the kernels launches."""
+    compiled, launched = set(), set()
+    for path in (BENCHMARKS.parent / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                marks = map(ast.unparse, node.decorator_list)
+                compiled |= {node.name for mark in marks if mark.startswith("triton.jit")}
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launched.add(ast.unparse(node.func.value).split(".")[-1])
+    return compiled & launched
+
+
+def test_every_kernel_that_is_launched_is_among_the_launches():
+    found = set()
+    for cases in kernel_resources.LAUNCHES.values():
+        with kernel_resources.compiling_for((8, 6)) as launches:
+            next(cases((8, 6))).launch()
+        found |= {launch.code.metadata.name for launch in launches}
+    assert len(found) >= 10 and found == launched_kernels()
 
 
 def test_every_launch_says_whether_multiply_and_add_are_fused():

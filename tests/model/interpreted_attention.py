@@ -1,6 +1,6 @@
 """Whole models with the attention kernels, on the CPU. Needs TRITON_INTERPRET=1.
 
-`test_attention.py` runs this file in a process of its own.
+`test_attention.py` starts it, in the process that all such files share.
 """
 
 import pytest

@@ -6,7 +6,7 @@ import torch
 from lowmem_dpo.losses.functions import LOSSES
 from lowmem_dpo.losses.pairs import LossParameters, PairLogps
 from lowmem_dpo.model.lora import linear_layers, lora_parameters
-from lowmem_dpo.model.scoring import attention, score, score_plain
+from lowmem_dpo.model.scoring import other_attention, score, score_plain
 from lowmem_dpo.packs.packing import build_tree, pack_trees, sequence_logps
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.tokens.encoding import TokenPair
@@ -48,7 +48,7 @@ def plain_loss(policy, pairs):
     """Two sequences a pair, the model's own logits and eager attention, ordinary autograd."""
     total = 0.0
     model = policy.model.network
-    with attention(policy.model, "eager"):
+    with other_attention(policy.model, "eager"):
         for pair in pairs:
             sums = []
             for ids, start in (
@@ -108,7 +108,7 @@ def test_score_of_packed_trees_equals_plain_sequences_in_loss_and_every_gradient
 
 def test_score_plain_gives_the_log_probs_of_the_models_own_logits(policy):
     ids = token_pairs()[1].chosen_ids
-    with attention(policy.model, "eager"), torch.no_grad():
+    with other_attention(policy.model, "eager"), torch.no_grad():
         logits = policy.model.network(torch.tensor(ids)[None], use_cache=False).logits[0, :-1]
     wanted = logits.log_softmax(-1).gather(-1, torch.tensor(ids)[1:, None])[:, 0]
     torch.testing.assert_close(score_plain(policy.model, ids), wanted, rtol=1e-5, atol=1e-5)

@@ -3,7 +3,7 @@ import torch
 
 from lowmem_dpo.model import scoring
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.scoring import check_head_kernels, check_packing, head_that_passed_its_trial
+from lowmem_dpo.model.scoring import check_head_kernels, check_packing, with_tried_head_kernels
 from lowmem_dpo.packs.packing import build_tree, pack_trees
 from lowmem_dpo.settings.configs import TrainConfig
 from tests.model.test_scoring import token_pairs
@@ -83,15 +83,13 @@ def test_the_head_takes_torchs_products_where_the_kernels_are_wrong(
     model = make_policy(tmp_path).model
     monkeypatch.setattr(scoring, "token_logps_path", lambda *_: "triton, blocks of 1 rows")
     wrong_head(monkeypatch, fault)
-    assert head_that_passed_its_trial(model).head_implementation == ("torch" if fault else "auto")
+    assert with_tried_head_kernels(model).head_implementation == ("torch" if fault else "auto")
     assert ("the output head's triton kernels failed" in capsys.readouterr().out) == bool(fault)
 
 
-def test_head_that_passed_its_trial_takes_no_other_path_because_a_card_is_full(
-    tmp_path, monkeypatch
-):
+def test_with_tried_head_kernels_takes_no_other_path_because_a_card_is_full(tmp_path, monkeypatch):
     model = make_policy(tmp_path).model
     monkeypatch.setattr(scoring, "token_logps_path", lambda *_: "triton, blocks of 1 rows")
     wrong_head(monkeypatch, "memory")
     with pytest.raises(torch.OutOfMemoryError):
-        head_that_passed_its_trial(model)
+        with_tried_head_kernels(model)

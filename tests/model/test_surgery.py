@@ -11,7 +11,7 @@ from lowmem_dpo.model.language_model import LanguageModel, StorageRow
 from lowmem_dpo.model.layer import DecoderLayer
 from lowmem_dpo.model.lora import AdapterSpec, lora_layers, wrap_linears
 from lowmem_dpo.model.nf4 import quantize_nf4
-from lowmem_dpo.model.scoring import attention
+from lowmem_dpo.model.scoring import other_attention
 from lowmem_dpo.model.surgery import FusedRmsNorm, norm_path, prepare_model
 from tests.tiny import FAMILIES, tiny_model
 
@@ -36,7 +36,7 @@ def hidden_states(network):
 def test_prepare_model_changes_no_bit_of_what_transformers_computes(family, dtype):
     plain = tiny_model(family).to(dtype)
     model = prepare_model(loaded(family, dtype), ADAPTER)
-    with attention(model, model.family.plain_attention):
+    with other_attention(model, model.family.plain_attention):
         plain.set_attn_implementation(model.family.plain_attention)
         assert torch.equal(hidden_states(model.network), hidden_states(plain))
 
@@ -45,7 +45,7 @@ def test_prepare_model_changes_no_bit_of_what_transformers_computes(family, dtyp
 def test_prepare_model_leaves_out_the_kernels_that_it_may_not_use(name, monkeypatch):
     """Every kernel passes its trial here, so the allowed ones are those that would run."""
     monkeypatch.setattr(surgery, "norm_implementation", lambda *_: "triton")
-    monkeypatch.setattr(surgery, "head_that_passed_its_trial", lambda model: model)
+    monkeypatch.setattr(surgery, "with_tried_head_kernels", lambda model: model)
     model = loaded()
     linear = model.layers[0].self_attn.q_proj
     weight = quantize_nf4(linear.weight)
@@ -60,10 +60,10 @@ def test_prepare_model_leaves_out_the_kernels_that_it_may_not_use(name, monkeypa
 
 
 def test_tree_attention_by_torch_asks_no_kernel_and_outlives_a_check(monkeypatch):
-    monkeypatch.setattr(surgery, "head_that_passed_its_trial", lambda model: model)
+    monkeypatch.setattr(surgery, "with_tried_head_kernels", lambda model: model)
     model, usual = prepare_model(loaded(), kernels=[]), prepare_model(loaded())
     monkeypatch.setattr("lowmem_dpo.model.attention._kernel_path", pytest.fail)
-    with attention(model, "sdpa"):
+    with other_attention(model, "sdpa"):
         pass
     layout = {"inputs_embeds": torch.randn(1, 20, 64), "tree_layout": ((0, 9, 6, 5),)}
     layout |= {"position_ids": torch.arange(20)[None], "use_cache": False}
@@ -96,7 +96,7 @@ def test_prepare_model_tries_the_head_that_it_has_put_in(monkeypatch):
         assert isinstance(model.head_weight, Int8Head) and model.head_implementation == "auto"
         return replace(model, head_implementation="torch")
 
-    monkeypatch.setattr(surgery, "head_that_passed_its_trial", trial)
+    monkeypatch.setattr(surgery, "with_tried_head_kernels", trial)
     before = loaded()
     model = prepare_model(before, ADAPTER, head_quantization="int8")
     assert model.head_implementation == "torch"

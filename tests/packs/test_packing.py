@@ -10,7 +10,7 @@ from lowmem_dpo.packs.packing import (
     CARD_TOKEN_MULTIPLE,
     choose_pack_tokens,
     epoch_order,
-    fill,
+    filled_share,
     pack_trees,
     round_up_tokens,
     sequence_logps,
@@ -231,4 +231,4 @@ def test_round_up_tokens_gives_the_next_multiple_of_64():
 def test_fill_is_the_share_of_tokens_that_belong_to_trees():
     packs = pack_trees([make_tree(1, 5, 2, 1), make_tree(2, 3, 1, 0)], 8)
     assert len(packs) == 2
-    assert fill(packs) == 12 / 16
+    assert filled_share(packs) == 12 / 16

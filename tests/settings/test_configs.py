@@ -190,6 +190,7 @@ def test_parse_config_refuses_in_one_line(words, message):
     [
         ({"temperature": 0, "top_p": 0.5}, "top_p=0.5 has no effect with temperature=0"),
         ({"temperature": 0, "top_k": 5}, "top_k=5 has no effect with temperature=0"),
+        ({"temperature": 0, "seed": 5}, "seed=5 has no effect with temperature=0"),
         (
             {"quantization": "none", "quantized_copy": False},
             "quantized_copy=False has no effect with quantization=none",
@@ -377,3 +378,10 @@ def test_kernels_are_read_alike_from_words_and_yaml(given, allowed, tmp_path):
 def test_kernels_that_are_not_there_are_refused(given):
     with pytest.raises(ValueError, match="kernels must be auto, off, or of head, attention"):
         parse_config(TrainConfig, ["--kernels", given])
+
+
+def test_warmup_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match=r"warmup_ratio=0\.2 has no effect with warmup_steps=5"):
+        TrainConfig(warmup_steps=5, warmup_ratio=0.2)
+    with pytest.raises(ValueError, match="warmup_steps=5 has no effect with lr_scheduler_type"):
+        TrainConfig(warmup_steps=5, lr_scheduler_type="constant")

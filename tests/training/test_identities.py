@@ -71,7 +71,7 @@ def adapter(llama_dir: Path, tmp_path: Path) -> Path:
         if name.endswith("lora_b"):
             torch.nn.init.normal_(parameter, std=0.05, generator=generator)
     save_adapter(
-        tmp_path / "start", policy.model.network, base_model=policy.source, settings=policy.adapter
+        tmp_path / "start", policy.model.network, base_model=policy.base, settings=policy.adapter
     )
     return tmp_path / "start"
 

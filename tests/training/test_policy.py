@@ -9,6 +9,7 @@ from lowmem_dpo.model import surgery
 from lowmem_dpo.model.head import Int8Head
 from lowmem_dpo.pipeline.generate import generate
 from lowmem_dpo.settings.configs import GenerateConfig
+from lowmem_dpo.settings.groups import ModelSettings
 from lowmem_dpo.training import policy
 from lowmem_dpo.training.policy import load_policy, read_source
 from tests.policies import policy_for
@@ -93,7 +94,7 @@ def test_fingerprint_names_all_that_can_move_a_last_bit(llama_dir, monkeypatch):
 def test_load_policy_takes_torchs_products_where_the_heads_kernels_fail(llama_dir, monkeypatch):
     monkeypatch.setattr(
         surgery,
-        "head_that_passed_its_trial",
+        "with_tried_head_kernels",
         lambda model: replace(model, head_implementation="torch"),
     )
     made = policy_for(TrainConfig(model=str(llama_dir), device="cpu"))
@@ -106,6 +107,15 @@ def test_policies_with_another_head_are_another_model(llama_dir):
         for method in ("none", "int8")
     )
     assert none.identity != int8.identity
+
+
+@pytest.mark.parametrize(
+    ("family", "scale", "softcap"), [("gemma2", 1.0, 5.0), ("cohere", 0.3, None)]
+)
+def test_the_rule_of_the_logits_is_part_of_the_identity(tmp_path, family, scale, softcap):
+    model = save_tiny_model(tmp_path / "model", family)
+    identity = load_policy(ModelSettings(model=str(model), device="cpu")).identity
+    assert (identity["logit_scale"], identity["logit_softcap"]) == (scale, softcap)
 
 
 def test_generate_uses_a_quantised_head(llama_dir, monkeypatch):

@@ -48,6 +48,15 @@ def test_used_pairs_are_those_of_the_steps_in_their_order(shuffle):
     assert all_of_them.used()[:6] == few.used()
 
 
+def test_self_check_takes_the_shortest_and_the_longest_pair(monkeypatch):
+    lengths = [5, 3, 9, 4]
+    trees = [fold(n, (1,) * n, (2,) * n, (3,) * n, n, n) for n in lengths]
+    taken = []
+    monkeypatch.setattr(run, "check_packing", lambda model, pack, ids: taken.append(pack) or 0.0)
+    assert run.self_check(SimpleNamespace(model=None), trees) == 0.0
+    assert sorted(tree.row for tree in taken[0].trees) == [3, 9]
+
+
 def test_matmul_rate_counts_the_products_of_the_time_measured(monkeypatch):
     clock = iter([0.0, 0.1, 0.2, 0.4, 0.4])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
@@ -90,13 +99,6 @@ def test_a_small_model_is_trained_without_a_word(llama_dir, pairs_file, tmp_path
     words = ["--model", str(llama_dir), "--data", str(pairs_file())]
     assert main(["train", *words, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]) == 0
     assert "takes at least" not in capsys.readouterr().out
-
-
-def test_generate_with_a_large_model_only_says_that_it_is_slow(monkeypatch, llama_dir, capsys):
-    monkeypatch.setattr(size, "LARGE_FOR_A_CPU", 1000)
-    words = ["--model", str(llama_dir), "--prompt", "hello", "--max_new_tokens", "2"]
-    assert main(["generate", *words]) == 0
-    assert "on a CPU: an answer takes minutes" in capsys.readouterr().out
 
 
 EVALUATED = {"eval_fraction": 0.1}
@@ -153,13 +155,6 @@ def test_warn_of_short_run_counts_the_steps_of_a_run_that_hardly_moves(capsys):
 def test_batches_take_no_step_for_rounding(epochs, steps):
     config = TrainConfig(batch_size=4, num_train_epochs=epochs)
     assert Batches.of(config, 400).num_steps == steps
-
-
-def test_warmup_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(ValueError, match=r"warmup_ratio=0\.2 has no effect with warmup_steps=5"):
-        TrainConfig(warmup_steps=5, warmup_ratio=0.2)
-    with pytest.raises(ValueError, match="warmup_steps=5 has no effect with lr_scheduler_type"):
-        TrainConfig(warmup_steps=5, lr_scheduler_type="constant")
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def save_starts(model: Path, directory: Path) -> dict[str, Path]:
         save_adapter(
             directory / name,
             policy.model.network,
-            base_model=policy.source,
+            base_model=policy.base,
             settings=policy.adapter,
         )
         return directory / name

@@ -331,7 +331,7 @@ def test_read_adapter_config_refuses_pickles_and_missing_files(saved, tmp_path):
         ),
         (
             lambda t: t.update({max(t): torch.ones(32, 4)}),
-            "has shape [32, 4], the model needs [16, 3]",
+            "has shape [32, 4], the model needs [32, 3]",
         ),
     ],
 )

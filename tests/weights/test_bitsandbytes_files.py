@@ -14,8 +14,6 @@ from lowmem_dpo.weights.bitsandbytes_files import check_quantization_config, gro
 from lowmem_dpo.weights.safetensors_files import read_header
 from tests.weights.loading_lines import load_and_listen
 
-# Rows of whole blocks: bitsandbytes' own CPU kernel is wrong where blocks straddle rows.
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
@@ -33,7 +31,7 @@ def bnb_checkpoint(tiny_checkpoint, tmp_path):
         shards=False,
         **changes,
     ):
-        folder, _ = tiny_checkpoint(family, dtype=dtype, **SIZES, **changes)
+        folder, _ = tiny_checkpoint(family, dtype=dtype, **changes)
         settings = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

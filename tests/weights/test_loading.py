@@ -128,7 +128,7 @@ def test_load_model_rebuilds_the_scale_of_embeddings(tiny_checkpoint, family):
     folder, model = tiny_checkpoint(family)
     loaded = load(folder)
     embedding = loaded.network.model.embed_tokens
-    assert embedding.embed_scale == model.model.embed_tokens.embed_scale == 32**0.5
+    assert embedding.embed_scale == model.model.embed_tokens.embed_scale == 64**0.5
     assert "embedding scale" in {row.kind for row in loaded.storage}
     ids = torch.arange(24).view(2, 12)
     from_embeddings = loaded.network(inputs_embeds=embedding(ids), use_cache=False).logits
@@ -160,7 +160,7 @@ def test_load_model_uses_a_head_of_its_own_whatever_the_config_says(
     tiny_checkpoint, tmp_path, quantization
 ):
     folder, _ = tiny_checkpoint("llama", tie_word_embeddings=True)
-    head = torch.randn(96, 32, generator=torch.Generator().manual_seed(1)) * 0.2
+    head = torch.randn(96, 64, generator=torch.Generator().manual_seed(1)) * 0.2
     tied = load(folder, quantization, cache_dir=tmp_path / "cache")
     rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -186,8 +186,8 @@ def test_load_model_uses_a_head_of_its_own_whatever_the_config_says(
             "lack model.layers.1.mlp.down_proj.weight and 2 more; ",
         ),
         (
-            lambda t: t.update({"model.norm.weight": torch.ones(31)}),
-            "has shape [31], config.json says [32]",
+            lambda t: t.update({"model.norm.weight": torch.ones(63)}),
+            "has shape [63], config.json says [64]",
         ),
         (
             lambda t: t["model.layers.0.mlp.up_proj.weight"].fill_(float("nan")),

@@ -23,7 +23,6 @@ from lowmem_dpo.weights.safetensors_files import StoredTensor
 from tests.tiny import FAMILIES
 from tests.weights.loading_lines import load_and_listen
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 MADE = "the next start reads the copy"
 USED = "read from its quantised copy"
 AGAIN = "quantised again; its copy cannot be used and is removed"
@@ -32,7 +31,7 @@ AGAIN = "quantised again; its copy cannot be used and is removed"
 @pytest.fixture
 def base(tiny_checkpoint):
     """A bf16 source whose odd sizes would misalign the tensors of a careless writer."""
-    folder, _ = tiny_checkpoint("qwen2", dtype=torch.bfloat16, **SIZES, vocab_size=97)
+    folder, _ = tiny_checkpoint("qwen2", dtype=torch.bfloat16, vocab_size=97)
     return folder
 
 
@@ -257,7 +256,7 @@ def test_copy_keeps_the_configs_of_the_source(base, cache):
 
 def test_copy_belongs_to_its_source_and_quantiser(base, cache, tiny_checkpoint, monkeypatch):
     load(base, cache)
-    other, _ = tiny_checkpoint("qwen2", name="other", **SIZES, vocab_size=97)
+    other, _ = tiny_checkpoint("qwen2", name="other", vocab_size=97)
     assert MADE in load(other, cache).notes[0]
     monkeypatch.setattr(loading, "QUANTISER_VERSION", 2)
     assert MADE in load(base, cache).notes[0]
