@@ -12,6 +12,7 @@ import torch
 from lowmem_dpo_kernels import (
     NormKind,
     TreePlan,
+    gated_product,
     nf4,
     rms_norm_triton,
     token_logps_triton,
@@ -142,6 +143,25 @@ def rms_norm(capability: tuple[int, int]) -> Iterator[Case]:
                 )
 
 
+def gate(capability: tuple[int, int]) -> Iterator[Case]:
+    """Gate and up apart, and as halves of one product; the same on all cards."""
+    for name, dtype in HALF_DTYPES.items():
+        in_one = torch.zeros(3, 2 * 14336, dtype=dtype, requires_grad=True).chunk(2, dim=1)
+        apart = [part.detach().clone().requires_grad_() for part in in_one]
+        for activation in gated_product.ACTIVATIONS:
+            for text, parts in (("", apart), (", in one", in_one)):
+                yield Case(
+                    f"{activation}, {name}{text}",
+                    ("forward", "backward"),
+                    lambda parts=parts, activation=activation: _gate(*parts, activation),
+                )
+
+
+def _gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
+    out = gated_product.gated_product(gate, up, activation)
+    torch.autograd.grad(out, (gate, up), torch.zeros_like(out))
+
+
 def _normalise(x: torch.Tensor, rstd: torch.Tensor, kind: NormKind) -> None:
     rms_norm_triton.forward(x, x[0], kind, x.clone(), rstd)
     rms_norm_triton.backward(x, x, x[0], kind, rstd, x.clone())
@@ -166,6 +186,7 @@ def _attend(
 
 LAUNCHES = {
     "rms_norm": rms_norm,
+    "gated_product": gate,
     "token_logps": token_logps,
     "token_logps_fused": token_logps_fused,
     "nf4_dequantize": nf4_dequantize,

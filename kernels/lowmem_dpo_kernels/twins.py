@@ -5,7 +5,7 @@ test against. Arguments and results are those of the operation of the same name,
 are not.
 
 Shapes: N packed tokens, T scored tokens, D hidden, V vocabulary; H query heads, K key heads, E head
-size.
+size; I intermediate size.
 """
 
 from collections.abc import Sequence
@@ -51,6 +51,11 @@ def rms_norm(x: Tensor, weight: Tensor, kind: NormKind) -> Tensor:
     if kind.rounds_first:
         normed = normed.to(x.dtype)
     return (normed * (weight.to(normed.dtype) + kind.offset)).to(x.dtype)
+
+
+def gated_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) * up, act by its name; [..., I] each."""
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
 def nf4_dequantize(

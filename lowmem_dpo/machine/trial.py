@@ -5,9 +5,11 @@ reference alike would be wrong in both, so unseen at step zero.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowmem_dpo.console import warn
 from lowmem_dpo.settings.groups import KERNELS
@@ -62,12 +64,24 @@ def _still_works(device: torch.device) -> bool:
     return True
 
 
-def check_error(found: torch.Tensor, expected: torch.Tensor, limit: float, what: str) -> None:
+def value_and_gradients(
+    function: Callable[..., Tensor], inputs: Iterable[Tensor], upstream: Tensor, *others: Any
+) -> list[Tensor]:
+    """The output of `function(*inputs, *others)`, and the gradients of its inputs."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    with torch.enable_grad():
+        out = function(*leaves, *others)
+    # A copy, since a backward pass may write over it.
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.clone())]
+
+
+def check_error(found: Tensor, expected: Tensor, limit: float, what: str) -> None:
     """Refuse a result whose relative Frobenius error is above `limit`, or not a number.
 
     Raises:
         ValueError: With the error.
     """
-    error = (found - expected).norm() / expected.norm()
+    expected = expected.float()
+    error = (found.float() - expected).norm() / expected.norm()
     if not error <= limit:
         raise ValueError(f"{what}: relative error {error:.1e}")

@@ -21,7 +21,7 @@ Shapes: N packed tokens, H query heads, K key heads, E head size.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PretrainedConfig
 
 import lowmem_dpo_kernels
-from lowmem_dpo.machine.trial import check_error, passes_trial
+from lowmem_dpo.machine.trial import check_error, passes_trial, value_and_gradients
 from lowmem_dpo.model.tiled_attention import tiled_attention
 from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path
 
@@ -162,36 +162,22 @@ def _try_kernels(device: torch.device, dtype: torch.dtype, variant: Variant) -> 
     layout, num_tokens = ((0, 70, 90, 40), (200, 5, 0, 33), (238, 1, 30, 0)), 320
     heads, key_heads, head_size = variant[:3]
     generator = torch.Generator().manual_seed(0)
-    query, key, value, upstream = (
+    *inputs, upstream = (
         torch.randn(1, num_tokens, count, head_size, generator=generator)
         .to(device, dtype)
         .transpose(1, 2)
         for count in (heads, key_heads, key_heads, heads)
     )
+    upstream = upstream.transpose(1, 2).contiguous()
     for window in (None, 32) if variant.has_window else (None,):
         softcap = 20.0 if variant.has_softcap else None
         kind = AttentionKind(head_size**-0.5, window, softcap)
         results = [
-            _with_gradients(attend, (query, key, value), upstream, layout, kind)
+            value_and_gradients(attend, inputs, upstream, layout, kind)
             for attend in (_by_kernel, segment_attention)
         ]
         for ours, expected in zip(*results, strict=True):
             check_error(ours, expected, _TRIAL_TOLERANCE, f"window {window}, soft-cap {softcap}")
-
-
-def _with_gradients(
-    attend: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-    upstream: Tensor,
-    layout: TreeLayout,
-    kind: AttentionKind,
-) -> list[Tensor]:
-    """Output and gradients of one attention, in fp32."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    with torch.enable_grad():
-        output = attend(*leaves, layout, kind)
-    gradients = torch.autograd.grad(output, leaves, upstream.transpose(1, 2).contiguous())
-    return [tensor.detach().float() for tensor in (output, *gradients)]
 
 
 def _by_kernel(

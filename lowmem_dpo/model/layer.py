@@ -34,9 +34,11 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from lowmem_dpo.machine.device import cuda_devices
+from lowmem_dpo.machine.trial import check_error, passes_trial, value_and_gradients
 from lowmem_dpo.model.families import Family
 from lowmem_dpo.model.lora import LoraLinear
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, round_up_tokens
+from lowmem_dpo_kernels import twins
 
 TILE_ROWS = 2048
 """Most rows of a tile. A tile's weights are dequantised for it: 5 to 10 % of its products' time."""
@@ -52,6 +54,7 @@ class DecoderLayer(nn.Module):
         inputs_on_host: Let the input wait in pinned host memory; for layers on a CUDA device.
         has_dropout: Save the state of the random generators, so that the second run repeats the
             dropout of the first.
+        mlp_kernels: As for `GatedMlp`.
         tile_rows: Most rows of a tile.
 
     Raises:
@@ -66,6 +69,7 @@ class DecoderLayer(nn.Module):
         residual_multiplier: float,
         inputs_on_host: bool,
         has_dropout: bool,
+        mlp_kernels: tuple[torch.device, torch.dtype] | None = None,
         tile_rows: int = TILE_ROWS,
     ) -> None:
         super().__init__()
@@ -79,7 +83,7 @@ class DecoderLayer(nn.Module):
                 "tested with"
             )
         self.attention = AttentionHalf(layer, family, residual_multiplier)
-        self.token_wise = TokenWiseHalf(layer, family, residual_multiplier, tile_rows)
+        self.token_wise = TokenWiseHalf(layer, family, residual_multiplier, mlp_kernels, tile_rows)
         self.inputs_on_host = inputs_on_host
         self.has_dropout = has_dropout
 
@@ -121,13 +125,18 @@ class TokenWiseHalf(nn.Module):
     """y = h + norm(mlp(norm(h))), tile by tile; the arguments are those of `DecoderLayer`."""
 
     def __init__(
-        self, layer: nn.Module, family: Family, residual_multiplier: float, tile_rows: int
+        self,
+        layer: nn.Module,
+        family: Family,
+        residual_multiplier: float,
+        mlp_kernels: tuple[torch.device, torch.dtype] | None,
+        tile_rows: int,
     ) -> None:
         super().__init__()
         before, after = family.mlp_norms
         self.norm_before = layer.get_submodule(before) if before else nn.Identity()
         self.norm_after = layer.get_submodule(after) if after else nn.Identity()
-        self.mlp = GatedMlp(layer.get_submodule("mlp"))
+        self.mlp = GatedMlp(layer.get_submodule("mlp"), mlp_kernels)
         self.residual_multiplier = residual_multiplier
         self.tile_rows = tile_rows
 
@@ -196,14 +205,16 @@ class TokenWiseHalf(nn.Module):
 
 
 class _Activation(NamedTuple):
-    """What is done to the gate: its values, and its gradient written over what comes in."""
+    """What is done to the gate: the kernels' name for it, its values, its gradient in place."""
 
+    name: str
     values: Callable[[Tensor], Tensor]
     write_gradient: Callable[..., Tensor]
 
 
-_SILU = _Activation(F.silu, torch.ops.aten.silu_backward.grad_input)
+_SILU = _Activation("silu", F.silu, torch.ops.aten.silu_backward.grad_input)
 _GELU_TANH = _Activation(
+    "gelu_tanh",
     functools.partial(F.gelu, approximate="tanh"),
     functools.partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh"),
 )
@@ -220,13 +231,17 @@ class GatedMlp(nn.Module):
     act(gate) is computed again and the gradient of the product becomes that of the gate where it
     lies: four.
 
-    Values and gradients have the bits of the ordinary operations, which do the arithmetic. Any
-    other activation runs by these.
+    Values and gradients have the bits of the ordinary operations, which do the arithmetic where
+    `lowmem_dpo_kernels.gated_product` may not. Any other activation runs by these.
 
     Args:
         mlp: That of transformers, whose parts are taken over. Has `down_proj`, and `gate_proj` and
             `up_proj` or both in one as `gate_up_proj`, all LoraLinear; and its activation, as
             `act_fn` or `activation_fn`.
+        kernels: Card and type that Triton kernels may compute on and in, if they are right there.
+
+    Attributes:
+        by_kernel: Whether they do.
 
     Source: Shazeer (arXiv 2002.05202).
     """
@@ -236,7 +251,9 @@ class GatedMlp(nn.Module):
     up_proj: LoraLinear
     down_proj: LoraLinear
 
-    def __init__(self, mlp: nn.Module) -> None:
+    def __init__(
+        self, mlp: nn.Module, kernels: tuple[torch.device, torch.dtype] | None = None
+    ) -> None:
         super().__init__()
         self.in_one = hasattr(mlp, "gate_up_proj")
         gates = ("gate_up_proj",) if self.in_one else ("gate_proj", "up_proj")
@@ -244,6 +261,10 @@ class GatedMlp(nn.Module):
             self.add_module(name, mlp.get_submodule(name))
         self.act_fn = mlp.get_submodule("act_fn" if hasattr(mlp, "act_fn") else "activation_fn")
         self.activation = _ACTIVATIONS.get(type(self.act_fn).__name__)
+        self.by_kernel = False
+        if kernels is not None and self.activation is not None:
+            width = self.down_proj.in_features
+            self.by_kernel = _kernels_agree(*kernels, width, self.activation.name, self.in_one)
 
     def forward(self, x: Tensor, *, needs_values: bool = True) -> Tensor:
         """Map [..., D] to [..., D].
@@ -258,6 +279,10 @@ class GatedMlp(nn.Module):
             gate, up = self.gate_proj(x), self.up_proj(x)
         if self.activation is None:
             product = self.act_fn(gate) * up
+        elif self.by_kernel:
+            from lowmem_dpo_kernels.gated_product import gated_product  # imports triton
+
+            product = gated_product(gate, up, self.activation.name)
         else:
             product = _GatedProduct.apply(gate, up, self.activation)
         del gate, up  # without a gradient to come, the last product runs without them
@@ -281,6 +306,38 @@ class _GatedProduct(torch.autograd.Function):
         grad.mul_(up)  # the down projection made it for nobody else
         ctx.activation.write_gradient(grad, gate, grad_input=grad)
         return grad, grad_up, None
+
+
+def mlp_path(backbone: nn.Module) -> str:
+    """What a prepared model's MLPs run by; another path differs in the last bits."""
+    mlps = [module for module in backbone.modules() if isinstance(module, GatedMlp)]
+    return "triton" if any(mlp.by_kernel for mlp in mlps) else "torch"
+
+
+@functools.cache
+def _kernels_agree(
+    device: torch.device, dtype: torch.dtype, width: int, activation: str, in_one: bool
+) -> bool:
+    trial = functools.partial(_try_kernels, device, dtype, width, activation, in_one)
+    return passes_trial(trial, "mlp", "the MLP's kernels", device, "PyTorch")
+
+
+def _try_kernels(
+    device: torch.device, dtype: torch.dtype, width: int, activation: str, in_one: bool
+) -> None:
+    """Compare values and gradients with the twin in float64, gate and up as a model has them."""
+    from lowmem_dpo_kernels.gated_product import gated_product  # imports triton
+
+    generator = torch.Generator().manual_seed(0)
+    both, grad = torch.randn(2, 1, 70, 2 * width, generator=generator).to(device, dtype)
+    halves, grad = both.chunk(2, dim=-1), grad[..., :width]
+    parts = halves if in_one else [half.contiguous() for half in halves]
+    found = value_and_gradients(gated_product, parts, grad, activation)
+    exact = ([part.double() for part in parts], grad.double(), activation)
+    expected = value_and_gradients(twins.gated_product, *exact)
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    for got, want, what in zip(found, expected, ("value", "gate", "up"), strict=True):
+        check_error(got, want, limit, f"{what} at {width}")
 
 
 class _LayerFunction(torch.autograd.Function):

@@ -7,14 +7,14 @@ too.
 """
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowmem_dpo.machine.trial import check_error, passes_trial
+from lowmem_dpo.machine.trial import check_error, passes_trial, value_and_gradients
 from lowmem_dpo.model.attention import TREE_ATTENTION, TREE_ATTENTION_BY_TORCH
 from lowmem_dpo.model.families import Family
 from lowmem_dpo.model.head import HeadQuantization, head_to_host, quantize_head
@@ -71,6 +71,7 @@ def prepare_model(
                 weight.may_use_kernel = False
     model = with_tried_head_kernels(replace(model, head_implementation=head_kernel))
     replace_norms(model.backbone, model.family, may_use_kernel="norms" in kernels)
+    may_use_mlp = "mlp" in kernels and model.dtype != torch.float64 and runs_triton(model.device)
     has_dropout = adapter is not None and adapter.dropout > 0
     for i, layer in enumerate(model.layers):
         model.layers[i] = DecoderLayer(
@@ -79,6 +80,7 @@ def prepare_model(
             residual_multiplier=model.family.residual_multiplier(model.config),
             inputs_on_host=layer_inputs_on_host,
             has_dropout=has_dropout,
+            mlp_kernels=(model.device, model.dtype) if may_use_mlp else None,
         )
     by_kernel = "attention" in kernels
     model.backbone.set_attn_implementation(TREE_ATTENTION if by_kernel else TREE_ATTENTION_BY_TORCH)
@@ -173,22 +175,10 @@ def _try_norm_kernels(device: torch.device, dtype: torch.dtype, width: int, kind
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(2, 70, width, generator=generator).to(device, dtype)
     weight = torch.randn(width, generator=generator).to(device, dtype)
-    found = _value_and_gradient(
-        functools.partial(rms_norm, implementation="triton"), x, weight, grad, kind
-    )
-    exact = (x.double(), weight.double(), grad.double(), kind)
-    expected = _value_and_gradient(twins.rms_norm, *exact)
+    kernel = functools.partial(rms_norm, implementation="triton")
+    found = value_and_gradients(kernel, [x], grad, weight, kind)
+    exact = ([x.double()], grad.double(), weight.double(), kind)
+    expected = value_and_gradients(twins.rms_norm, *exact)
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     for got, want, what in zip(found, expected, ("value", "gradient"), strict=True):
         check_error(got, want, limit, f"{what} at {width}")
-
-
-def _value_and_gradient(
-    norm: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor, kind: NormKind
-) -> tuple[Tensor, Tensor]:
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        out = norm(x, weight, kind)
-    out.backward(grad)
-    assert x.grad is not None
-    return out.detach(), x.grad

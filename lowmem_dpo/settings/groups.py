@@ -26,7 +26,7 @@ from lowmem_dpo.settings.fields import (
 )
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-KERNELS = ("head", "attention", "norms", "nf4")
+KERNELS = ("head", "attention", "norms", "nf4", "mlp")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ModelSettings(Settings):
     device: str = "auto"
     """auto (the CUDA card; the CPU only where there is none), cpu, cuda or cuda:N."""
     kernels: str | list[str] = "auto"
-    """Triton kernels that may run on a card: auto (all), off, or of head, attention, norms, nf4."""
+    """Triton kernels a card may run: auto (all), off, or of head, attention, norms, nf4, mlp."""
     cache_dir: str | None = None
     """Folder of caches (reference, quantised base); $LOWMEM_DPO_CACHE or ~/.cache/lowmem_dpo."""
 

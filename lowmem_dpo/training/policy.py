@@ -27,7 +27,7 @@ from lowmem_dpo.memory.limits import limit_memory
 from lowmem_dpo.model.attention import attention_path
 from lowmem_dpo.model.head import check_tied_head
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.layer import TILE_ROWS
+from lowmem_dpo.model.layer import TILE_ROWS, mlp_path
 from lowmem_dpo.model.lora import AdapterSpec, linear_layers, lora_layers, match_targets
 from lowmem_dpo.model.surgery import norm_path, prepare_model
 from lowmem_dpo.reference.cache import Fingerprint
@@ -205,7 +205,7 @@ class Policy:
             "norms": norm_path(model.backbone),
             "tile_rows": TILE_ROWS,
             "matmul_precision": torch.get_float32_matmul_precision(),
-            **(matmul_settings() if on_cuda else {}),
+            **({"mlp": mlp_path(model.backbone)} | matmul_settings() if on_cuda else {}),
             "torch": torch.__version__,
             "triton": _triton_version() if on_cuda else None,
             "transformers": importlib.metadata.version("transformers"),

@@ -37,6 +37,8 @@ COMPILED = [
     ("token_logps_fused", (8, 6), "fp16"),
     ("token_logps_fused", (8, 6), "fp32"),
     ("nf4_dequantize", (12, 0), "fp16, one level"),
+    ("gated_product", (8, 0), "gelu_tanh, fp16"),
+    *(("gated_product", capability, "silu, bf16, in one") for capability in CAPABILITIES),
     ("rms_norm", (8, 6), "D=128, fp16, gemma"),
     ("rms_norm", (8, 6), "D=8192, bf16, llama"),
     ("rms_norm", (12, 0), "D=8192, bf16, llama"),
@@ -105,6 +107,8 @@ def test_rows_come_in_and_leave_16_bytes_at_a_time(capability):
         assert "ld.global.v4" in launch.ptx
         num_scalar = len(re.findall(r"ld\.global\.b32", launch.ptx))
         assert num_scalar <= 4 or "bias" in label  # of a row's statistics; a bias ends at width
+    for launch in compile_launches("gated_product", capability, "silu, bf16, in one"):
+        assert "st.global.v4" in launch.ptx and "ld.global.v4" in launch.ptx
     (launch,) = compile_launches("nf4_dequantize", capability, "bf16")
     assert "st.global.v4" in launch.ptx
     assert "fma.rn" not in launch.ptx  # or NF4's bits would differ from bitsandbytes'

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lowmem_dpo.machine.trial import check_error, passes_trial
+from lowmem_dpo.machine.trial import check_error, passes_trial, value_and_gradients
 from lowmem_dpo.stopping import RunStopped
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_passes_trial_stops_where_the_card_does_not_come_through(answers, monkey
         assert not passes_trial(*arguments)
         assert "PyTorch is used" in capsys.readouterr().out
         return
-    with pytest.raises(RunStopped, match="start again without them, --kernels head,attention,nf4"):
+    with pytest.raises(RunStopped, match="without them, --kernels head,attention,nf4,mlp, and"):
         passes_trial(*arguments)
 
 
@@ -69,3 +69,24 @@ def test_check_error_is_relative(factor, right):
 def test_check_error_refuses_nan():
     with pytest.raises(ValueError, match="relative error nan"):
         check_error(torch.tensor([1.0, torch.nan]), torch.ones(2), 0.02, "numbers")
+
+
+def test_value_and_gradients_leaves_its_arguments_as_they_were():
+    class UsesUpItsGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, left, right, factor):
+            ctx.save_for_backward(left, right)
+            ctx.factor = factor
+            return factor * left * right
+
+        @staticmethod
+        def backward(ctx, grad):
+            left, right = ctx.saved_tensors
+            grad_right = ctx.factor * left * grad
+            return grad.mul_(ctx.factor * right), grad_right, None
+
+    left, right, upstream = torch.tensor([2.0]), torch.tensor([3.0]), torch.tensor([10.0])
+    with torch.no_grad():
+        found = value_and_gradients(UsesUpItsGradient.apply, (left, right), upstream, 5.0)
+    assert [tensor.item() for tensor in found] == [30.0, 150.0, 100.0]
+    assert upstream.item() == 10.0 and not left.requires_grad and not found[0].requires_grad

@@ -1,12 +1,16 @@
 import functools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from lowmem_dpo.model.layer import GatedMlp
+from lowmem_dpo.model import layer
+from lowmem_dpo.model.layer import GatedMlp, mlp_path
 from lowmem_dpo.model.lora import AdapterSpec, LoraLinear, add_lora, lora_parameters, wrap_linears
+from lowmem_dpo_kernels import twins
 
 HIDDEN, INNER, NUM_TOKENS = 24, 40, 6
 
@@ -95,3 +99,56 @@ def test_gated_mlp_takes_the_linears_as_they_are():
     mlp = Mlp()
     linears = [m for m in mlp.modules() if isinstance(m, LoraLinear)]
     assert [m for m in GatedMlp(mlp).modules() if isinstance(m, LoraLinear)] == linears
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A card that is not there: the plain twin stands for its kernels; the calls are returned."""
+    calls, faults = [], {}
+
+    def by_kernel(gate, up, activation):
+        calls.append((gate.shape, gate.stride(), gate.dtype, activation))
+        out = twins.gated_product(gate, up + faults.get("up", 0) * (up - up.detach()), activation)
+        return out * faults.get("value", 1.0)
+
+    module = SimpleNamespace(gated_product=by_kernel)
+    monkeypatch.setitem(sys.modules, "lowmem_dpo_kernels.gated_product", module)
+    layer._kernels_agree.cache_clear()
+    yield SimpleNamespace(calls=calls, faults=faults)
+    layer._kernels_agree.cache_clear()
+
+
+CARD = torch.device("cpu"), torch.bfloat16
+
+
+@pytest.mark.parametrize("in_one", [False, True])
+@pytest.mark.parametrize("act, name", [("silu", "silu"), ("gelu_pytorch_tanh", "gelu_tanh")])
+def test_mlp_kernels_are_tried_once_as_the_model_has_them(act, name, in_one, kernels):
+    mlps = nn.ModuleList(GatedMlp(Mlp(act, in_one), CARD) for _ in range(2))
+    assert all(mlp.by_kernel for mlp in mlps) and mlp_path(mlps) == "triton"
+    tried = (70 * 2 * INNER, 2 * INNER, 1) if in_one else (70 * INNER, INNER, 1)
+    assert kernels.calls == [((1, 70, INNER), tried, torch.bfloat16, name)]
+    x = torch.randn(1, NUM_TOKENS, HIDDEN)
+    assert torch.equal(mlps[0](x), GatedMlp(Mlp(act, in_one))(x))
+    ((shape, stride, dtype, activation),) = kernels.calls[1:]
+    assert (shape, stride[1], dtype) == ((1, NUM_TOKENS, INNER), tried[1], torch.float32)
+    assert activation == name
+
+
+@pytest.mark.parametrize("fault", [{"value": 1.1}, {"up": 0.1}, {"value": torch.nan}], ids=str)
+def test_mlp_kernels_that_are_wrong_give_way_to_pytorch(fault, kernels, capsys):
+    kernels.faults.update(fault)
+    mlp = GatedMlp(Mlp(), CARD)
+    assert not mlp.by_kernel and mlp_path(nn.ModuleList([mlp])) == "torch"
+    said = capsys.readouterr().out
+    assert said.startswith("warning: the MLP's kernels failed their trial on cpu (")
+    assert "PyTorch is used" in said
+    mlp(torch.randn(1, NUM_TOKENS, HIDDEN))
+    assert len(kernels.calls) == 1
+
+
+def test_mlp_kernels_are_asked_neither_without_leave_nor_for_another_activation(kernels):
+    for mlp in (GatedMlp(Mlp()), GatedMlp(Mlp("relu"), CARD)):
+        mlp(torch.randn(1, NUM_TOKENS, HIDDEN))
+        assert not mlp.by_kernel
+    assert not kernels.calls

@@ -8,7 +8,7 @@ from lowmem_dpo.model import surgery
 from lowmem_dpo.model.attention import TREE_ATTENTION
 from lowmem_dpo.model.head import HostHead, Int8Head
 from lowmem_dpo.model.language_model import LanguageModel, StorageRow
-from lowmem_dpo.model.layer import DecoderLayer
+from lowmem_dpo.model.layer import DecoderLayer, mlp_path
 from lowmem_dpo.model.lora import AdapterSpec, lora_layers, wrap_linears
 from lowmem_dpo.model.nf4 import quantize_nf4
 from lowmem_dpo.model.scoring import other_attention
@@ -41,10 +41,12 @@ def test_prepare_model_changes_no_bit_of_what_transformers_computes(family, dtyp
         assert torch.equal(hidden_states(model.network), hidden_states(plain))
 
 
-@pytest.mark.parametrize("name", ["", "head", "attention", "norms", "nf4"])
+@pytest.mark.parametrize("name", ["", "head", "attention", "norms", "nf4", "mlp"])
 def test_prepare_model_leaves_out_the_kernels_that_it_may_not_use(name, monkeypatch):
     """Every kernel passes its trial here, so the allowed ones are those that would run."""
     monkeypatch.setattr(surgery, "norm_implementation", lambda *_: "triton")
+    monkeypatch.setattr(surgery, "runs_triton", lambda device: True)
+    monkeypatch.setattr("lowmem_dpo.model.layer._kernels_agree", lambda *_: True)
     monkeypatch.setattr(surgery, "with_tried_head_kernels", lambda model: model)
     model = loaded()
     linear = model.layers[0].self_attn.q_proj
@@ -55,6 +57,7 @@ def test_prepare_model_leaves_out_the_kernels_that_it_may_not_use(name, monkeypa
     assert (model.head_implementation == "auto") == (name == "head")
     assert (norm_path(model.backbone) == "triton") == (name == "norms")
     assert weight.may_use_kernel == (name == "nf4")
+    assert (mlp_path(model.backbone) == "triton") == (name == "mlp")
     by_kernel = model.config._attn_implementation == TREE_ATTENTION
     assert by_kernel == (name == "attention")
 

@@ -358,7 +358,7 @@ def test_a_check_is_made_if_only_one_setting_of_its_group_is_given():
 @pytest.mark.parametrize(
     "given, allowed",
     [
-        ("auto", {"head", "attention", "norms", "nf4"}),
+        ("auto", {"head", "attention", "norms", "nf4", "mlp"}),
         ("off", set()),
         ("norms,head", {"head", "norms"}),
         ("[nf4]", {"nf4"}),

@@ -86,7 +86,8 @@ def test_fingerprint_names_all_that_can_move_a_last_bit(llama_dir, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     card = replace(wanted.model, device=torch.device("cuda"))
     on_card = replace(wanted, model=card).fingerprint(448)
-    assert on_card.keys() == found.keys() | settings.keys() and on_card["device"] == "RTX"
+    assert on_card.keys() == found.keys() | settings.keys() | {"mlp"}
+    assert (on_card["device"], on_card["mlp"]) == ("RTX", "torch")
     monkeypatch.setattr(policy, "attention_path", lambda *arguments: "lowmem_dpo_tree, triton")
     assert wanted.fingerprint(448)["attention"] == "lowmem_dpo_tree, triton"
 
