@@ -159,7 +159,7 @@ def test_train_refuses_bad_data_in_one_line(train, tmp_path, capsys, name):
         (["--init_adapter", "nowhere"], "nowhere"),
         (["--resume", "nowhere"], "nowhere"),
         (["--eval_fraction", "0.001", "--max_length", "4"], "no pair is left"),
-        (["--system_prompt", "x", "--chat_template", "none"], "chat template"),
+        (["--system_prompt", "x", "--chat_template", "none"], "with chat_template=none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
