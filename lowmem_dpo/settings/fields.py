@@ -426,7 +426,7 @@ def _wrong_type(name: str, annotation: Any, value: Any, fault: str = "") -> Valu
     kinds = [annotation]
     if get_origin(annotation) is UnionType:
         kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
-    words = {
+    words: dict[Any, str] = {
         **{bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"},
         **{list: "numbers such as [0.8, 0.2]", dict: "of the form '{name: value}'"},
     }
