@@ -1,4 +1,5 @@
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.machine.device import matmul_rate
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training import run
-from lowmem_dpo.training.run import Batches, Pairs, forward_tokens, warn_of_short_run
+from lowmem_dpo.training.run import (
+    Batches,
+    Pairs,
+    forward_tokens,
+    plan_pack_tokens,
+    warn_of_short_run,
+)
 from lowmem_dpo.weights import size
 from tests.packs.folding import fold
 
@@ -149,3 +156,13 @@ def test_warmup_settings_that_contradict_each_other_are_refused():
         TrainConfig(warmup_steps=5, warmup_ratio=0.2)
     with pytest.raises(ValueError, match="warmup_steps=5 has no effect with lr_scheduler_type"):
         TrainConfig(warmup_steps=5, lr_scheduler_type="constant")
+
+
+def test_plan_pack_tokens_takes_no_more_than_a_step_can_fill(capsys):
+    def planned(wanted: int) -> int:
+        policy: Any = None  # nothing is asked of it, nor of the cache
+        return plan_pack_tokens(PAIRS, policy, policy, batch_size=2, seed=0, wanted=wanted)
+
+    assert planned(128) == 128 and capsys.readouterr().out == ""
+    assert planned(2**24) == 256
+    assert f"pack_tokens {2**24}: 256 are taken" in capsys.readouterr().out
