@@ -182,8 +182,8 @@ def check_loss_settings(config: Any) -> list[str]:
         _check_weights(config, list(losses))
     if config.f_alpha_divergence_coef == 1:
         raise ValueError(
-            "f_alpha_divergence_coef must be in [0, 2] and not 1, got 1, which is "
-            "f_divergence_type reverse_kl; set that"
+            "f_alpha_divergence_coef must be in [0, 2] and not 1, which is "
+            "f_divergence_type reverse_kl, got 1; set that"
         )
     alone = [name for name in ("simpo", "orpo") if name in losses]
     if alone and len(losses) > 1 and set(losses) != {"simpo", "sft"}:

@@ -180,8 +180,11 @@ def _names(f: Field[Any], value: Any) -> Any:
             value = [name.strip() for name in value.split(",") if name.strip()]
     if value in (f.default, [f.default]):
         return f.default
-    if not isinstance(value, list) or not all(isinstance(n, str) and n.strip() for n in value):
-        raise _wrong_type(f.name, f.type, given)
+    wrong = [given]
+    if isinstance(value, list):
+        wrong = [name for name in value if not isinstance(name, str) or not name.strip()]
+    if wrong:
+        raise _wrong_type(f.name, f.type, wrong[0])
     return value
 
 

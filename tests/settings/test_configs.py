@@ -159,7 +159,7 @@ def test_parse_config_reads_template_variables():
         (["--beta", "1:30.5"], "beta must be a number, got 1:30.5"),
         (["--beta", "1_0.5"], "1_0.5 means another number in YAML"),
         (["--lora_target_modules", "[q_proj"], "several such as [a, b], got [q_proj"),
-        (["--lora_target_modules", "['q_proj','']"], "got ['q_proj','']"),
+        (["--lora_target_modules", "['q_proj','']"], "several such as [a, b], got nothing"),
         (["--lora_target_modules", "[]"], "lora_target_modules is empty; use all, or names"),
         (["--lora_target_modules="], "lora_target_modules is empty; use all, or names"),
         (
