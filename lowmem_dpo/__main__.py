@@ -2,7 +2,12 @@
 
 import sys
 
-from lowmem_dpo.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from lowmem_dpo.cli import main
+
+        code = main()
+    except KeyboardInterrupt:  # while its modules were imported
+        print("lowmem_dpo: interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -101,6 +101,24 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # cp1252 and the like lack most letters
             stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _main(words)
+        print(end="", flush=True)  # at Python's end a failure would be a traceback
+        return code
+    except KeyboardInterrupt:  # before the verb began
+        print("lowmem_dpo: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        from lowmem_dpo.console import drop_output
+
+        drop_output()
+        return _fail(f"cannot write the output: {error.strerror}")
+
+
+def _main(words: list[str]) -> int:
+    """Do what the words say; `main` deals with what happens around it."""
+    if words[:1] in (["-h"], ["--help"], ["help"]) and words[1:2] and words[1] in VERBS:
+        words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
         verbs = "\n".join(f"  {name:<13}{verb.summary}" for name, verb in VERBS.items())
         print(USAGE.format(verbs=verbs), end="")
@@ -118,22 +136,24 @@ def main(arguments: list[str] | None = None) -> int:
     if "--help" in rest or "-h" in rest:
         print(short_help(name, verb.summary, verb.config, verb.first), end="")
         return 0
-    show = [word for word in rest if word in ("--print_config", "--print-config")]
+    again = "run again with --resume auto" if name == "train" else "run again"
+    spellings = [f"--print{hyphen}config{value}" for hyphen in "_-" for value in ("", "=true")]
+    show = [word for word in rest if word in spellings]
     try:
         config = parse_config(verb.config, [word for word in rest if word not in show])
-        if show:
-            print(to_yaml(config), end="")
-            return 0
-        return _run(verb.function, config)
+        if not show:
+            return _run(verb.function, config, again)
     except (ValueError, OSError) as error:
         if os.environ.get("LOWMEM_DPO_DEBUG"):
             raise
         if isinstance(error, Faults):
             return max(map(_fail, error.faults))
-        return _fail(_os_error(error) if isinstance(error, OSError) else str(error))
+        return _fail(_os_error(error, again) if isinstance(error, OSError) else str(error))
+    print(to_yaml(config), end="")
+    return 0
 
 
-def _run(function: str, config: Any) -> int:
+def _run(function: str, config: Any, again: str) -> int:
     """Run a verb with quiet libraries; interrupts and failed checks end without a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -150,21 +170,21 @@ def _run(function: str, config: Any) -> int:
             result = pkgutil.resolve_name(function)(config)
             return 1 if result is False else 0  # the demo says whether it learned
     except KeyboardInterrupt:
-        note("interrupted")
+        note(f"interrupted; {again}")
         return 130
     except RunStopped as error:
         note(f"stopped: {error}")
         return 1
 
 
-def _os_error(error: OSError) -> str:
-    """What the system refused, and to which file, where it says so."""
+def _os_error(error: OSError, again: str) -> str:
+    """What the system refused, and to which file, where it says so, and what to do `again`."""
     if error.strerror is None:  # a library's own message
         return str(error)
     mend = _REMEDIES.get(error.errno or 0, "")
     action = "cannot write" if mend or error.errno == errno.EROFS else "cannot read or write"
     path = "" if error.filename is None else f" {error.filename}"
-    mend = mend and f"; {mend} and run again with --resume auto"
+    mend = mend and f"; {mend} and {again}"
     return f"{action}{path}: {error.strerror}{mend}"
 
 

@@ -1,6 +1,7 @@
 """What a run says while it works: a progress bar where there is a terminal, else lines."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,15 @@ from rich.progress import (
 )
 from rich.table import Column
 
-console = Console(highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on: that nobody reads the output, as after `| head`, is no reason to stop a run."""
+        drop_output()
+        note("nobody reads the output any more; going on without it")
+
+
+console = _Console(highlight=False, soft_wrap=True)
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -31,7 +40,11 @@ def say(message: Any = "", style: str | None = None) -> None:
     if isinstance(message, str):
         encoding = console.encoding
         message = message.encode(encoding, "backslashreplace").decode(encoding)
-    console.print(message, style=style, markup=False)
+    try:
+        console.print(message, style=style, markup=False)
+    except OSError as error:
+        drop_output()
+        note(f"cannot write the output: {error.strerror}; going on without it")
 
 
 def warn(message: str) -> None:
@@ -41,7 +54,14 @@ def warn(message: str) -> None:
 
 def note(line: str) -> None:
     """Print a line to stderr, in the program's name: what is no result of the verb."""
-    print(f"lowmem_dpo: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"lowmem_dpo: {line}", file=sys.stderr)
+
+
+def drop_output() -> None:
+    """Let what is still printed to stdout go nowhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @dataclass

@@ -101,8 +101,11 @@ def test_print_config_is_read_back(capsys, tmp_path):
 
 def test_precompute_fills_the_cache_for_train(train, llama_dir, pairs_file, capsys):
     words = ["--model", str(llama_dir), "--data", str(pairs_file())]
-    assert main(["precompute", *words]) == 0
-    assert "12 to score" in capsys.readouterr().out
+    unread = ["--learning_rate", "1", "--logging_steps", "2", "--optim", "sgd", "--lora_r", "4"]
+    assert main(["precompute", *words, *unread, "--loss_type", "ipo"]) == 0
+    printed = capsys.readouterr().out
+    assert "12 to score" in printed and "usual" not in printed
+    assert "no effect of learning_rate, optim, lora_r, logging_steps\n" in printed
     assert train() == 0
     assert "12 in the cache, 0 to score" in capsys.readouterr().out
 
@@ -152,7 +155,7 @@ def test_train_refuses_bad_data_in_one_line(train, tmp_path, capsys, name):
         (["--init_adapter", "nowhere"], "nowhere"),
         (["--resume", "nowhere"], "nowhere"),
         (["--eval_fraction", "0.001", "--max_length", "4"], "no pair is left"),
-        (["--system_prompt", "x", "--chat_template", "none"], "chat template"),
+        (["--system_prompt", "x", "--chat_template", "none"], "with chat_template=none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -222,7 +225,7 @@ def test_train_without_model_or_data_says_which(capsys):
     ],
 )
 def test_os_error_names_the_file_and_the_way_out(error, expected):
-    assert _os_error(error) == expected
+    assert _os_error(error, "run again with --resume auto") == expected
 
 
 def test_train_on_a_full_disk_ends_in_one_line(train, capsys, monkeypatch):

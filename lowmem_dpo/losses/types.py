@@ -208,8 +208,8 @@ def check_loss_settings(config: LossChoice) -> list[str]:
         object.__setattr__(config, "loss_weights", weights)
     if config.f_alpha_divergence_coef == 1:
         raise ValueError(
-            "f_alpha_divergence_coef must be in [0, 2] and not 1, which is f_divergence_type "
-            "reverse_kl; set that"
+            "f_alpha_divergence_coef must be in [0, 2] and not 1, which is "
+            "f_divergence_type reverse_kl, got 1; set that"
         )
     alone = [name for name in ("simpo", "orpo") if name in losses]
     if alone and len(losses) > 1 and set(losses) != {"simpo", "sft"}:

@@ -20,7 +20,13 @@ from lowmem_dpo.files import (
     replace_folder,
     unlock_file,
 )
-from lowmem_dpo.records.checkpoints import check_undamaged, newest_good_checkpoint, read_record
+from lowmem_dpo.records.checkpoints import (
+    STATE_FILE,
+    SUMS_FILE,
+    check_undamaged,
+    newest_good_checkpoint,
+    read_record,
+)
 from lowmem_dpo.settings.groups import RunSettings
 from lowmem_dpo.version import __version__
 
@@ -151,6 +157,8 @@ class RunFolder:
 def hold_folder(settings: RunSettings) -> Iterator[RunFolder]:
     """Make a run's folder, find where to resume, and hold it: inside, no other run writes there.
 
+    Folders that are made for it and stay empty, as where the run is refused, are gone afterwards.
+
     Args:
         settings: Where the run goes, and whether it goes on with an earlier one.
 
@@ -159,21 +167,8 @@ def hold_folder(settings: RunSettings) -> Iterator[RunFolder]:
             there is none and a new run would overwrite what an earlier one left, or the folder
             cannot be written.
     """
-    root, resume = Path(settings.output_dir), settings.resume
-    checkpoints = root / "checkpoints"
-    holds_run = any((root / name).exists() for name in RUN_FILES)
-    if resume is None and holds_run:
-        raise ValueError(
-            f"{root} holds a run already; go on with --resume auto, or choose another --output_dir"
-        )
-    checkpoint = None if resume in (None, "auto") else Path(str(resume))
-    if checkpoint is not None:
-        if holds_run and checkpoint.resolve().parent != checkpoints.resolve():
-            raise ValueError(
-                f"{root} holds a run and {checkpoint} is not its checkpoint; "
-                "choose another --output_dir"
-            )
-        check_undamaged(checkpoint)
+    root = Path(settings.output_dir)
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
     lock = None
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -184,16 +179,45 @@ def hold_folder(settings: RunSettings) -> Iterator[RunFolder]:
     except OSError as error:
         raise ValueError(f"cannot write output_dir {root}: {error.strerror}") from None
     try:
-        recover(root, *RUN_FILES, *RECORD_FILES)
-        recover(checkpoints, "step-")
-        if resume == "auto":
-            checkpoint = newest_good_checkpoint(checkpoints)
-            if checkpoint is None:
-                _check_nothing_is_lost(root)
+        checkpoint = _find_checkpoint(root, settings.resume)
+        checkpoints = root / "checkpoints"
         yield RunFolder(root, checkpoints, root / "metrics.jsonl", root / "best", checkpoint)
     finally:
         if lock is not None:
             unlock_file(lock)
+        with contextlib.suppress(OSError):  # it is not empty
+            for folder in made:
+                folder.rmdir()
+
+
+def _find_checkpoint(root: Path, resume: str | None) -> Path | None:
+    """Where to go on from; what a kill left half done in the folder is cleared away."""
+    checkpoints = root / "checkpoints"
+    holds_run = any((root / name).exists() for name in RUN_FILES)
+    if resume is None and holds_run:
+        raise ValueError(
+            f"{root} holds a run already; go on with --resume auto, or choose another --output_dir"
+        )
+    checkpoint = None if resume in (None, "auto") else Path(str(resume))
+    if checkpoint is not None:
+        if not any((checkpoint / name).exists() for name in (SUMS_FILE, STATE_FILE)):
+            raise ValueError(
+                f"{checkpoint} is no checkpoint; set --resume auto, which takes the newest, or "
+                f"the path of one, such as {checkpoints / 'step-000100'}"
+            )
+        if holds_run and checkpoint.resolve().parent != checkpoints.resolve():
+            raise ValueError(
+                f"{root} holds a run and {checkpoint} is not its checkpoint; "
+                "choose another --output_dir"
+            )
+        check_undamaged(checkpoint)
+    recover(root, *RUN_FILES, *RECORD_FILES)
+    recover(checkpoints, "step-")
+    if resume == "auto":
+        checkpoint = newest_good_checkpoint(checkpoints)
+        if checkpoint is None:
+            _check_nothing_is_lost(root)
+    return checkpoint
 
 
 def _check_nothing_is_lost(root: Path) -> None:

@@ -12,11 +12,11 @@ import inspect
 import math
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import Field, dataclass, fields
-from pathlib import Path
+from dataclasses import MISSING, Field, dataclass, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -30,6 +30,7 @@ from lowmem_dpo.settings.other_trainers import (
     to_our_settings,
     to_our_value,
 )
+from lowmem_dpo.settings.yaml_text import read_mapping, read_yaml
 
 # Settings that name a file or folder (or a model): never empty; os.PathLike is taken too.
 _PATHS = {"model", "data", "eval_data", "output_dir", "init_adapter", "resume", "cache_dir"}
@@ -72,11 +73,14 @@ class Bounds:
 
 
 # What stands beside a field as its metadata: rules in words, and the bounds that they mean.
-POSITIVE = {"must be > 0": Bounds(above=0)}
-NOT_NEGATIVE = {"must be >= 0": Bounds(at_least=0)}
+# What lies outside of these is nobody's wish, and float32 or a library cannot take it.
+_WITHIN_REASON = {"must be at most 1000000000": Bounds(at_most=10**9)}
+POSITIVE = {"must be > 0": Bounds(above=0), "must be at least 1e-16": Bounds(at_least=1e-16)}
+POSITIVE |= _WITHIN_REASON
+NOT_NEGATIVE = {"must be >= 0": Bounds(at_least=0)} | _WITHIN_REASON
 SHARE = {"must be in [0, 1)": Bounds(at_least=0, below=1)}
-COUNT = {"must be at least 1": Bounds(at_least=1)}
-COUNT_OR_NONE = {"must be at least 1, or left out": Bounds(at_least=1)}
+COUNT = {"must be at least 1": Bounds(at_least=1)} | _WITHIN_REASON
+COUNT_OR_NONE = {"must be at least 1, or left out": Bounds(at_least=1)} | _WITHIN_REASON
 
 
 class Faults(ValueError):
@@ -103,7 +107,7 @@ class Settings:
         changed = set()
         for f in fields(self):
             value = getattr(self, f.name)
-            if value != f.default:
+            if value != default_value(f):
                 changed.add(f.name)
             object.__setattr__(self, f.name, _checked(f, value))
         faults: list[str] = []
@@ -121,6 +125,11 @@ class Settings:
             raise Faults(faults)
 
 
+def default_value(f: Field[Any]) -> Any:
+    """What a field holds where nothing is given."""
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
 def _checked(f: Field[Any], value: Any) -> Any:
     """The value of a field as it is declared.
 
@@ -129,28 +138,53 @@ def _checked(f: Field[Any], value: Any) -> Any:
     """
     if f.name in _PATHS:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        if isinstance(value, str) and not value.strip():
+        if isinstance(value, str) and not value.strip("\0 \t\r\n"):
             raise ValueError(f"{f.name} is empty; give a path, or leave it out")
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ValueError(f"{f.name} must be plain UTF-8 text, got {value!r}")
     if get_origin(f.type) is Literal:
         if value not in (choices := get_args(f.type)):
             raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
         return value
-    if f.type == str | list[str] and isinstance(value, str) and value != f.default:
-        value = [name.strip() for name in value.strip("[] ").split(",") if name.strip()]
+    if f.type == str | list[str]:
+        value = _names(f, value)
     annotations = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
     kinds = tuple(get_origin(kind) or kind for kind in annotations)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if float in kinds and is_number:
         if not abs(value) <= sys.float_info.max:  # of an int too, and of nan
-            raise ValueError(f"{f.name} must be a finite number, got {str(value)[:20]}")
+            raise ValueError(f"{f.name} must be a finite number, got {_short(value)}")
         value = float(value)
     elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise ValueError(f"{f.name} must be {type_name(f.type)}, got {value!r}")
+        raise _wrong_type(f.name, f.type, value)
     for rule, bounds in f.metadata.items() if value is not None else ():
         is_above = value > bounds.above and value >= bounds.at_least
         if not (is_above and value < bounds.below and value <= bounds.at_most):
             hint = "" if f.default is None else f"; the usual value is {f.default}"
-            raise ValueError(f"{f.name} {rule}, got {value}{hint}")
+            raise ValueError(f"{f.name} {rule}, got {_short(value)}{hint}")
+    return value
+
+
+def _names(f: Field[Any], value: Any) -> Any:
+    """The default, or a list of names: a text may hold several, with brackets as in YAML or none.
+
+    Raises:
+        ValueError: If some are no names.
+    """
+    given = value
+    if isinstance(value, str) and value != f.default:
+        if "[" in value or "]" in value:
+            with suppress(ValueError):
+                value = read_yaml(value)
+        else:
+            value = [name.strip() for name in value.split(",") if name.strip()]
+    if value in (f.default, [f.default]):
+        return f.default
+    wrong = [given]
+    if isinstance(value, list):
+        wrong = [name for name in value if not isinstance(name, str) or not name.strip()]
+    if wrong:
+        raise _wrong_type(f.name, f.type, wrong[0])
     return value
 
 
@@ -174,20 +208,22 @@ def parse_config(cls: type[Config], words: list[str]) -> Config:
     """
     path, flags, foreign = _read_flags(cls, words)
     by_name = {field.name: field for field in fields(cls)}
-    mapping = {} if path is None else _read_mapping(path)
+    mapping = {} if path is None else read_mapping(path)
     given = mapping | flags | foreign
     mapping = {name: value for name, value in mapping.items() if name not in foreign}
-    of_file, of_flags = (to_our_settings(m, set(by_name), given) for m in (mapping, foreign))
+    of_flags = to_our_settings(foreign, set(by_name), given)
+    of_file = to_our_settings(mapping, set(by_name), given, flags.keys() | of_flags.values.keys())
     where = "" if path is None else f"{path}: "
     faults = [where + fault for fault in of_file.faults] + of_flags.faults
     for name in of_flags.values.keys() & flags.keys():
-        faults.append(f"--{name} and another trainer's flag for it are both given")
+        faults.append(f"--{name} and --{of_flags.origin[name]} are both given; leave one out")
     origin = of_file.origin | of_flags.origin
     values: dict[str, Any] = {}
     unknown: list[str] = []
     for name, value in (of_file.values | of_flags.values | flags).items():
         if name not in by_name:
             unknown.append(str(origin[name]))
+        if name not in by_name or value is None:  # the default
             continue
         try:
             values[name] = _checked(by_name[name], _field_value(name, by_name[name].type, value))
@@ -265,16 +301,20 @@ def _read_flags(
                 text = "true"
             else:
                 raise ValueError(f"--{name} needs a value; one that begins with -- as --{name}=...")
+        if re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"--{name} must be UTF-8 text, got {_short(repr(text))}")
+        if name == "config" and not text.strip():
+            raise ValueError("--config is empty; give a settings file, or leave it out")
         if name == "config" and path is not None:
             raise ValueError(f"--config is given twice, {path} and {text}; give one file")
         if name == "config":
             path = text
         elif of_other_trainer:
             foreign[name] = _field_value(name, Any, text)
-        elif text in ("null", "~") and NoneType in get_args(types[name]):
-            own[name] = None  # null unsets a setting that may be left out
+        elif (text in ("null", "~") and name != "prompt") or (name, text) == ("max_steps", "-1"):
+            own[name] = None  # the default, whatever the file has
         else:
-            name = our_name(name, _yaml_value(text))
+            name = our_name(name, _field_value(name, Any, text))
             value = to_our_value(name, text) if name in NAMES_WITH_THEIR_VALUES else text
             own[name] = _field_value(name, types[name], value)
     return path, own, foreign
@@ -293,15 +333,18 @@ def _field_value(name: str, annotation: Any, value: Any) -> Any:
     given, origin, kinds = value, get_origin(annotation), get_args(annotation)
     if value is False and annotation == str | list[str]:
         value = "off"  # which YAML 1.1 takes for it
+    fault = ""
     if origin is UnionType:
         for kind in kinds:
             with suppress(ValueError):
                 return _field_value(name, kind, value)
     if isinstance(value, str) and origin is not Literal and annotation not in (str, NoneType):
         text = f"[{value}]" if origin is list and value[:1] != "[" else value
-        with suppress(yaml.YAMLError):
-            value = yaml.load(text, _StrictLoader)
-        if isinstance(value, str) and annotation in (int, float):
+        try:
+            value = read_yaml(text)
+        except ValueError as error:
+            fault = f" (not valid YAML: {error})" if value[:1] in ("{", "[") or "_" in value else ""
+        if isinstance(value, str) and annotation in (int, float) and "_" not in value:
             with suppress(ValueError):
                 return annotation(value)
     if origin is list and isinstance(value, list):
@@ -314,28 +357,28 @@ def _field_value(name: str, annotation: Any, value: Any) -> Any:
         is_whole_number = annotation is float and type(value) is int
         fits = annotation is Any or type(value) is annotation or is_whole_number
     if not fits:
-        example = "; for example '{name: value}'" if origin is dict else ""
-        got = " ".join(str(given).split())
-        raise ValueError(f"{name} must be {type_name(annotation)}, got {got}{example}")
+        raise _wrong_type(name, annotation, given, fault)
     return value
-
-
-def _yaml_value(text: str) -> Any:
-    """What a text means in YAML; itself, where it is none."""
-    try:
-        return yaml.load(text, _StrictLoader)
-    except yaml.YAMLError:
-        return text
 
 
 def _unknown(cls: type[Settings], names: Sequence[str]) -> list[str]:
     """That some names are no fields of `cls`: those with a near one each, the others together."""
     known = [field.name for _, group in settings_by_group(cls) for field in group]
+    groups = Settings.__subclasses__()
+    for group in groups:  # which grows
+        groups += group.__subclasses__()
+    elsewhere = {field.name for group in groups for field in fields(group)}
     faults, strange = [], []
+    if len(others := [name for name in names if name in elsewhere]) > 3:  # another verb's file
+        names = [name for name in names if name not in elsewhere]
+        faults.append(
+            f"{', '.join(others[:3])} and {len(others) - 3} more are settings of another verb; "
+            "leave them out, or give this one a file of its own"
+        )
     for name in names:
         parts = set(name.split("_"))
         near = [each for each in (_ALIASES.get(name), name.partition(".")[0]) if each in known]
-        near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.82)
+        near = near or difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.82)
         near = near or [each for each in known if parts <= set(each.split("_"))]
         if 0 < len(near) < 3:
             faults.append(f"unknown setting {name!r}; did you mean {' or '.join(near)}?")
@@ -348,22 +391,6 @@ def _unknown(cls: type[Settings], names: Sequence[str]) -> list[str]:
             "there are"
         )
     return faults
-
-
-def _read_mapping(path: str) -> dict[str, Any]:
-    """The names and values of a settings file."""
-    try:
-        mapping = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
-    except OSError as error:
-        raise ValueError(f"cannot read the settings file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not valid YAML: {reason}") from None
-    if mapping is None:
-        return {}
-    if not isinstance(mapping, dict):
-        raise ValueError(f"{path} must hold `name: value` lines, got a {type(mapping).__name__}")
-    return mapping
 
 
 def settings_by_group(config: type[Settings]) -> list[tuple[type[Settings], list[Field[Any]]]]:
@@ -379,13 +406,15 @@ def settings_by_group(config: type[Settings]) -> list[tuple[type[Settings], list
 
 def check_unused(config: Any, cause: str, *names: str) -> None:
     """Refuse settings that were changed although the value of `cause` leaves them no effect."""
-    defaults = {f.name: f.default for f in fields(config)}
+    defaults = {f.name: default_value(f) for f in fields(config)}
+    found = getattr(config, cause)
+    beside = f"with {cause}={found}; leave one out"
+    if found is None:
+        beside = f"without {cause}; set {cause}, or leave it out"
     for name in names:
         value = getattr(config, name)
         if value != defaults[name]:
-            raise ValueError(
-                f"{name}={value} has no effect with {cause}={getattr(config, cause)}; leave one out"
-            )
+            raise ValueError(f"{name}={value} has no effect {beside}")
 
 
 def type_name(annotation: Any) -> str:
@@ -397,29 +426,22 @@ def type_name(annotation: Any) -> str:
     return annotation.__name__
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """A safe YAML loader that refuses what would be read otherwise than it was meant."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{name} is given twice", problem_mark=node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: Any) -> Any:
-        if re.fullmatch(r"[-+]?0[0-9_]+|.*:.*", node.value):  # octal, sexagesimal
-            raise yaml.constructor.ConstructorError(
-                problem=f"{node.value} means another number in YAML; write it plainly",
-                problem_mark=node.start_mark,
-            )
-        return super().construct_yaml_int(node)
-
-    def construct_yaml_timestamp(self, node: Any) -> Any:
-        return node.value  # no setting is a date object; a date stays text
+def _wrong_type(name: str, annotation: Any, value: Any, fault: str = "") -> ValueError:
+    """That a value is not of an annotation, for whoever has given it."""
+    kinds = [annotation]
+    if get_origin(annotation) is UnionType:
+        kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    words: dict[Any, str] = {
+        **{bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"},
+        **{list: "numbers such as [0.8, 0.2]", dict: "of the form '{name: value}'"},
+    }
+    what = words.get(get_origin(kinds[0]) or kinds[0]) or type_name(kinds[0])
+    what = what if len(kinds) == 1 else "a name, or several such as [a, b]"
+    return ValueError(f"{name} must be {what}, got {_short(value)}{fault}")
 
 
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
-_StrictLoader.add_constructor("tag:yaml.org,2002:timestamp", _StrictLoader.construct_yaml_timestamp)
+def _short(value: Any) -> str:
+    """A value in a line of a message."""
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    text = " ".join(text.split()) or "nothing"
+    return text if len(text) <= 60 else f"{text[:57]}..."

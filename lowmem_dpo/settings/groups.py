@@ -103,7 +103,8 @@ class TemplateSettings(Settings):
     def check(self) -> None:
         """Refuse what is no date, and what would have no effect."""
         if self.chat_template == "none":
-            check_unused(self, "chat_template", "rendered")
+            unread = ("rendered", "system_prompt", "chat_template_kwargs", "template_date")
+            check_unused(self, "chat_template", *unread)
         if self.template_date is not None:
             try:
                 date.fromisoformat(self.template_date)
@@ -157,8 +158,13 @@ class DataSettings(Settings):
                 f"dataset_test_split={self.dataset_test_split} has no effect without eval_data; "
                 "name the dataset there too"
             )
-        if wrong := [ours for ours, name in self.columns.items() if not isinstance(name, str)]:
-            raise ValueError(f"columns: {wrong[0]} must be the name of a column in the file")
+        for ours, name in self.columns.items():
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"columns: {ours} must be the name of a column in the file, got "
+                    f"{'nothing' if name is None else name}; write "
+                    "'{prompt: question}', a blank after the colon, and \"1\" for a name in digits"
+                )
         if len(set(self.columns.values())) < len(self.columns):
             raise ValueError("columns names a column of the file twice; give each of ours its own")
 
@@ -222,7 +228,7 @@ class OptimizerSettings(SeedSettings):
     warmup_ratio: float = field(default=0.1, metadata=SHARE)
     """Share of the steps over which the learning rate rises from 0. Not used by `constant`."""
     warmup_steps: int | None = field(
-        default=None, metadata={"must be >= 0, or left out": Bounds(at_least=0)}
+        default=None, metadata={"must be in [0, 1e9], or left out": Bounds(at_least=0, at_most=1e9)}
     )
     """Steps of warm-up; overrides warmup_ratio."""
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"] = "adamw"
@@ -273,6 +279,13 @@ class AdapterSettings(Settings):
     """Rank-stabilised scaling: lora_alpha / sqrt(lora_r)."""
     init_adapter: str | None = None
     """PEFT adapter folder to start from; the reference is then the base with that adapter."""
+
+    def check(self) -> None:
+        """Refuse an adapter of no layers."""
+        if not self.lora_target_modules:
+            raise ValueError(
+                "lora_target_modules is empty; use all, or names such as q_proj,v_proj"
+            )
 
 
 @dataclass(frozen=True)
@@ -365,7 +378,12 @@ class SamplingSettings(SeedSettings):
     """Sample from this many likeliest tokens; 0 for all."""
 
     def check(self) -> None:
-        """Refuse what greedy decoding does not read."""
+        """Refuse what greedy decoding does not read, and what only rounding tells from it."""
+        if 0 < self.temperature < 1e-4:
+            raise ValueError(
+                f"temperature must be 0 or at least 0.0001, got {self.temperature:g}; use 0, which "
+                "always takes the likeliest token"
+            )
         if self.temperature == 0:
             check_unused(self, "temperature", "top_p", "top_k", "seed")
 

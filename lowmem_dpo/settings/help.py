@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from lowmem_dpo.settings.fields import Settings, settings_by_group, type_name
+from lowmem_dpo.settings.fields import Settings, default_value, settings_by_group, type_name
 
 _ALWAYS = """\
   --config FILE.yaml  settings from a file; flags override it
@@ -78,9 +78,7 @@ def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
 
 def default_text(field: dataclasses.Field[Any]) -> str:
     """A field's default as a settings file spells it; empty for none."""
-    value = field.default
-    if value is dataclasses.MISSING:
-        value = field.default_factory()  # type: ignore[misc, operator]
+    value = default_value(field)
     if value is None:
         return ""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -10,7 +10,7 @@ The tables of docs/other-trainers.md are made of these (`python docs/generate.py
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,10 @@ class Translation:
 
 
 def to_our_settings(
-    mapping: Mapping[str, Any], fields: set[str], context: Mapping[str, Any]
+    mapping: Mapping[str, Any],
+    fields: set[str],
+    context: Mapping[str, Any],
+    overridden: Set[str] = frozenset(),
 ) -> Translation:
     """Turn the settings of another trainer's file, or of its flags, into ours.
 
@@ -88,11 +91,14 @@ def to_our_settings(
         mapping: Names and values as they are given.
         fields: The names of our own settings.
         context: All that is given in file and flags, where a conversion reads several settings.
+        overridden: Settings of ours that flags give: what a file has for them does not matter.
     """
     result = Translation()
     mapping = {n: v for n, v in mapping.items() if not _is_left_out(n, v, context)}
     without_effect: dict[str, list[str]] = {}
     for name, value in mapping.items():
+        if (name if name in fields else RENAMED.get(name)) in overridden:
+            continue
         try:
             if name in fields or not is_foreign(name):
                 ours = our_name(name, value)
@@ -108,7 +114,9 @@ def to_our_settings(
                 for setting, our_value in converted.items():
                     result.put(name, setting, to_our_value(setting, our_value))
         except ValueError as error:
-            result.faults.append(str(error))
+            described = CONVERTED.get(name, ("",))[0]
+            if not overridden & set(re.findall(r"`(\w+)`", described)):
+                result.faults.append(str(error))
     if mapping.get("optim", mapping.get("optimizer")) in ("paged_adamw", "paged_adamw_32bit"):
         result.notes.append("optim adamw: not paged, an adapter's states are small")
     result.notes += [f"{', '.join(n)}: no effect, {why}" for why, n in without_effect.items()]

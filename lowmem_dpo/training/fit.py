@@ -6,7 +6,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,12 @@ from lowmem_dpo.records.trackers import Trackers, check_installed
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.fields import to_yaml
+from lowmem_dpo.settings.groups import (
+    AdapterSettings,
+    LossSettings,
+    OptimizerSettings,
+    RunSettings,
+)
 from lowmem_dpo.stopping import catch_signals
 from lowmem_dpo.tokens.templates import choose_template
 from lowmem_dpo.training.loop import StepResult, check_adapter_moves, new_state, train_steps
@@ -49,6 +55,9 @@ from lowmem_dpo.weights.adapters import load_adapter
 from lowmem_dpo.weights.size import ModelSize, storage_table
 
 STEPS_TO_PREDICT_FILLED_SHARE = 16
+# Of the groups of settings that are about training, what the reference depends on.
+READ_BY_PRECOMPUTE = {"loss_type", "reference_free", "seed", "batch_size", "init_adapter"}
+READ_BY_PRECOMPUTE |= {"reference"}
 
 StepCallback = Callable[[StepResult], Any]
 
@@ -110,7 +119,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     if checkpoint is not None:
         check_resumable(checkpoint, facts, asdict(TrainConfig()))
     if trains:
-        warn_of_short_run(config, config.warmup_steps, batches)
+        warn_of_short_run(config, config.max_steps, config.warmup_steps, batches)
     if source.device.type == "cpu" and (size := ModelSize.of(source.config)).is_large_for_a_cpu:
         is_named = config.device != "auto"
         check_cpu_time(source, size, pairs, batches, objective, trains=trains, is_named=is_named)
@@ -138,7 +147,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     else:  # under another micro-batch size log-probs would differ in the last bits
         pack_tokens = read_record(checkpoint)["facts"]["planned_pack_tokens"]
     facts |= {"planned_pack_tokens": pack_tokens, "text_versions": text_versions()}
-    _say_plan(config, policy, objective, pack_tokens)
+    _say_plan(config, policy, objective, pack_tokens, trains=trains)
 
     reference = None
     if objective.needs_reference:
@@ -167,10 +176,11 @@ def precompute(config: TrainConfig) -> int:
             "reference; train without it"
         )
     usual = TrainConfig()
-    names = ("output_dir", "resume", "report_to")
-    unused = [name for name in names if getattr(config, name) != getattr(usual, name)]
-    if unused:
-        warn(f"precompute writes to the cache only: {', '.join(unused)} has no effect")
+    groups = (LossSettings, OptimizerSettings, AdapterSettings, RunSettings)
+    names = dict.fromkeys(f.name for group in groups for f in fields(group))
+    unused = [n for n in names if getattr(config, n) != getattr(usual, n)]
+    if unused := [name for name in unused if name not in READ_BY_PRECOMPUTE]:
+        warn(f"precompute fills the cache only: no effect of {', '.join(unused)}")
     reference = prepare(config, trains=False).reference
     assert reference is not None
     if reference.cache_error is not None:
@@ -232,7 +242,7 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
                     for callback in callbacks:
                         callback(result)
                     if stops_here:
-                        say(f"interrupted after step {result.step}; go on with --resume auto")
+                        say(f"interrupted after step {result.step}, which is saved")
                         raise KeyboardInterrupt
                     if is_last:
                         break
@@ -260,13 +270,17 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
         )
 
 
-def _say_plan(config: TrainConfig, policy: Policy, objective: Objective, pack_tokens: int) -> None:
+def _say_plan(
+    config: TrainConfig, policy: Policy, objective: Objective, pack_tokens: int, *, trains: bool
+) -> None:
     """Say what will be trained and how, and what is unusual about it."""
     num_trainable = sum(p.numel() for p in lora_parameters(policy.model.network).values())
     ranks = sorted({layer.rank for layer in lora_layers(policy.model.network).values()})
     rank = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ranks[0]
     say(f"adapter: rank {rank}, {num_trainable / 1e6:.2f}M trainable parameters")
     say(f"plan: micro-batches of {pack_tokens} tokens, {config.batch_size} pairs a step")
+    if not trains:
+        return
     for line in unusual_values(config, config.learning_rate):
         warn(line)
     if config.reference_free:

@@ -218,17 +218,21 @@ def check_token_ids(pairs: Pairs, config: PretrainedConfig) -> None:
         )
 
 
-def warn_of_short_run(run: RunSettings, warmup_steps: int | None, batches: Batches) -> None:
+def warn_of_short_run(
+    run: RunSettings, max_steps: int | None, warmup_steps: int | None, batches: Batches
+) -> None:
     """Say before it starts that a run will hardly move the model, or that settings come too late.
 
     Those count in more steps than the run has; what happens instead is said too.
     """
     steps = batches.num_steps
     if steps < FEW_STEPS:
-        warn(
-            f"only {'1 step' if steps == 1 else f'{steps} steps'}: {batches.num_pairs} pairs in "
-            f"batches of {batches.batch_size}; for more, lower batch_size or raise num_train_epochs"
-        )
+        cause = f"{batches.num_pairs} pairs in batches of {batches.batch_size}"
+        remedy = "lower batch_size or raise num_train_epochs"
+        if max_steps is not None:
+            cause, remedy = f"max_steps is {max_steps}", "raise it"
+        only = "1 step" if steps == 1 else f"{steps} steps"
+        warn(f"only {only}: {cause}; for more, {remedy}")
     settings = {
         "logging_steps": "metrics are written at the last step only",
         "eval_steps": "it is evaluated at the last step only",

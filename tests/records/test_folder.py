@@ -5,8 +5,14 @@ from pathlib import Path
 import pytest
 
 from lowmem_dpo.records.checkpoints import SCHEMA_VERSION, STATE_FILE
-from lowmem_dpo.records.folder import RunFolder, check_resumable, settings_to_share
+from lowmem_dpo.records.folder import (
+    RunFolder,
+    check_resumable,
+    hold_folder,
+    settings_to_share,
+)
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.settings.groups import RunSettings
 
 # What a user may change on the way: where things are and come from, what is written and when, and
 # what moves no number. What is read from other places has digests.
@@ -61,3 +67,40 @@ def test_best_is_set_aside_where_a_later_evaluation_was_better_than_what_is_know
 
 def test_best_stays_where_no_evaluation_is_later(tmp_path):
     assert folder_with_evaluations(tmp_path, 0.5, 0.6).set_aside_best(4, None) is None
+
+
+def settings(folder, resume=None) -> RunSettings:
+    return RunSettings(output_dir=str(folder), resume=resume)
+
+
+@pytest.mark.parametrize("resume", ["true", "latest", "OUTPUT"])
+def test_hold_folder_says_what_resume_takes_and_leaves_no_folder(tmp_path, resume):
+    with (
+        pytest.raises(ValueError, match=f"{resume} is no checkpoint; set --resume auto, which"),
+        hold_folder(settings(tmp_path / "a" / "b", resume)),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hold_folder_removes_only_what_it_made_and_what_is_empty(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with hold_folder(settings(tmp_path / "mine")):
+        pass
+    with hold_folder(settings(tmp_path / "run")) as folder:
+        folder.log({"step": 1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run"]
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_hold_folder_tells_a_running_run_from_a_finished_one(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with hold_folder(settings(tmp_path, "auto")):
+        for resume in (None, "auto"):
+            with (
+                pytest.raises(ValueError, match="another run is writing"),
+                hold_folder(settings(tmp_path, resume)),
+            ):
+                pass
+    with pytest.raises(ValueError, match="holds a run already"), hold_folder(settings(tmp_path)):
+        pass

@@ -43,7 +43,7 @@ def test_settings_refuse_what_is_out_of_bounds(name, value, rule):
 
 
 def test_settings_take_what_lies_on_a_bound_that_is_within():
-    values = Values(rate=1e-300, decay=0, share=0, rank=64, steps=1)
+    values = Values(rate=1e-16, decay=0, share=0, rank=64, steps=1)
     assert (values.decay, type(values.decay), values.rank, values.steps) == (0.0, float, 64, 1)
     assert Values(rank=1, steps=None).steps is None
 
@@ -57,6 +57,10 @@ def test_settings_take_what_lies_on_a_bound_that_is_within():
         ("[q,v]", ["q", "v"]),
         ("", []),
         (["q"], ["q"]),
+        ("[q]", ["q"]),
+        ('["q", "v"]', ["q", "v"]),
+        (["all"], "all"),
+        ("[all]", "all"),
     ],
 )
 def test_settings_turn_names_in_a_text_into_a_list_but_for_the_default(given, expected):

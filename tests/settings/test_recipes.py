@@ -140,7 +140,7 @@ eval_steps: 5
         "push_to_hub=True is not supported: nothing is sent anywhere; leave it out, and upload "
         "adapter/ in the end",
         "save_steps=0.5 is a share of the run; give a number of steps",
-        "learning_rate must be float, got fast",
+        "learning_rate must be a number, got fast",
         "beta must be > 0, got 0.0; the usual value is 0.1",
         "optim must be one of adamw, adamw_8bit, paged_adamw_8bit, sgd, got rmsprop",
         "lr_scheduler_type must be one of cosine, linear, constant, constant_with_warmup, got "

@@ -197,6 +197,7 @@ def test_sigterm_saves_after_the_step_and_exits_130(config, tmp_path):
         [*words, "--output_dir", str(output), "--batch_size", "1"],
         env=environment(),
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
     deadline = time.monotonic() + 120

@@ -9,7 +9,12 @@ from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.machine.device import matmul_rate
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training import run
-from lowmem_dpo.training.run import Batches, Pairs, forward_tokens, warn_of_short_run
+from lowmem_dpo.training.run import (
+    Batches,
+    Pairs,
+    forward_tokens,
+    warn_of_short_run,
+)
 from lowmem_dpo.weights import size
 from tests.packs.folding import fold
 
@@ -112,7 +117,7 @@ def no_run_is_short(monkeypatch) -> None:
 
 def said(capsys, **settings) -> str:
     config = TrainConfig(batch_size=1, **settings)
-    warn_of_short_run(config, config.warmup_steps, Batches.of(config, 10))
+    warn_of_short_run(config, config.max_steps, config.warmup_steps, Batches.of(config, 10))
     printed = capsys.readouterr()
     return " ".join((printed.out + printed.err).split())
 
@@ -146,6 +151,7 @@ def test_warn_of_short_run_is_silent_about_the_defaults(capsys):
 
 def test_warn_of_short_run_counts_the_steps_of_a_run_that_hardly_moves(capsys):
     assert "only 10 steps: 10 pairs in batches of 1; for more, lower batch_size" in said(capsys)
+    assert "only 2 steps: max_steps is 2; for more, raise it" in said(capsys, max_steps=2)
     assert said(capsys, num_train_epochs=2) == ""
 
 
