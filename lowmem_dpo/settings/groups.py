@@ -215,7 +215,10 @@ class LossSettings(Settings):
 class OptimizerSettings(SeedSettings):
     """Steps and their size."""
 
-    learning_rate: float = field(default=5e-6, metadata=POSITIVE)
+    learning_rate: float = field(
+        default=5e-6,
+        metadata={"must be > 0": Bounds(above=0), "must be at most 3e38": Bounds(at_most=3e38)},
+    )
     """Peak learning rate."""
     num_train_epochs: float = field(default=1.0, metadata=POSITIVE)
     """Passes over the data; 0.5 is half a pass."""
