@@ -124,6 +124,8 @@ def launched_kernels() -> set[str]:
                 compiled |= {node.name for mark in marks if mark.startswith("triton.jit")}
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 launched.add(ast.unparse(node.func.value).split(".")[-1])
+            elif isinstance(node, ast.Call):  # to a function that launches what it is given
+                launched |= {each.id for each in node.args if isinstance(each, ast.Name)}
     return compiled & launched
 
 

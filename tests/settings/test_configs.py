@@ -420,35 +420,3 @@ def test_a_check_is_made_if_only_one_setting_of_its_group_is_given():
         TrainConfig(memory_limit="much")
     with pytest.raises(ValueError, match="save_strategy steps needs save_steps"):
         TrainConfig(save_strategy="steps")
-
-
-@pytest.mark.parametrize(
-    "given, allowed",
-    [
-        ("auto", {"head", "attention", "norms", "nf4", "mlp"}),
-        ("off", set()),
-        ("norms,head", {"head", "norms"}),
-        ("[nf4]", {"nf4"}),
-    ],
-)
-def test_kernels_are_read_alike_from_words_and_yaml(given, allowed, tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(f"kernels: {given}\n")
-    config = TrainConfig.from_yaml(path)
-    assert config.allowed_kernels == allowed
-    assert parse_config(GenerateConfig, ["--kernels", given]).allowed_kernels == allowed
-    path.write_text(to_yaml(config))
-    assert TrainConfig.from_yaml(path) == config
-
-
-@pytest.mark.parametrize("given", ["attn", "off,head", "auto,nf4"])
-def test_kernels_that_are_not_there_are_refused(given):
-    with pytest.raises(ValueError, match="kernels must be auto, off, or of head, attention"):
-        parse_config(TrainConfig, ["--kernels", given])
-
-
-def test_warmup_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(ValueError, match=r"warmup_ratio=0\.2 has no effect with warmup_steps=5"):
-        TrainConfig(warmup_steps=5, warmup_ratio=0.2)
-    with pytest.raises(ValueError, match="warmup_steps=5 has no effect with lr_scheduler_type"):
-        TrainConfig(warmup_steps=5, lr_scheduler_type="constant")
