@@ -49,6 +49,7 @@ from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
 from lowmem_dpo.weights.folders import load_config, load_tokenizer, resolve_source
 from lowmem_dpo.weights.hub import check_download
 from lowmem_dpo.weights.loading import load_model
+from lowmem_dpo.weights.safetensors_files import weight_files
 from lowmem_dpo.weights.size import ModelSize
 from lowmem_dpo_kernels.token_logps import resolve_implementation
 
@@ -128,7 +129,9 @@ def read_source(
         check_tied_head(settings.head_quantization, memory.head_weight)
     in_environment = os.environ.get("LOWMEM_DPO_CACHE")
     cache_dir = Path(settings.cache_dir or in_environment or Path.home() / ".cache" / "lowmem_dpo")
-    if not Path(base).is_dir():
+    if Path(base).is_dir():
+        weight_files(Path(base))  # that they are there, before the data is read
+    else:
         copies = settings.quantization == "nf4" and settings.quantized_copy and not comes_quantised
         copy_bytes = ModelSize.of(config).nf4_bytes if copies else 0
         check_download(base, cache_dir, copy_bytes)
@@ -137,7 +140,7 @@ def read_source(
     storage["dtype"] = str(dtype).removeprefix("torch.")
     if init_adapter is not None:
         _warn_of_other_storage(Path(init_adapter), storage)
-    tokenizer = load_tokenizer(base, init_adapter)
+    tokenizer = load_tokenizer(base, init_adapter, config)
     return Source(base, init_adapter, config, tokenizer, device, dtype, storage, cache_dir)
 
 

@@ -118,8 +118,15 @@ def load_config(source: str, max_length: int | None = None) -> PretrainedConfig:
     raw = read_json(path)
     _check_raw_config(source, raw)
     try:
-        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+        autos = {name for name in ("dtype", "torch_dtype") if raw.get(name) == "auto"}
+        if autos:  # which transformers looks up in torch; the run has a setting for it
+            config = AutoConfig.for_model(**{k: v for k, v in raw.items() if k not in autos})
+        else:
+            config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+    except (
+        *(ValueError, TypeError, KeyError, AttributeError, OSError),
+        StrictDataclassError,
+    ) as error:
         raise ValueError(f"config.json of {source} is not valid: {one_line(error)}") from None
     unknown = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
@@ -144,12 +151,15 @@ def load_config(source: str, max_length: int | None = None) -> PretrainedConfig:
     return config
 
 
-def load_tokenizer(source: str, init_adapter: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str, init_adapter: str | None = None, config: PretrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, or the one that an adapter brings.
 
     Args:
         source: Folder or Hugging Face id of the model.
         init_adapter: Folder of the adapter it starts from, whose tokenizer comes first; or None.
+        config: The model's; by default its config.json is read again.
 
     Raises:
         ValueError: If there is none that can be read.
@@ -163,7 +173,7 @@ def load_tokenizer(source: str, init_adapter: str | None = None) -> PreTrainedTo
             "of the original model into it"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, config=config)
     except Exception as error:  # tokenizers raises Exception itself, transformers what it meets
         raise ValueError(f"cannot load the tokenizer of {source}: {one_line(error)}") from None
 

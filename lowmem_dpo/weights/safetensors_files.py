@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from lowmem_dpo.files import replace_file
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DIGESTS_FILE = "digests.json"
+_SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -140,10 +142,10 @@ def _damaged(path: Path, why: str) -> ValueError:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in name order.
+    """The safetensors files of a model folder, in name order; shards may lack their index.
 
     Raises:
-        ValueError: If there is none, or one that the index names is missing.
+        ValueError: If there is none, or one that the index or a shard's name tells of is missing.
     """
     index = folder / INDEX_FILE
     if (folder / WEIGHTS_FILE).is_file():
@@ -154,15 +156,24 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{folder} holds pickled weights (.bin), which can run code; convert them "
                 " with transformers: from_pretrained(FOLDER), then save_pretrained(NEW_FOLDER)"
             )
-        raise ValueError(f"{folder} holds no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, AttributeError, KeyError, TypeError):
-        raise _damaged(index, "it is no index of weights") from None
+        counts = {match[1] for path in folder.iterdir() if (match := _SHARD.fullmatch(path.name))}
+        if len(counts) != 1:
+            there = ", ".join(sorted(path.name for path in folder.glob("*.safetensors")))
+            beside = f"; there is {there}, in another layout than transformers'" if there else ""
+            raise ValueError(
+                f"{folder} holds no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}{beside}"
+            )
+        (count,) = counts
+        names = {f"model-{i:05d}-of-{count}.safetensors" for i in range(1, int(count) + 1)}
+    else:
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise _damaged(index, "it is no index of weights") from None
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise ValueError(
-            f"{folder} lacks {', '.join(missing)}, which {INDEX_FILE} names; download it again"
+            f"{folder} lacks {', '.join(missing)} of its {len(names)} shards; download it again"
         )
     return [folder / name for name in sorted(names)]
 

@@ -276,3 +276,24 @@ def test_answer_ends_refuses_what_are_no_tokens(tmp_path):
     text = json.dumps({"eos_token_id": ["</s>"]})
     (tmp_path / "generation_config.json").write_text(text, encoding="utf-8")
     assert "must be a token id" in refusal(answer_ends, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_load_config_and_tokenizer_take_a_config_that_leaves_the_dtype_open(
+    llama_dir, tmp_path, name
+):
+    folder = shutil.copytree(llama_dir, tmp_path / "model")
+    raw = json.loads((folder / "config.json").read_text())
+    raw = {key: value for key, value in raw.items() if "dtype" not in key}
+    (folder / "config.json").write_text(json.dumps(raw | {name: "auto"}))
+    config = load_config(str(folder))
+    usual = load_config(str(llama_dir))
+    other = {"dtype": None, "_name_or_path": ""}
+    assert config.to_dict() | other == usual.to_dict() | other
+    tokenizer = load_tokenizer(str(folder), config=config)
+    assert tokenizer("ab").input_ids == load_tokenizer(str(llama_dir))("ab").input_ids
+
+
+def test_load_config_refuses_a_dtype_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json of .* is not valid: .*bf16"):
+        load_config(write_config(tmp_path / "model", dtype="bf16"))

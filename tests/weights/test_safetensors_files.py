@@ -109,6 +109,17 @@ def test_weight_files_finds_one_file_or_the_shards(tmp_path):
     assert [path.name for path in weight_files(tmp_path)] == ["model.safetensors"]
 
 
+def test_weight_files_reads_shards_without_an_index_and_names_what_lies_there(tmp_path):
+    names = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    save_file({"a": torch.ones(1)}, tmp_path / "consolidated.safetensors")
+    assert "there is consolidated.safetensors, in another layout" in refusal(weight_files, tmp_path)
+    for name in names[:2]:
+        save_file({name: torch.ones(1)}, tmp_path / name)
+    assert f"lacks {names[2]} of its 3 shards" in refusal(weight_files, tmp_path)
+    save_file({names[2]: torch.ones(1)}, tmp_path / names[2])
+    assert [path.name for path in weight_files(tmp_path)] == names
+
+
 def test_weight_files_refuses_pickles_and_says_how_to_convert(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     assert "save_pretrained" in refusal(weight_files, tmp_path)
