@@ -352,7 +352,7 @@ FORMATS = (
         ("query", "response", "rejected_response"),
         '{"query": "...", "response": "...", "rejected_response": "...", '
         '"history": [["...", "..."]]}',
-        "ms-swift, before version 3",
+        "ms-swift, its older form",
         partial(read_context, name="query", sides=("response", "rejected_response")),
         parts=("history",),
     ),

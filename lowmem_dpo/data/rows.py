@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 MAX_ROW_BYTES = 64 * 2**20  # an answer of a million words has 6 MiB
 # A list in a .json file is held as text beside its rows: 1 GiB costs up to 4 GiB of host memory.
@@ -89,9 +89,9 @@ def _is_packed(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
     """A file's bytes, unpacked."""
-    return gzip.open(path) if _is_packed(path) else path.open("rb")  # type: ignore[return-value]
+    return gzip.open(path) if _is_packed(path) else path.open("rb")
 
 
 def _unpacked(path: Path, rows: Iterator[Row]) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""The device of a run: which it is, in what number format, how fast, and what kernels do there.
+"""The device of a run: which it is, in what number format it computes, and how fast.
 
 `auto` takes the card. It never takes the CPU beside a card that only needs something installed: a
 run of hours would become one of weeks. What is missing is said in one line, and so is the way out,

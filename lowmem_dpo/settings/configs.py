@@ -74,14 +74,14 @@ class TrainConfig(
 
 @dataclass(frozen=True)
 class GenerateConfig(ModelSettings, TemplateSettings, SamplingSettings):
-    """Settings of `generate`."""
+    """What is answered, and by what."""
 
     adapter: str | None = None
     """PEFT adapter folder; its answers are shown beside the base's."""
     prompt: str | None = None
     """One prompt."""
     prompts: str | None = None
-    """A file of prompts: one a line, or .jsonl, .json, .csv or .parquet with a column prompt."""
+    """A file of prompts: one a line, or rows with a column prompt in any file that data may be."""
     compare: bool = True
     """Show the base's answer beside the adapter's."""
 

@@ -30,6 +30,7 @@ _ENTRY_NO_EFFECT = (
     *("type", "ds_type", "columns", "chat_template", "trust_remote_code", "streaming"),
     *("message_property_mappings", "roles", "message_field_role", "message_field_content"),
 )
+ROW_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # that are read here
 _READERS = ("json", "csv", "parquet")  # generic readers of datasets; data_files names the file
 _REGISTRY = "dataset_info.json"
 # LLaMA-Factory's names of what a column holds, and ours.
@@ -263,7 +264,7 @@ def _entries(name: str, entries: Any, notes: list[str]) -> Values:
         elif value not in _READERS:
             is_list_of_one = isinstance(value, list) and len(value) == 1
             result[_ENTRY[key]] = value[0] if is_list_of_one else value
-    is_file = str(result.get("data")).endswith((".jsonl", ".json", ".csv", ".parquet"))
+    is_file = str(result.get("data")).removesuffix(".gz").endswith(ROW_FILES)
     if is_file and result.get("dataset_train_split") == "train":
         del result["dataset_train_split"]  # a file is read as a whole, and they call that train
     if unread:

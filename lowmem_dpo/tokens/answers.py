@@ -44,6 +44,8 @@ NOTES = {
     "the content, in <think>...</think>, and set keep_reasoning yes",
     "tool calls": "lose tool calls in the chat template, such as {text}; "
     "name a template that writes them with --chat_template FILE",
+    "prompt calls": "lose tool calls of the prompt in the chat template, at inference too, such as "
+    "{text}; name a template that writes them with --chat_template FILE",
     "apart": "have a prompt whose last tokens, {text}, merge with an answer's first: prompt and "
     "answer become tokens apart, as at inference",
     "kept": "keep text of an answer that the chat template would leave out or write twice, "
@@ -204,16 +206,30 @@ def _left_out(
         reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
         if isinstance(reasoning, str) and not _holds(text, reasoning):
             notes.setdefault("reasoning", reasoning.strip())
-        if message.get("tool_calls"):
-            bare = {name: item for name, item in message.items() if name != "tool_calls"}
-            bare["content"] = content or ""
-            try:
-                without = write([*messages, *answer[:i], bare, *answer[i + 1 :]])
-            except ValueError:  # it cannot do without them
-                continue
-            if without == written:
-                notes.setdefault("tool calls", str(message["tool_calls"][0]))
+        if call := lost_call(write, messages + answer, len(messages) + i, written):
+            notes.setdefault("tool calls", call)
     return notes
+
+
+def lost_call(write: Write, messages: list[Message], place: int, written: str) -> str:
+    """The first tool call of a message, if the template writes none of them; else empty.
+
+    Args:
+        write: Renders messages.
+        messages: A conversation.
+        place: Of the message in it.
+        written: The conversation as it is written.
+    """
+    message = messages[place]
+    if not message.get("tool_calls"):
+        return ""
+    bare = {name: item for name, item in message.items() if name != "tool_calls"}
+    bare["content"] = bare.get("content") or ""
+    try:
+        without = write([*messages[:place], bare, *messages[place + 1 :]])
+    except ValueError:  # it cannot do without them
+        return ""
+    return str(message["tool_calls"][0]) if without == written else ""
 
 
 def _holds(text: str, part: str) -> bool:

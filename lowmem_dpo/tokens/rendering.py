@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.data.messages import Message, has_system, says_nothing
 from lowmem_dpo.settings.groups import TemplateSettings
-from lowmem_dpo.tokens.answers import ASSISTANT_PROBE, LOSSES, quoted, write_answer
+from lowmem_dpo.tokens.answers import (
+    ASSISTANT_PROBE,
+    LOSSES,
+    lost_call,
+    quoted,
+    write_answer,
+)
 from lowmem_dpo.tokens.rendered import NO_MARKS, TurnMarks, looks_rendered
 from lowmem_dpo.tokens.templates import ChatTemplate, check_not_reserved, choose_template
 
@@ -186,6 +192,10 @@ class Renderer:
                     "--on_bad_row skip"
                 )
         notes = sides[1].notes | sides[0].notes
+        opened = partial(write, opens_answer=True)
+        calls = (lost_call(opened, messages, i, text) for i in range(len(messages)))
+        if call := next(filter(None, calls), ""):
+            notes["prompt calls"] = call
         with_chosen, with_rejected = (text + side.text for side in sides)
         return PairText(
             text, with_chosen, with_rejected, by_template=True, is_rendered=True, notes=notes

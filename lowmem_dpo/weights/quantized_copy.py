@@ -134,7 +134,7 @@ class CopyWriter:
         whole = {key: tensor.detach().cpu() for key, tensor in self._waiting.pop(file).items()}
         for key, tensor in whole.items():
             flat = tensor.reshape(-1).view(torch.uint8)
-            self._digests[key] = hashlib.sha256(flat.numpy()).hexdigest()  # type: ignore[arg-type]
+            self._digests[key] = hashlib.sha256(flat.numpy().data).hexdigest()
             self._files_of_tensors[key] = file
             self.num_bytes += tensor.nbytes
         try:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from lowmem_dpo.cli import main
+from lowmem_dpo.data.rows import READERS
 from lowmem_dpo.losses.types import LOSS_TYPES
 from lowmem_dpo.settings.configs import GenerateConfig, TrainConfig
 from lowmem_dpo.settings.conversions import CONVERTED
@@ -394,3 +395,10 @@ def test_a_recipe_trains(llama_dir, tmp_path, monkeypatch, capsys):
     assert "max_samples 6: any further rows are left out" in capsys.readouterr().out
     resolved = TrainConfig.from_yaml(tmp_path / "outputs" / "config.yaml")
     assert (resolved.lora_r, resolved.max_samples, resolved.save_strategy) == (64, 6, "epoch")
+
+
+@pytest.mark.parametrize("suffix", [*READERS, ".jsonl.gz"])
+def test_a_file_of_rows_has_no_split_whatever_its_trainer_calls_it(tmp_path, suffix):
+    text = f"rl: dpo\ndatasets: [{{path: pairs{suffix}, split: train}}]\n"
+    config = parse_config(TrainConfig, ["--config", str(write(tmp_path, text))])
+    assert (config.data, config.dataset_train_split) == (f"pairs{suffix}", None)

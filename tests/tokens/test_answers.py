@@ -227,6 +227,14 @@ def test_tool_calls_are_said_where_they_are_not_written(encode):
     assert encode(GPT_OSS, pair_of(calling), tokens=HARMONY_TOKENS)[2].notes.keys() == {"in turns"}
 
 
+def test_tool_calls_of_a_prompt_are_said_where_they_are_not_written(encode):
+    prompt = [USER, {**CALL, "content": "Wait."}, {"role": "tool", "content": "wet"}]
+    notes = encode(SMOLLM2, pair_of("Take a coat.", prompt=prompt))[2].notes
+    assert notes.keys() == {"prompt calls"} and "rain" in notes["prompt calls"]["text"]
+    written = encode(GPT_OSS, pair_of("Take a coat.", prompt=prompt), tokens=HARMONY_TOKENS)[2]
+    assert "prompt calls" not in written.notes
+
+
 def test_a_closed_thought_costs_no_turn_of_an_answer_of_several(encode):
     off = {"enable_thinking": False}
     several = [turn("assistant", "one"), USER, turn("assistant", THOUGHT)]
