@@ -133,7 +133,7 @@ class DataSettings(Settings):
     """The pairs."""
 
     data: str | None = None
-    """Pairs to train on: a .jsonl, .json, .csv, .tsv or .parquet file, a folder, or a dataset id."""
+    """Pairs to train on: a .jsonl, .json, .csv, .tsv or .parquet file, a folder or a dataset id."""
     eval_data: str | None = None
     """Pairs to evaluate on, from a source of the same kinds."""
     eval_fraction: float = field(default=0.0, metadata=SHARE)
