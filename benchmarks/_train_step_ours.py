@@ -14,9 +14,9 @@ from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.lora import AdapterSpec, LoraLinear
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.surgery import prepare_model
-from lowmem_dpo.packs.packing import build_tree, pack_trees
+from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.tokens.encoding import TokenPair
+from lowmem_dpo.tokens.trees import TokenPair, build_tree
 from lowmem_dpo.training.loop import train_steps
 from lowmem_dpo.training.policy import Policy
 

@@ -24,14 +24,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lowmem_dpo.model.scoring import other_attention
-from lowmem_dpo.packs.packing import Tree, build_tree
 from lowmem_dpo.settings.groups import (
     AdapterSettings,
     LossSettings,
     ModelSettings,
     OptimizerSettings,
 )
-from lowmem_dpo.tokens.encoding import TokenPair
+from lowmem_dpo.tokens.trees import TokenPair, Tree, build_tree
 from lowmem_dpo.training.loop import train_steps
 from lowmem_dpo.training.policy import Policy, Source, load_policy
 from lowmem_dpo.weights.folders import load_config

@@ -40,7 +40,7 @@ from lowmem_dpo.machine.device import DTYPES, resolve_device, resolve_dtype
 from lowmem_dpo.memory.limits import limit_memory
 from lowmem_dpo.model.scoring import LOGP_TOLERANCE
 from lowmem_dpo.settings.groups import parse_bytes
-from lowmem_dpo.tokens.encoding import TokenPair
+from lowmem_dpo.tokens.trees import TokenPair
 
 OP = "train_step"
 IMPLEMENTATIONS = ("ours", "trl", "trl-precompute")

@@ -13,15 +13,19 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 # On Windows nothing is replaced while a virus scanner or an indexer reads it, which is soon over.
 _PATIENCE_SECONDS = 2.0 if os.name == "nt" else 0.0
 _HELD_BY_ANOTHER = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes | Callable[[BinaryIO], None]) -> None:
     """Write a file so that it holds the old bytes or the new ones, never half of them.
+
+    Args:
+        path: The file.
+        data: Its content, or what writes it.
 
     Raises:
         OSError: Naming the file; what it held before is still there.
@@ -29,7 +33,7 @@ def replace_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name[:64]}.{os.getpid()}.{id(data)}.part")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.write(data) if isinstance(data, bytes) else data(file)
             file.flush()
             os.fsync(file.fileno())
         move(temporary, path)

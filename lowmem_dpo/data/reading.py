@@ -4,6 +4,7 @@ Here rows get our names of columns, bad rows stop the run or are left out, and a
 one format.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -81,12 +82,65 @@ def is_single_file(source: str | Path) -> bool:
     return is_row_file(path) and not path.is_dir()
 
 
-def read_preferences(
-    source: str | Path,
+@dataclass(frozen=True)
+class Source:
+    """Rows that were found, to be read once.
+
+    Attributes:
+        name: A path or an id, as the user wrote it.
+        rows: In the source's order.
+        origin: The files they are read from, or the fingerprint of a data set of the library
+            `datasets`, empty where it has none.
+    """
+
+    name: str
+    rows: Iterator[Row]
+    origin: list[Path] | str
+
+    def num_bytes(self) -> int:
+        """Size of the files; 0 where it is not known."""
+        return 0 if isinstance(self.origin, str) else sum(p.stat().st_size for p in self.origin)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of what the rows are read from; empty where that is not known."""
+        if isinstance(self.origin, str):
+            return self.origin
+        digest = hashlib.sha256()
+        for path in self.origin:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+def open_source(
+    name: str | Path,
     *,
     dataset_config: str | None = None,
     split: str | None = None,
     purpose: str = "train",
+) -> Source:
+    """Find the rows that a source of preference pairs holds.
+
+    Args:
+        name: A file that `read_rows` reads, a folder of them or of `save_to_disk`, or a Hugging
+            Face data set id.
+        dataset_config: Configuration of a data set; not for single files.
+        split: Split of a data set or folder; by default the one named `purpose`, or the only one.
+        purpose: train or test.
+
+    Raises:
+        ValueError: There is no such source; says which and how to mend it.
+    """
+    if not is_single_file(name):
+        return Source(str(name), *read_dataset(str(name), dataset_config, split, purpose))
+    if split is not None:
+        raise ValueError(f"dataset_{purpose}_split={split} has no effect on the file {name}")
+    return Source(str(name), read_rows(Path(name)), [Path(name)])
+
+
+def read_preferences(
+    source: Source | str | Path,
+    *,
     columns: Mapping[str, str] | None = None,
     on_bad_row: str = "error",
     max_rows: int | None = None,
@@ -94,11 +148,7 @@ def read_preferences(
     """Read the rows of a source of preference pairs.
 
     Args:
-        source: A file that `read_rows` reads, a folder of them or of `save_to_disk`, or a Hugging
-            Face data set id.
-        dataset_config: Configuration of a data set; not for single files.
-        split: Split of a data set or folder; by default the one named `purpose`, or the only one.
-        purpose: train or test.
+        source: Opened, or the name of one to open.
         columns: Our names of columns to the source's.
         on_bad_row: error stops at the first bad row, skip leaves bad rows out.
         max_rows: How many to read, the first; None for all.
@@ -115,20 +165,17 @@ def read_preferences(
             f"columns names {keys_in_words(unknown)}, which no format reads; known are "
             f"{', '.join(COLUMNS)}; write {{our name: the file's name}}"
         )
-    if not is_single_file(source):
-        rows = read_dataset(str(source), dataset_config, split, purpose)
-    elif split is not None:
-        raise ValueError(f"dataset_{purpose}_split={split} has no effect on the file {source}")
-    else:
-        rows = read_rows(Path(source))
+    if not isinstance(source, Source):
+        source = open_source(source)
     report = ReadReport()
-    preferences = list(_preferences(islice(rows, max_rows), columns, on_bad_row, report))
+    rows = islice(source.rows, max_rows)
+    preferences = list(_preferences(rows, columns, on_bad_row, report))
     if not preferences and report.num_rows:
         raise ValueError(
-            f"{source}: every one of the {report.num_rows} rows is bad; {report.faults[0]}"
+            f"{source.name}: every one of the {report.num_rows} rows is bad; {report.faults[0]}"
         )
     if not preferences:
-        raise ValueError(f"{source}: holds no rows, it is empty; {known_formats()}")
+        raise ValueError(f"{source.name}: holds no rows, it is empty; {known_formats()}")
     return preferences, report
 
 

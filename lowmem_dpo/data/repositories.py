@@ -19,8 +19,8 @@ SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 
 def read_dataset(
     name: str, config: str | None, split: str | None, purpose: str = "train"
-) -> Iterator[Row]:
-    """Read the rows of one split.
+) -> tuple[Iterator[Row], list[Path] | str]:
+    """Find the rows of one split.
 
     Args:
         name: A folder, or the id of a data set on the hub.
@@ -29,7 +29,8 @@ def read_dataset(
         purpose: train or test.
 
     Returns:
-        The rows in the split's order, numbered through.
+        The rows in the split's order, numbered through, and what they are read from: files, or a
+        data set of the library by its fingerprint.
 
     Raises:
         ValueError: There is no such data set, configuration or split, or it cannot be read.
@@ -47,8 +48,9 @@ def read_dataset(
     chosen = _choose_split(name, list(map(str, splits)), split, purpose)
     content = splits[chosen]
     if isinstance(content, list):
-        return _file_rows(content)
-    return _dataset_rows(f"{name}, split {chosen}", name, content)
+        return _file_rows(content), content
+    rows = _dataset_rows(f"{name}, split {chosen}", name, content)
+    return rows, str(getattr(content, "_fingerprint", ""))
 
 
 def _check_is_id(path: Path) -> None:

@@ -90,7 +90,7 @@ def head_logps(model: LanguageModel, hidden: Tensor, rows: Tensor, targets: Tens
 
 
 @torch.no_grad()
-def score_plain(model: LanguageModel, ids: tuple[int, ...]) -> Tensor:
+def score_plain(model: LanguageModel, ids: Sequence[int]) -> Tensor:
     """Log-prob of every token but the first of one plain sequence, by plain attention and head.
 
     Args:
@@ -100,7 +100,7 @@ def score_plain(model: LanguageModel, ids: tuple[int, ...]) -> Tensor:
     Returns:
         [L - 1] fp32, in nats.
     """
-    input_ids = torch.tensor(ids, device=model.device)
+    input_ids = torch.tensor(list(ids), device=model.device)
     with other_attention(model, model.family.plain_attention):
         hidden = model.backbone(input_ids=input_ids[None], use_cache=False).last_hidden_state[0]
     return plain_logps(model, hidden[:-1], input_ids[1:])[0]
@@ -182,7 +182,7 @@ def _plain_logits(model: LanguageModel, hidden: Tensor) -> Iterator[tuple[int, T
 
 
 @torch.no_grad()
-def check_packing(model: LanguageModel, pack: Pack, sequences: Sequence[tuple[int, ...]]) -> float:
+def check_packing(model: LanguageModel, pack: Pack, sequences: Sequence[Sequence[int]]) -> float:
     """Compare one packed micro-batch with the same sequences one by one.
 
     Args:

@@ -1,14 +1,4 @@
-"""Token trees, and packs of them: micro-batches of a fixed number of tokens.
-
-What chosen and rejected share is held once. Both begin with the same tokens: the prompt, and often
-some of the answer. Their longest common prefix is the trunk, what remains of each is a branch:
-
-    trunk [p p p a a] ─┬─ chosen   [c c c]        flat layout: p p p a a c c c r r
-                       └─ rejected [r r]
-
-A causal model computes the same for the trunk in both sequences, so a tree costs len(trunk) tokens
-less than its pair, and its log-probs are those of the pair. The last trunk token predicts the first
-token of both branches. For the idea see https://github.com/frankxwang/dpo-prefix-sharing.
+"""Packs of token trees: micro-batches of a fixed number of tokens.
 
 In a pack trees lie end to end. Every pack has the same N, so memory is constant and every matrix
 product has one shape: a tree's numbers do not depend on what else is in its pack. N is chosen for
@@ -17,8 +7,6 @@ the least predicted time over simulated steps: padding is weighed against the fi
 Shapes: N packed tokens, T scored tokens, P pairs.
 """
 
-import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem_dpo.tokens.encoding import TokenPair, common_prefix_length
+from lowmem_dpo.tokens.trees import Tree
 
 PAD_ID = 0
 TOKEN_MULTIPLE = 64  # keeps the matrix products on full tiles
@@ -38,35 +26,6 @@ CARD_TOKEN_MULTIPLE = 128
 PACK_OVERHEAD_TOKENS = 128
 MAX_SIMULATED_STEPS = 64
 SPLITS = range(1, 17)  # packs per step that are tried
-
-
-@dataclass(frozen=True)
-class Tree:
-    """One pair as a trunk and two branches.
-
-    Attributes:
-        row: The pair's row in its file.
-        trunk: Token ids common to both sequences; may reach into the completions.
-        chosen: The rest of the chosen sequence; may be empty.
-        rejected: The rest of the rejected sequence; may be empty.
-        chosen_start: Position of the first scored token in the chosen sequence, at least 1.
-        rejected_start: The same in the rejected sequence.
-        digest: SHA-256 (hex) of the token ids and the scored positions; the row does not matter.
-        num_tokens: Tokens the model computes: trunk and branches.
-        num_chosen_tokens: Scored tokens of the chosen sequence.
-        num_rejected_tokens: Scored tokens of the rejected sequence.
-    """
-
-    row: int
-    trunk: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-    chosen_start: int
-    rejected_start: int
-    digest: str
-    num_tokens: int
-    num_chosen_tokens: int
-    num_rejected_tokens: int
 
 
 @dataclass(frozen=True)
@@ -117,31 +76,10 @@ class Pack:
     counts: tuple[tuple[int, int, int], ...]
 
 
-def build_tree(pair: TokenPair) -> Tree:
-    """Fold a pair at the longest common prefix of its two sequences."""
-    assert pair.chosen_start >= 1 and pair.rejected_start >= 1, "nothing predicts a first token"
-    trunk_len = common_prefix_length(pair.chosen_ids, pair.rejected_ids)
-    trunk, chosen = pair.chosen_ids[:trunk_len], pair.chosen_ids[trunk_len:]
-    rejected = pair.rejected_ids[trunk_len:]
-    content = json.dumps([trunk, chosen, rejected, pair.chosen_start, pair.rejected_start])
-    return Tree(
-        row=pair.row,
-        trunk=trunk,
-        chosen=chosen,
-        rejected=rejected,
-        chosen_start=pair.chosen_start,
-        rejected_start=pair.rejected_start,
-        digest=hashlib.sha256(content.encode()).hexdigest(),
-        num_tokens=len(pair.chosen_ids) + len(pair.rejected_ids) - trunk_len,
-        num_chosen_tokens=len(pair.chosen_ids) - pair.chosen_start,
-        num_rejected_tokens=len(pair.rejected_ids) - pair.rejected_start,
-    )
-
-
 def scored_tokens(tree: Tree) -> ScoredTokens:
     """List the scored tokens of a tree and the rows that predict them."""
-    flat = (*tree.trunk, *tree.chosen, *tree.rejected)
-    trunk_len, first_rejected = len(tree.trunk), len(tree.trunk) + len(tree.chosen)
+    flat, trunk_len = tree.ids, tree.trunk_len
+    first_rejected = trunk_len + tree.chosen_len
     chosen_start, rejected_start = tree.chosen_start, tree.rejected_start
     shared = range(max(chosen_start, rejected_start), trunk_len)
     # The sides start apart where a token merged across the end of one side's prompt.
@@ -187,11 +125,11 @@ def pack_trees(trees: Sequence[Tree], num_tokens: int) -> list[Pack]:
         layout: list[tuple[int, int, int, int]] = []
         counts: list[tuple[int, int, int]] = []
         for tree in in_pack:
-            start, trunk_len = len(input_ids), len(tree.trunk)
-            layout.append((start, trunk_len, len(tree.chosen), len(tree.rejected)))
-            input_ids += [*tree.trunk, *tree.chosen, *tree.rejected]
-            position_ids += range(trunk_len + len(tree.chosen))
-            position_ids += range(trunk_len, trunk_len + len(tree.rejected))
+            start, trunk_len = len(input_ids), tree.trunk_len
+            layout.append((start, trunk_len, tree.chosen_len, tree.rejected_len))
+            input_ids += tree.ids
+            position_ids += range(trunk_len + tree.chosen_len)
+            position_ids += range(trunk_len, trunk_len + tree.rejected_len)
             tokens = scored_tokens(tree)
             rows += [start + row for row in tokens.rows]
             targets += tokens.targets
@@ -249,7 +187,7 @@ def _weighted_sums(runs: Sequence[Tensor], pack: Pack, ld_alpha: float) -> tuple
             (own_rejected, tree.rejected_start, tree.chosen_start),
         ):
             # Where this side's prompt ends first, some of its own tokens come before the shared.
-            before = max(0, min(other_start, len(tree.trunk)) - start)
+            before = max(0, min(other_start, tree.trunk_len) - start)
             tokens = torch.cat([own[:before], shared, own[before:]])
             sums.append(tokens[:shorter].sum() + ld_alpha * tokens[shorter:].sum())
     return torch.stack(sums[0::2]), torch.stack(sums[1::2])

@@ -33,7 +33,7 @@ from torch import Tensor
 from lowmem_dpo.console import warn
 from lowmem_dpo.files import replace_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # of shards and pair keys
 STALE_SECONDS = 3600.0  # no shard takes that long to write: what is older, a kill has left
 Fingerprint = dict[str, Any]
 
@@ -69,7 +69,7 @@ class ReferenceCache:
     """
 
     def __init__(self, cache_dir: Path, identity: Mapping[str, Any]) -> None:
-        text = json.dumps(identity, sort_keys=True)
+        text = json.dumps([SCHEMA_VERSION, identity], sort_keys=True)
         self.identity = dict(identity)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         self.directory = cache_dir / "reference" / self.digest[:32]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lowmem_dpo.console import duration, name_rows, progress, say, warn
-from lowmem_dpo.packs.packing import Pack, Tree, pack_trees
+from lowmem_dpo.packs.packing import Pack, pack_trees
 from lowmem_dpo.reference.cache import Fingerprint, ReferenceCache, fingerprint_difference
 from lowmem_dpo.stopping import RunStopped, catch_signals
+from lowmem_dpo.tokens.trees import Tree
 
 WINDOW = 256  # pairs packed together; sorting by length within a window fills packs well
 SECONDS_PER_SHARD = 30.0

@@ -2,18 +2,17 @@
 
 Message lists get the ids that TRL gives them. Text is tokenised without special tokens, and BOS and
 EOS are added to the ids where they are missing: so each stands there once, whatever the tokenizer,
-the template and the file do of their own. Which text that is, `rendering` decides. A preview shows
-a pair as the model will see it: decoded, special tokens visible, scored tokens marked.
+the template and the file do of their own. Which text that is, `rendering` decides.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from rich.text import Text
-
+from lowmem_dpo.console import progress
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.data.messages import Message, has_system
 from lowmem_dpo.settings.groups import EncodingSettings, TemplateSettings
@@ -27,48 +26,20 @@ from lowmem_dpo.tokens.rendering import (
     repeats_prompt,
 )
 from lowmem_dpo.tokens.report import IDENTICAL_BY_TEMPLATE, EncodeReport
+from lowmem_dpo.tokens.trees import TokenPair, Tree, build_tree, common_prefix_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK_PAIRS = 1000  # pairs per call of the tokenizer: bounds memory
+CHUNK_PAIRS = 250  # pairs per call of the tokenizer: bounds memory
 CHECKED_ROWS = 10  # on which tools and template variables must show an effect
-MAX_SHOWN_TOKENS = 96  # longer prompts and completions lose their middle
-# ASCII, so that the marks show where there is neither colour nor Unicode.
-SCORED_OPEN, SCORED_CLOSE, ELLIPSIS = "[[", "]]", " [...] "
-STYLES = {"chosen": "green", "rejected": "red"}
-# Control characters of the data, which could steer the terminal; tab and newline stay.
-CONTROL_CODES = {
-    code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"
-}
-
-
-@dataclass(frozen=True)
-class TokenPair:
-    """A preference in token ids.
-
-    Attributes:
-        row: Its row in the file.
-        chosen_ids: Prompt and chosen completion.
-        rejected_ids: Prompt and rejected completion.
-        chosen_start: Position of the first scored token of `chosen_ids`, at least 1.
-        rejected_start: The same for `rejected_ids`.
-        prompt_key: Digest of the prompt's whole text: ids change where tokens merge or are cut.
-    """
-
-    row: int
-    chosen_ids: tuple[int, ...]
-    rejected_ids: tuple[int, ...]
-    chosen_start: int
-    rejected_start: int
-    prompt_key: str = ""
 
 
 def encode_pairs(
     preferences: Sequence[Preference],
     tokenizer: "PreTrainedTokenizerBase",
     settings: EncodingSettings,
-) -> tuple[list[TokenPair], EncodeReport]:
+) -> tuple[list[Tree], EncodeReport]:
     """Turn preferences into token ids and drop the pairs that teach nothing.
 
     Dropped are pairs with an empty answer, identical pairs, and pairs that after cutting are
@@ -87,39 +58,34 @@ def encode_pairs(
 
     Source: message lists as `DPOTrainer` of TRL 1.16, https://github.com/huggingface/trl.
     """
+    num_pairs = len(preferences)
     renderer = _build_renderer(preferences, tokenizer, settings)
-    report = EncodeReport(num_pairs=len(preferences), max_length=settings.max_length)
+    report = EncodeReport(num_pairs=num_pairs, max_length=settings.max_length)
     report.template_date = renderer.template.date
-    texts = _pair_texts(preferences, renderer, settings, report)
-    pairs: list[TokenPair] = []
-    for uncut, text in zip(_tokenize(texts, renderer, report), texts, strict=True):
-        num_chosen, num_rejected = len(uncut.chosen_ids), len(uncut.rejected_ids)
-        fits = max(num_chosen, num_rejected) <= settings.max_length
-        pair = uncut if fits else _cut(uncut, settings, tokenizer.bos_token_id)
-        is_all_prompt = (
-            len(pair.chosen_ids) <= pair.chosen_start
-            or len(pair.rejected_ids) <= pair.rejected_start
-        )
-        if uncut.chosen_ids == uncut.rejected_ids:
-            is_templates = any(name in text[1].notes for name in LOSSES)
-            report.num_dropped[IDENTICAL_BY_TEMPLATE if is_templates else "identical"] += 1
-        elif is_all_prompt:
-            report.num_dropped["prompt only after cutting"] += 1
-        elif pair.chosen_ids == pair.rejected_ids:
-            report.num_dropped["identical after cutting"] += 1
-        else:
-            pairs.append(pair)
-            report.num_truncated += len(pair.chosen_ids) < num_chosen
-            report.num_truncated += len(pair.rejected_ids) < num_rejected
-            report.num_prompts_cut += pair.chosen_start < uncut.chosen_start
-    report.num_kept = len(pairs)
+    # Rows hold joined text, whose answers begin with the whole prompt, if most of them do: a prompt
+    # such as "Hi" begins an honest answer now and then.
+    most_repeat = 2 * sum(map(repeats_prompt, preferences)) > num_pairs
+    trees: list[Tree] = []
+    takes_long = num_pairs > 8 * CHUNK_PAIRS
+    with progress("encoding", num_pairs, "pairs") if takes_long else nullcontext() as bar:
+        for first in range(0, num_pairs, CHUNK_PAIRS):
+            chunk = preferences[first : first + CHUNK_PAIRS]
+            texts = _pair_texts(chunk, most_repeat, renderer, settings, report)
+            trees += _kept_trees(texts, renderer, settings, report)
+            if bar:
+                bar.advance(len(chunk))
+    for name in TEMPLATE_COLUMNS if renderer.template.sources else ():
+        rows = list(islice((p for p in preferences if getattr(p, name)), CHECKED_ROWS))
+        if rows and not any(renderer.reads_column(row, name) for row in rows):
+            report.ignored_columns.append(name)
+    report.num_kept = len(trees)
     report.template_choice = _template_choice(preferences, renderer, report)
-    if not pairs:
+    if not trees:
         raise ValueError(
-            f"no pair is left of {report.num_pairs} (dropped: {report.reasons() or 'none'})"
+            f"no pair is left of {num_pairs} (dropped: {report.reasons() or 'none'})"
             f"{report.hint() or report.cause() or '; check the data'}"
         )
-    return pairs, report
+    return trees, report
 
 
 def render_prompts(
@@ -155,55 +121,6 @@ def render_prompt(
     return render_prompts(tokenizer, [prompt], settings)[0]
 
 
-def preview_pair(
-    pair: TokenPair, tokenizer: "PreTrainedTokenizerBase", *, encoding: str = "utf-8"
-) -> Text:
-    """Decode a pair for the eye.
-
-    Unscored tokens are dim; scored ones stand in [[ ]], chosen green and rejected red where the
-    terminal has colours.
-
-    Args:
-        pair: The pair.
-        tokenizer: The tokenizer that made it.
-        encoding: What the terminal can show; other characters are written as escapes.
-
-    Returns:
-        Two labelled blocks of text.
-    """
-    text = Text()
-    sides = (
-        ("chosen", pair.chosen_ids, pair.chosen_start),
-        ("rejected", pair.rejected_ids, pair.rejected_start),
-    )
-    for name, ids, start in sides:
-        text.append(f"{name} (row {pair.row}, {len(ids) - start} of {len(ids)} tokens scored)\n")
-        for part, style, opening, closing in (
-            (ids[:start], "dim", "", ""),
-            (ids[start:], STYLES[name], SCORED_OPEN, SCORED_CLOSE + "\n"),
-        ):
-            half = MAX_SHOWN_TOKENS // 2
-            shown = [part] if len(part) <= MAX_SHOWN_TOKENS else [part[:half], part[-half:]]
-            decoded = (
-                tokenizer.decode(
-                    list(run), skip_special_tokens=False, clean_up_tokenization_spaces=False
-                )
-                for run in shown
-            )
-            words = ELLIPSIS.join(map(str, decoded)).translate(CONTROL_CODES)
-            words = words.encode(encoding, "backslashreplace").decode(encoding)
-            text.append(f"{opening}{words}{closing}", style=style)
-    return text
-
-
-def common_prefix_length(ids: Sequence[int], other_ids: Sequence[int]) -> int:
-    """Number of leading tokens that two sequences share."""
-    for i, (token, other) in enumerate(zip(ids, other_ids, strict=False)):
-        if token != other:
-            return i
-    return min(len(ids), len(other_ids))
-
-
 def _build_renderer(
     preferences: Sequence[Preference],
     tokenizer: "PreTrainedTokenizerBase",
@@ -221,16 +138,12 @@ def _build_renderer(
 
 def _pair_texts(
     preferences: Sequence[Preference],
+    most_repeat: bool,
     renderer: Renderer,
     settings: EncodingSettings,
     report: EncodeReport,
 ) -> list[tuple[int, PairText]]:
-    """Row and text of every pair; those with an empty answer are counted and left out.
-
-    Rows hold joined text, whose answers begin with the whole prompt, if most of them do: a prompt
-    such as "Hi" begins an honest answer now and then.
-    """
-    most_repeat = 2 * sum(map(repeats_prompt, preferences)) > len(preferences)
+    """Row and text of every pair; those with an empty answer are counted and left out."""
     is_open = settings.rendered == "auto" and bool(renderer.template.sources)
     texts = []
     for preference in preferences:
@@ -258,11 +171,37 @@ def _pair_texts(
         for name, example in text.notes.items():
             report.note_row(name, preference.row, example)
         texts.append((preference.row, text))
-    for name in TEMPLATE_COLUMNS if renderer.template.sources else ():
-        rows = list(islice((p for p in preferences if getattr(p, name)), CHECKED_ROWS))
-        if rows and not any(renderer.reads_column(row, name) for row in rows):
-            report.ignored_columns.append(name)
     return texts
+
+
+def _kept_trees(
+    texts: Sequence[tuple[int, PairText]],
+    renderer: Renderer,
+    settings: EncodingSettings,
+    report: EncodeReport,
+) -> Iterator[Tree]:
+    """Yield the pairs that teach something, cut to length; the others are counted."""
+    bos_id = renderer.tokenizer.bos_token_id
+    for uncut, (_, text) in zip(_tokenize(texts, renderer, report), texts, strict=True):
+        num_chosen, num_rejected = len(uncut.chosen_ids), len(uncut.rejected_ids)
+        fits = max(num_chosen, num_rejected) <= settings.max_length
+        pair = uncut if fits else _cut(uncut, settings, bos_id)
+        is_all_prompt = (
+            len(pair.chosen_ids) <= pair.chosen_start
+            or len(pair.rejected_ids) <= pair.rejected_start
+        )
+        if uncut.chosen_ids == uncut.rejected_ids:
+            is_templates = any(name in text.notes for name in LOSSES)
+            report.num_dropped[IDENTICAL_BY_TEMPLATE if is_templates else "identical"] += 1
+        elif is_all_prompt:
+            report.num_dropped["prompt only after cutting"] += 1
+        elif pair.chosen_ids == pair.rejected_ids:
+            report.num_dropped["identical after cutting"] += 1
+        else:
+            yield build_tree(pair)
+            report.num_truncated += len(pair.chosen_ids) < num_chosen
+            report.num_truncated += len(pair.rejected_ids) < num_rejected
+            report.num_prompts_cut += pair.chosen_start < uncut.chosen_start
 
 
 def _tokenize(
@@ -276,41 +215,38 @@ def _tokenize(
     unless the text has a terminator of its own.
     """
     tokenizer = renderer.tokenizer
-    for first in range(0, len(texts), CHUNK_PAIRS):
-        chunk = texts[first : first + CHUNK_PAIRS]
-        flat = [side for _, text in chunk for side in (text.prompt, text.chosen, text.rejected)]
-        ids = iter(tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
-        for (row, text), *sides in zip(chunk, ids, ids, ids, strict=True):
-            if not text.by_template:
-                sides = [_with_bos(side, renderer.bos_ids) for side in sides]
-            prompt, chosen, rejected = sides
-            starts = [common_prefix_length(prompt, side) for side in (chosen, rejected)]
-            if min(starts) < len(prompt) and text.is_rendered:
-                report.note_row("apart", row, str(tokenizer.decode(prompt[min(starts) :])))
-                answers = [side[len(text.prompt) :] for side in (text.chosen, text.rejected)]
-                chosen, rejected = (prompt + answer for answer in renderer.answer_ids(answers))
-                starts = [len(prompt)] * 2
-            report.num_mismatches += min(starts) < len(prompt)
-            if text.by_template:  # one start for both sides, as in TRL
-                starts = [min(starts)] * 2
-            for side, written in ((chosen, text.chosen), (rejected, text.rejected)):
-                if renderer.is_ended(text, written):
-                    continue
-                if tokenizer.eos_token_id is None:
-                    raise ValueError(
-                        "the tokenizer has no EOS token; set eos_token in tokenizer_config.json"
-                    )
-                side.append(tokenizer.eos_token_id)
-            # The same with and without BOS.
-            key = text.prompt.removeprefix(tokenizer.bos_token or "").encode()
-            yield TokenPair(
-                row=row,
-                chosen_ids=tuple(chosen),
-                rejected_ids=tuple(rejected),
-                chosen_start=max(starts[0], 1),
-                rejected_start=max(starts[1], 1),
-                prompt_key=hashlib.sha256(key).hexdigest()[:32],
-            )
+    all_ids = renderer.side_ids([text for _, text in texts])
+    for (row, text), sides in zip(texts, all_ids, strict=True):
+        if not text.by_template:
+            sides = [_with_bos(side, renderer.bos_ids) for side in sides]
+        prompt, chosen, rejected = sides
+        starts = [common_prefix_length(prompt, side) for side in (chosen, rejected)]
+        if min(starts) < len(prompt) and text.is_rendered:
+            report.note_row("apart", row, str(tokenizer.decode(prompt[min(starts) :])))
+            answers = [side[len(text.prompt) :] for side in (text.chosen, text.rejected)]
+            chosen, rejected = (prompt + answer for answer in renderer.answer_ids(answers))
+            starts = [len(prompt)] * 2
+        report.num_mismatches += min(starts) < len(prompt)
+        if text.by_template:  # one start for both sides, as in TRL
+            starts = [min(starts)] * 2
+        for side, written in ((chosen, text.chosen), (rejected, text.rejected)):
+            if renderer.is_ended(text, written):
+                continue
+            if tokenizer.eos_token_id is None:
+                raise ValueError(
+                    "the tokenizer has no EOS token; set eos_token in tokenizer_config.json"
+                )
+            side.append(tokenizer.eos_token_id)
+        # The same with and without BOS.
+        key = hashlib.sha256(text.prompt.removeprefix(tokenizer.bos_token or "").encode())
+        yield TokenPair(
+            row=row,
+            chosen_ids=chosen,
+            rejected_ids=rejected,
+            chosen_start=max(starts[0], 1),
+            rejected_start=max(starts[1], 1),
+            prompt_key=key.hexdigest()[:32],
+        )
 
 
 def _with_bos(ids: list[int], bos_ids: list[int]) -> list[int]:

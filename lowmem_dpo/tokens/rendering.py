@@ -9,7 +9,7 @@ How a template opens a user turn and ends an answer is learnt by rendering a pro
 that rendered prompts and terminators are recognised for any template.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,7 @@ class Renderer:
         marks: How the template opens and closes turns.
         answer_lead: Text before an answer that is tokenised alone, so that no space is put there.
         is_rendered: The file's text prompts went through a template already.
+        seams: Tokens at which text can be cut and gives the same ids, and how they are written.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -83,6 +84,7 @@ class Renderer:
     marks: TurnMarks = NO_MARKS
     answer_lead: str = ""
     is_rendered: bool = False
+    seams: dict[int, str] = field(default_factory=dict)
 
     @property
     def settings(self) -> TemplateSettings:
@@ -201,6 +203,36 @@ class Renderer:
             text, with_chosen, with_rejected, by_template=True, is_rendered=True, notes=notes
         )
 
+    def side_ids(self, texts: Sequence[PairText]) -> Iterator[list[list[int]]]:
+        """Token ids of every pair's prompt, prompt+chosen and prompt+rejected.
+
+        What stands in front of the prompt's last seam is tokenised once; see `_seams`.
+        """
+        prompts = self._ids([text.prompt for text in texts])
+        places, tails = [], []
+        for text, prompt in zip(texts, prompts, strict=True):
+            place = next((i for i in reversed(range(len(prompt))) if prompt[i] in self.seams), 0)
+            seam = self.seams.get(prompt[place], "") if prompt else ""
+            begin = text.prompt.rindex(seam) if seam else 0
+            places.append(place)
+            tails += [text.chosen[begin:], text.rejected[begin:]]
+        behind = iter(self._ids(tails))
+        for prompt, place, *both in zip(prompts, places, behind, behind, strict=True):
+            yield [prompt, *(prompt[:place] + tail for tail in both)]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts, no special token added."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return encoded["input_ids"]
+
     def answer_ids(self, answers: list[str]) -> list[list[int]]:
         """Token ids of answers as they follow on a prompt, whatever tokens that ends in."""
         texts = [self.answer_lead + text for text in answers]
@@ -258,6 +290,7 @@ def build_renderer(
         terminators,
         tuple(sorted(special)),
         answer_lead="" if line + word == both else "\n",
+        seams=_seams(tokenizer),
     )
     if template.sources:
         renderer = _with_probe(renderer, tools)
@@ -266,6 +299,27 @@ def build_renderer(
         return replace(renderer, is_rendered=settings.rendered == "yes")
     num_rendered = sum(looks_rendered(text, renderer.marks) for text in texts)
     return replace(renderer, is_rendered=2 * num_rendered > len(texts))
+
+
+def _seams(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
+    """Tokens in front of which text can be cut: the ids of both parts are those of the whole.
+
+    The library `tokenizers` looks for added tokens first, in the text as it stands, and takes what
+    is between them apart from the rest. That is true of a token that takes no white space in front
+    of it, needs no border of words, is looked for before the text is normalised, is no part of
+    another one and cannot overlap itself. Tokenizers written in Python promise nothing.
+    """
+    if not tokenizer.is_fast or getattr(tokenizer, "split_special_tokens", False):
+        return {}
+    added = tokenizer.added_tokens_decoder
+    texts = [token.content for token in added.values()]
+    return {
+        i: text
+        for (i, token), text in zip(added.items(), texts, strict=True)
+        if token.special and not (token.lstrip or token.single_word or token.normalized)
+        if sum(text in other for other in texts) == 1
+        if not any(text.startswith(text[n:]) for n in range(1, len(text)))
+    }
 
 
 def repeats_prompt(preference: Preference) -> bool:

@@ -3,12 +3,12 @@
 import random
 from collections.abc import Sequence
 
-from lowmem_dpo.tokens.encoding import TokenPair
+from lowmem_dpo.tokens.trees import Tree
 
 
 def split_by_prompt(
-    pairs: Sequence[TokenPair], fraction: float, seed: int
-) -> tuple[list[TokenPair], list[TokenPair]]:
+    pairs: Sequence[Tree], fraction: float, seed: int
+) -> tuple[list[Tree], list[Tree]]:
     """Draw prompts at random until their pairs are the wanted share of all pairs.
 
     Args:
@@ -26,7 +26,7 @@ def split_by_prompt(
         return list(pairs), []
     groups: dict[str, list[int]] = {}
     for i, pair in enumerate(pairs):
-        groups.setdefault(prompt_key(pair), []).append(i)
+        groups.setdefault(pair.prompt_key, []).append(i)
     prompts = list(groups)
     random.Random(seed).shuffle(prompts)
     held_out: set[int] = set()
@@ -41,8 +41,3 @@ def split_by_prompt(
         )
     train = [pair for i, pair in enumerate(pairs) if i not in held_out]
     return train, [pairs[i] for i in sorted(held_out)]
-
-
-def prompt_key(pair: TokenPair) -> str:
-    """What tells prompts apart: the pair's key, or the ids in front of chosen if it has none."""
-    return pair.prompt_key or str(pair.chosen_ids[: pair.chosen_start])

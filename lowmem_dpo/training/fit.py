@@ -37,14 +37,13 @@ from lowmem_dpo.settings.groups import (
 from lowmem_dpo.stopping import catch_signals
 from lowmem_dpo.tokens.templates import choose_template
 from lowmem_dpo.training.loop import StepResult, check_adapter_moves, new_state, train_steps
+from lowmem_dpo.training.pairs import check_token_ids, load_pairs
 from lowmem_dpo.training.policy import Policy, load_policy, read_source
 from lowmem_dpo.training.recorder import Recorder, leave_later_steps
 from lowmem_dpo.training.run import (
     Batches,
     Run,
     check_cpu_time,
-    check_token_ids,
-    load_pairs,
     plan_pack_tokens,
     score_reference,
     self_check,
@@ -110,8 +109,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     date = template.date
     if date and checkpoint and config.template_date is None:  # the run's first session had its own
         date = read_record(checkpoint)["facts"].get("template_date") or date
-    config = replace(config, template_date=date)
-    pairs = load_pairs(config, config, source.tokenizer, seed=seed)
+    config, template = replace(config, template_date=date), replace(template, date=date)
+    pairs = load_pairs(config, config, template, source.cache_dir, seed=seed)
     check_token_ids(pairs, source.config)
     batches = Batches.of(config, len(pairs.train))
     facts = settings_to_share(asdict(config))

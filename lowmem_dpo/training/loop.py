@@ -26,10 +26,11 @@ from lowmem_dpo.console import name_rows, say, warn
 from lowmem_dpo.losses.pairs import join_pairs
 from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.model.scoring import LOGP_TOLERANCE, score
-from lowmem_dpo.packs.packing import Tree, pack_trees
+from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.settings.groups import OptimizerSettings
 from lowmem_dpo.stopping import RunStopped
+from lowmem_dpo.tokens.trees import Tree
 from lowmem_dpo.training.gradients import Metrics, PairStats, accumulate, pair_logps
 from lowmem_dpo.training.run import Run
 
@@ -266,7 +267,7 @@ def evaluate(run: Run, trees: Sequence[Tree]) -> Metrics:
 
 def num_sequence_tokens(tree: Tree) -> int:
     """Tokens of both sequences of a pair, the trunk counted twice."""
-    return 2 * len(tree.trunk) + len(tree.chosen) + len(tree.rejected)
+    return tree.num_tokens + tree.trunk_len
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

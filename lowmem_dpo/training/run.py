@@ -1,6 +1,5 @@
-"""What a run works on, and how it comes about: pairs, steps, checks, plan, reference."""
+"""What a run works on, and how it comes about: steps, checks, plan, reference."""
 
-import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -8,18 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lowmem_dpo.console import console, duration, say, warn
-from lowmem_dpo.data.reading import is_single_file, read_preferences
+from lowmem_dpo.console import duration, say, warn
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.machine.device import matmul_rate
 from lowmem_dpo.model.scoring import LOGP_TOLERANCE, check_packing, score
 from lowmem_dpo.packs.packing import (
     CARD_TOKEN_MULTIPLE,
     TOKEN_MULTIPLE,
-    Tree,
-    build_tree,
     choose_pack_tokens,
     epoch_order,
     pack_trees,
@@ -28,14 +23,12 @@ from lowmem_dpo.packs.packing import (
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.reference.fill import Reference, prepare_reference
 from lowmem_dpo.settings.groups import (
-    DataSettings,
-    EncodingSettings,
     OptimizerSettings,
     RunSettings,
 )
 from lowmem_dpo.stopping import RunStopped
-from lowmem_dpo.tokens.encoding import TokenPair, encode_pairs, preview_pair
-from lowmem_dpo.tokens.split import prompt_key, split_by_prompt
+from lowmem_dpo.tokens.trees import Tree
+from lowmem_dpo.training.pairs import Pairs
 from lowmem_dpo.training.policy import Policy, Source
 from lowmem_dpo.weights.size import ModelSize
 
@@ -44,23 +37,6 @@ PACK_TOKENS_LIMIT = 4096
 # The pass itself, its recomputation and the gradient of its inputs; the weights are frozen.
 FORWARDS_OF_A_STEP = 3
 FEW_STEPS = 20
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The run's data as token trees.
-
-    Attributes:
-        train: To train on.
-        evaluation: Held out; empty for a run that does not evaluate.
-        digest: Of the token ids and scored positions of both, in order.
-        facts: What reading and encoding found, for run.json.
-    """
-
-    train: list[Tree]
-    evaluation: list[Tree]
-    digest: str
-    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -123,99 +99,6 @@ class Run:
     self_check_rms: float
     reference: Reference | None
     facts: dict[str, Any]
-
-
-def load_pairs(
-    data: DataSettings,
-    encoding: EncodingSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int,
-) -> Pairs:
-    """Read, tokenise and split the preference pairs, and say what was done.
-
-    Args:
-        data: Where they are; `data.data` is given.
-        encoding: How text becomes tokens.
-        tokenizer: The model's.
-        seed: Of the held-out split.
-
-    Raises:
-        ValueError: If a source or a row cannot be read.
-    """
-    assert data.data is not None
-    sources = [source for source in (data.data, data.eval_data) if source]
-    if data.dataset_config is not None and all(map(is_single_file, sources)):
-        raise ValueError(
-            f"dataset_config={data.dataset_config} has no effect on the file {data.data}; "
-            "leave it out"
-        )
-    pairs, facts = _encode(data, encoding, tokenizer, data.data, "train")
-    evaluation: list[TokenPair] = []
-    if data.eval_data:
-        evaluation, facts["eval"] = _encode(data, encoding, tokenizer, data.eval_data, "test")
-        shared = {prompt_key(p) for p in pairs} & {prompt_key(p) for p in evaluation}
-        if shared:
-            warn(f"{len(shared)} prompts of eval_data are in the training data too")
-    elif data.eval_fraction:
-        pairs, evaluation = split_by_prompt(pairs, data.eval_fraction, seed)
-        say(f"eval: {len(evaluation)} pairs held out by prompt, {len(pairs)} to train on")
-    say(preview_pair(pairs[0], tokenizer, encoding=console.encoding))
-    train = [build_tree(pair) for pair in pairs]
-    held_out = [build_tree(pair) for pair in evaluation]
-    keys = "".join(tree.digest for tree in train) + "/" + "".join(t.digest for t in held_out)
-    return Pairs(train, held_out, hashlib.sha256(keys.encode()).hexdigest(), facts)
-
-
-def _encode(
-    data: DataSettings,
-    encoding: EncodingSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    source: str,
-    purpose: str,
-) -> tuple[list[TokenPair], dict[str, Any]]:
-    """The pairs of one source in token ids, and what is noted of them."""
-    title = "data" if purpose == "train" else "eval data"
-    preferences, found = read_preferences(
-        source,
-        dataset_config=None if is_single_file(source) else data.dataset_config,
-        split=data.dataset_train_split if purpose == "train" else data.dataset_test_split,
-        purpose=purpose,
-        columns=data.columns,
-        on_bad_row=encoding.on_bad_row,
-        max_rows=data.max_samples,
-    )
-    for i, line in enumerate(found.lines()):
-        say(f"{title}: {line}" if i else f"{title}: {source}: {line}")
-    if found.num_rows == data.max_samples:
-        say(f"{title}: max_samples {data.max_samples}: any further rows are left out")
-    pairs, report = encode_pairs(preferences, tokenizer, encoding)
-    for line in report.lines():
-        say(f"{title}: {line}")
-    return pairs, {"path": source, **vars(found), **vars(report)}
-
-
-def check_token_ids(pairs: Pairs, config: PretrainedConfig) -> None:
-    """Hold every token id against the embedding, and every length against the positions.
-
-    Raises:
-        ValueError: Naming the row whose token the model does not have.
-    """
-    vocabulary, positions = config.vocab_size, config.max_position_embeddings
-    longest = 0
-    for tree in (*pairs.train, *pairs.evaluation):
-        ids = (*tree.trunk, *tree.chosen, *tree.rejected)
-        if max(ids) >= vocabulary:
-            raise ValueError(
-                f"row {tree.row} holds token {max(ids)}, but the model's embedding has "
-                f"{vocabulary} rows: the tokenizer does not belong to this model"
-            )
-        longest = max(longest, len(tree.trunk) + max(len(tree.chosen), len(tree.rejected)))
-    if longest > positions:
-        warn(
-            f"the longest sequence has {longest} tokens, the model was made for {positions}; "
-            f"set max_length {positions}"
-        )
 
 
 def warn_of_short_run(
@@ -326,11 +209,12 @@ def self_check(policy: Policy, trees: Sequence[Tree]) -> float:
     Raises:
         RunStopped: If the model is not computed rightly.
     """
-    branching = [t for t in trees if t.trunk and t.chosen and t.rejected] or list(trees)
+    branching = [t for t in trees if t.trunk_len and t.chosen_len and t.rejected_len]
+    branching = branching or list(trees)
     by_length = sorted(branching, key=lambda tree: tree.num_tokens)
     two = [by_length[0], by_length[-1]]  # faults that grow with position show in the longest
     pack = pack_trees(two, round_up_tokens(sum(tree.num_tokens for tree in two)))[0]
-    sequences = [ids for t in pack.trees for ids in (t.trunk + t.chosen, t.trunk + t.rejected)]
+    sequences = [ids for t in pack.trees for ids in (t.chosen_ids, t.rejected_ids)]
     try:
         difference = check_packing(policy.model, pack, sequences)
     except ValueError as error:

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lowmem_dpo.data.messages import ROLES
-from lowmem_dpo.data.reading import is_single_file, read_preferences
+from lowmem_dpo.data.reading import is_single_file, open_source, read_preferences
 
 ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
 MESSAGES = {"prompt": [{"role": "user", "content": "u"}], "chosen": "c", "rejected": "r"}
@@ -161,7 +161,7 @@ def test_read_preferences_refuses_a_split_of_a_single_file(tmp_path):
     path = write(tmp_path, [ROW])
     for purpose in ("train", "test"):
         with pytest.raises(ValueError, match=f"dataset_{purpose}_split=x has no effect on the fil"):
-            read_preferences(path, split="x", purpose=purpose)
+            open_source(path, split="x", purpose=purpose)
 
 
 def test_is_single_file_goes_by_suffix_and_folder(tmp_path):

@@ -5,7 +5,7 @@ import re
 import datasets
 import pytest
 
-from lowmem_dpo.data.reading import read_preferences
+from lowmem_dpo.data.reading import open_source, read_preferences
 from lowmem_dpo.data.repositories import read_dataset
 
 ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -42,7 +42,7 @@ def write_rows(path, prompts):
 
 
 def prompts(source, **settings):
-    return [p.prompt for p in read_preferences(source, **settings)[0]]
+    return [p.prompt for p in read_preferences(open_source(source, **settings))[0]]
 
 
 def test_read_dataset_reads_the_split_that_is_wanted_from_the_hub(hub):
@@ -51,7 +51,7 @@ def test_read_dataset_reads_the_split_that_is_wanted_from_the_hub(hub):
     assert prompts("owner/name", purpose="test") == ["test 0", "test 1"]
     assert prompts("owner/name", split="other", dataset_config="en") == ["other 0", "other 1"]
     assert calls[-1] == (("owner/name", "en"), {})  # and so without leave to run code
-    places = [row.place for row in read_dataset("owner/name", None, None)]
+    places = [row.place for row in read_dataset("owner/name", None, None)[0]]
     assert places == ["owner/name, split train, row 1", "owner/name, split train, row 2"]
 
 
@@ -102,7 +102,7 @@ def test_read_dataset_reads_folders_of_files_with_file_and_line(tmp_path):
     write_rows(folder / "test.jsonl", ["d"])
     assert prompts(folder) == ["a", "b", "c"]
     assert prompts(folder, purpose="test") == ["d"]
-    rows = list(read_dataset(str(folder), None, None))
+    rows = list(read_dataset(str(folder), None, None)[0])
     assert [row.number for row in rows] == [1, 2, 3]
     assert rows[2].place.endswith("train-1.jsonl, line 1")
     (folder / "test.jsonl").write_text('\n{"prompt": \n')
@@ -124,7 +124,7 @@ def test_read_dataset_reads_folders_of_every_kind_of_file_here(tmp_path, suffix)
     text = "prompt,chosen,rejected\np,c,r\n" if suffix == ".csv.gz" else text
     content = gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode()
     (tmp_path / f"data{suffix}").write_bytes(content)
-    rows = list(read_dataset(str(tmp_path), None, None))
+    rows = list(read_dataset(str(tmp_path), None, None)[0])
     assert [row.value for row in rows] == [ROW]
     assert f"data{suffix}, line " in rows[0].place
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lowmem_dpo.losses.objective import Objective
-from lowmem_dpo.packs.packing import Pack, build_tree, pack_trees
+from lowmem_dpo.packs.packing import Pack, pack_trees
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.tokens.encoding import TokenPair
+from lowmem_dpo.tokens.trees import TokenPair, build_tree
 from lowmem_dpo.training.gradients import PairStats, pair_logps
 
 trl = pytest.importorskip("trl", reason="needs TRL to compare with")

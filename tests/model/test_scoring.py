@@ -7,9 +7,9 @@ from lowmem_dpo.losses.functions import LOSSES
 from lowmem_dpo.losses.pairs import LossParameters, PairLogps
 from lowmem_dpo.model.lora import linear_layers, lora_parameters
 from lowmem_dpo.model.scoring import other_attention, score, score_plain
-from lowmem_dpo.packs.packing import build_tree, pack_trees, sequence_logps
+from lowmem_dpo.packs.packing import pack_trees, sequence_logps
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.tokens.encoding import TokenPair
+from lowmem_dpo.tokens.trees import TokenPair, build_tree
 from tests.policies import policy_for
 from tests.tiny import FAMILIES, save_tiny_model
 

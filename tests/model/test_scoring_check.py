@@ -4,8 +4,9 @@ import torch
 from lowmem_dpo.model import scoring
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.scoring import check_head_kernels, check_packing, with_tried_head_kernels
-from lowmem_dpo.packs.packing import build_tree, pack_trees
+from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.tokens.trees import build_tree
 from tests.model.test_scoring import token_pairs
 from tests.policies import policy_for
 from tests.tiny import FAMILIES, save_tiny_model
@@ -38,7 +39,7 @@ def wrong_head(monkeypatch, fault):
 def packed(pairs):
     trees = [build_tree(pair) for pair in pairs]
     (pack,) = pack_trees(trees, 128)
-    return pack, [ids for t in pack.trees for ids in (t.trunk + t.chosen, t.trunk + t.rejected)]
+    return pack, [ids for t in pack.trees for ids in (t.chosen_ids, t.rejected_ids)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

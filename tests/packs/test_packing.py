@@ -57,11 +57,13 @@ def test_pack_trees_lays_out_ids_positions_rows_and_targets(shapes, num_tokens):
         for tree, layout, counts in zip(pack.trees, pack.layout, pack.counts, strict=True):
             start, trunk, chosen, rejected = layout
             assert start == end
-            assert (trunk, chosen, rejected) == tuple(
-                map(len, (tree.trunk, tree.chosen, tree.rejected))
+            assert (trunk, chosen, rejected) == (
+                tree.trunk_len,
+                tree.chosen_len,
+                tree.rejected_len,
             )
             end = start + tree.num_tokens
-            assert tuple(ids[start:end]) == tree.trunk + tree.chosen + tree.rejected
+            assert list(ids[start:end]) == list(tree.ids)
             after_trunk = [*range(trunk, trunk + chosen), *range(trunk, trunk + rejected)]
             assert positions[start:end] == [*range(trunk), *after_trunk]
             assert counts[0] + counts[1] == tree.num_chosen_tokens

@@ -2,11 +2,8 @@ import pytest
 
 from lowmem_dpo.data.formats import Preference
 from lowmem_dpo.settings.groups import EncodingSettings
-from lowmem_dpo.tokens.encoding import (
-    common_prefix_length,
-    encode_pairs,
-    render_prompt,
-)
+from lowmem_dpo.tokens.encoding import encode_pairs, render_prompt
+from lowmem_dpo.tokens.trees import common_prefix_length
 from tests.tokens.encoding import (
     AUTO,
     CHATML_PROMPT,
@@ -368,7 +365,7 @@ def test_encode_pairs_keys_prompts_by_their_whole_text(build_tokenizer):
     ]
     pairs, report = encode_pairs(preferences, tokenizer, settings)
     assert report.num_mismatches == 1
-    assert len({pair.chosen_ids[: pair.chosen_start] for pair in pairs[:4]}) > 1
+    assert len({tuple(pair.chosen_ids[: pair.chosen_start]) for pair in pairs[:4]}) > 1
     assert len({pair.prompt_key for pair in pairs[:4]}) == 1
     assert pairs[0].chosen_ids == pairs[4].chosen_ids
     assert pairs[0].prompt_key != pairs[4].prompt_key

@@ -3,7 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
-from lowmem_dpo.tokens.encoding import TokenPair, preview_pair
+from lowmem_dpo.tokens.preview import preview_pair
+from lowmem_dpo.tokens.trees import TokenPair
 
 
 @pytest.fixture

@@ -2,12 +2,15 @@ from dataclasses import replace
 
 import pytest
 
-from lowmem_dpo.tokens.encoding import TokenPair
-from lowmem_dpo.tokens.split import prompt_key, split_by_prompt
+from lowmem_dpo.tokens.split import split_by_prompt
+from lowmem_dpo.tokens.trees import TokenPair, Tree, build_tree
 
 
-def pairs(*prompts: int) -> list[TokenPair]:
-    return [TokenPair(i, (p, 50, i), (p, 51, i), 1, 1) for i, p in enumerate(prompts)]
+def pairs(*prompts: int) -> list[Tree]:
+    sides = [([p, 50, i], [p, 51, i]) for i, p in enumerate(prompts)]
+    return [
+        build_tree(TokenPair(i, *ids, 1, 1, f"{ids[0][0]:032x}")) for i, ids in enumerate(sides)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -42,10 +45,3 @@ def test_split_by_prompt_of_nothing_holds_nothing_out():
 def test_split_by_prompt_refuses_to_leave_a_side_empty():
     with pytest.raises(ValueError, match="leaves one side empty"):
         split_by_prompt(pairs(7, 7, 7), 0.5, 1)
-
-
-def test_prompt_key_falls_back_to_the_ids_before_the_answer():
-    one, other = pairs(1, 2)
-    assert prompt_key(one) == prompt_key(replace(one, row=9, rejected_ids=(1, 7)))
-    assert prompt_key(one) != prompt_key(other)
-    assert prompt_key(replace(one, prompt_key="k")) == "k"

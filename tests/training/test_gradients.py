@@ -119,8 +119,7 @@ def test_evaluate_sorts_all_held_out_pairs_whatever_the_packs(prepare, tmp_path)
 
 
 def test_pair_logps_weigh_the_tails_of_policy_and_reference():
-    from lowmem_dpo.packs.packing import build_tree
-    from lowmem_dpo.tokens.encoding import TokenPair
+    from lowmem_dpo.tokens.trees import TokenPair, build_tree
 
     # Prompt 0 1, both answers begin with 5: tail of the chosen are its last two tokens.
     pack = pack_trees([build_tree(TokenPair(1, (0, 1, 5, 6, 7, 8), (0, 1, 5, 9), 2, 2))], 64)[0]

@@ -20,10 +20,10 @@ from lowmem_dpo.losses.functions import LOSSES
 from lowmem_dpo.losses.pairs import LossParameters, PairLogps
 from lowmem_dpo.model.lora import LoraLinear, lora_layers, lora_parameters
 from lowmem_dpo.model.scoring import score
-from lowmem_dpo.packs.packing import Tree, build_tree, pack_trees, scored_tokens, sequence_logps
+from lowmem_dpo.packs.packing import pack_trees, scored_tokens, sequence_logps
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.tokens.encoding import TokenPair
+from lowmem_dpo.tokens.trees import TokenPair, Tree, build_tree
 from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training import fit
 from lowmem_dpo.training.gradients import PER_PAIR, Metrics
@@ -134,11 +134,11 @@ def sequence_gradients(layers: dict[str, LoraLinear], tree: Tree) -> Gradients:
         for name, layer in layers.items():
             weights[name] += layer.scaling * layer.lora_b @ layer.lora_a
     total = torch.zeros(())
-    for sign, branch, start in (
-        (1, tree.chosen, tree.chosen_start),
-        (-1, tree.rejected, tree.rejected_start),
+    for sign, sequence, start in (
+        (1, tree.chosen_ids, tree.chosen_start),
+        (-1, tree.rejected_ids, tree.rejected_start),
     ):
-        ids = torch.tensor(tree.trunk + branch)
+        ids = torch.tensor(list(sequence))
         logits = model(input_ids=ids[None]).logits[0]
         total -= sign * F.cross_entropy(logits[start - 1 : -1], ids[start:], reduction="sum")
     total.backward()

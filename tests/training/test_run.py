@@ -9,12 +9,8 @@ from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.machine.device import matmul_rate
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training import run
-from lowmem_dpo.training.run import (
-    Batches,
-    Pairs,
-    forward_tokens,
-    warn_of_short_run,
-)
+from lowmem_dpo.training.pairs import Pairs
+from lowmem_dpo.training.run import Batches, forward_tokens, warn_of_short_run
 from lowmem_dpo.weights import size
 from tests.packs.folding import fold
 
