@@ -8,6 +8,7 @@ which is to name the CPU.
 import os
 import sys
 import time
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from lowmem_dpo_kernels.triton_support import TRITON_CAPABILITY
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 OLDEST_CAPABILITY = (7, 5)
-PROBE_SECONDS = 0.3
+PROBE_SECONDS, SHORT_PROBE_SECONDS = 0.3, 0.03
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+MUCH_FASTER = 2.0
 
 # Every CUDA of a major version runs on drivers from this one on.
 # Source: https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
@@ -206,12 +209,13 @@ def _notes(capability: tuple[int, int]) -> list[str]:
     return [f"the kernels take their slower PyTorch path: {problem}"] if problem else []
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device, shape: tuple[int, int]) -> torch.dtype:
     """Turn the setting `dtype` into a torch dtype that suits the device.
 
     Args:
         name: auto, bfloat16, float16 or float32.
         device: Where the run computes.
+        shape: Of the weights that most products are with, such as (D, width of the MLP).
 
     Raises:
         ValueError: If the device cannot compute in it.
@@ -221,7 +225,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
             raise ValueError(
                 "dtype float16 needs loss scaling on a CUDA card; on the CPU use float32"
             )
-        return DTYPES["float32" if name == "auto" else name]
+        return _dtype_for_this_cpu(shape) if name == "auto" else DTYPES[name]
     has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "auto":
         return torch.bfloat16 if has_bfloat16 else torch.float16
@@ -237,12 +241,32 @@ def cuda_devices(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a matrix product on this CPU, measured now."""
-    left, right = torch.ones(256, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
+@lru_cache
+def _dtype_for_this_cpu(shape: tuple[int, int]) -> torch.dtype:
+    """bfloat16 where its products are measured to be much faster, else float32.
+
+    A CPU that has instructions for bfloat16 may well be slower with them, and small products are
+    slower on any. Where the two are close it is float32, so that the choice does not change from
+    run to run.
+    """
+    usual, narrow = (matmul_rate(dtype, SHORT_PROBE_SECONDS, shape) for dtype in CPU_DTYPES)
+    return CPU_DTYPES[narrow > MUCH_FASTER * usual]
+
+
+def matmul_rate(
+    dtype: torch.dtype, seconds: float = PROBE_SECONDS, shape: tuple[int, int] = (2048, 2048)
+) -> float:
+    """Floating-point operations per second of products on this CPU, measured now.
+
+    Args:
+        dtype: Of both sides.
+        seconds: How long to measure.
+        shape: Of the right side; the left one has 256 rows.
+    """
+    left, right = torch.ones(256, shape[0], dtype=dtype), torch.ones(shape, dtype=dtype)
     torch.mm(left, right)  # the first one starts threads
     count, begun = 0, time.perf_counter()
-    while time.perf_counter() - begun < PROBE_SECONDS or not count:
+    while time.perf_counter() - begun < seconds or not count:
         torch.mm(left, right)
         count += 1
     return 2 * left.numel() * right.shape[1] * count / (time.perf_counter() - begun)

@@ -61,7 +61,7 @@ class ModelSettings(Settings):
     quantized_copy: bool = True
     """Keep the quantised base in cache_dir, so that the next start does not quantise again."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute type. auto: bfloat16 where the card has it, else float16; float32 on a CPU."""
+    """Compute type. auto: bfloat16 where the card has it, else float16; on a CPU as measured."""
     device: str = "auto"
     """auto (the CUDA card; the CPU only where there is none), cpu, cuda or cuda:N."""
     kernels: str | list[str] = "auto"

@@ -135,7 +135,7 @@ def read_source(
         copies = settings.quantization == "nf4" and settings.quantized_copy and not comes_quantised
         copy_bytes = ModelSize.of(config).nf4_bytes if copies else 0
         check_download(base, cache_dir, copy_bytes)
-    dtype = resolve_dtype(settings.dtype, device)
+    dtype = resolve_dtype(settings.dtype, device, (config.hidden_size, config.intermediate_size))
     storage = {name: str(getattr(settings, name)) for name in ("quantization", "head_quantization")}
     storage["dtype"] = str(dtype).removeprefix("torch.")
     if init_adapter is not None:

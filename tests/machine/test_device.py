@@ -16,6 +16,7 @@ from lowmem_dpo.machine.device import (
     unusable_cards,
 )
 
+SHAPE = (2048, 5632)
 BARE = Machine(system="linux", torch_version="2.13.0+cu130", cuda_build="13.0")
 RTX = NvidiaCards(("NVIDIA GeForce RTX 3060",), "580.65.06")
 CPU_BUILD = Machine("win32", "2.13.0+cpu", nvidia=RTX)
@@ -176,12 +177,22 @@ def test_unusable_cards_is_silent_where_nothing_is_to_be_mended():
     assert "--device" not in str(unusable_cards(CPU_BUILD))
 
 
+@pytest.mark.parametrize(
+    ("narrow", "chosen"), [(0.5, torch.float32), (1.9, torch.float32), (2.1, torch.bfloat16)]
+)
+def test_resolve_dtype_measures_which_the_cpu_is_fast_in(monkeypatch, narrow, chosen):
+    rates = {torch.float32: 1.0, torch.bfloat16: narrow}
+    monkeypatch.setattr(device, "matmul_rate", lambda dtype, seconds, shape: rates[dtype])
+    device._dtype_for_this_cpu.cache_clear()
+    assert resolve_dtype("auto", torch.device("cpu"), SHAPE) == chosen
+    device._dtype_for_this_cpu.cache_clear()
+
+
 def test_resolve_dtype_on_the_cpu():
     cpu = torch.device("cpu")
-    assert resolve_dtype("auto", cpu) == torch.float32
-    assert resolve_dtype("bfloat16", cpu) == torch.bfloat16
+    assert resolve_dtype("bfloat16", cpu, SHAPE) == torch.bfloat16
     with pytest.raises(ValueError, match="on the CPU use float32"):
-        resolve_dtype("float16", cpu)
+        resolve_dtype("float16", cpu, SHAPE)
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [((8, 0), "bfloat16"), ((7, 5), "float16")])
@@ -189,10 +200,10 @@ def test_resolve_dtype_takes_bfloat16_where_the_card_has_it(monkeypatch, capabil
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
     card = torch.device("cuda", 0)
-    assert resolve_dtype("auto", card) == getattr(torch, chosen)
+    assert resolve_dtype("auto", card, SHAPE) == getattr(torch, chosen)
     if capability < (8, 0):
         with pytest.raises(ValueError, match="T4 has no bfloat16; use dtype float16 or auto"):
-            resolve_dtype("bfloat16", card)
+            resolve_dtype("bfloat16", card, SHAPE)
 
 
 def test_matmul_rate_counts_the_products_of_the_time_measured(monkeypatch):
