@@ -3,11 +3,11 @@
     python benchmarks/real_model.py --model FOLDER --data preferences.jsonl
 
 The first pairs of the file that fit into `--length` tokens, `--steps` steps in one epoch, LoRA of
-rank 16 on all linears, fp32 or `--dtype`, one thread. Everything counts, from the start of Python to the saved
-adapter: the model's loading, the reference, imports. cpu is user and system seconds of the process,
-peak its largest resident memory, ratio the seconds over those of the first row. `trl` scores the
-reference in every step (TRL's default), `trl-precompute` once before; both recompute activations,
-TRL's default. `ours-nf4` stores the base in 4 bits.
+rank 16 on all linears, fp32 or `--dtype`, one thread. Everything counts, from the start of Python
+to the saved adapter: the model's loading, the reference, imports. cpu is user and system seconds of
+the process, peak its largest resident memory, ratio the seconds over those of the first row. `trl`
+scores the reference in every step (TRL's default), `trl-precompute` once before; both recompute
+activations, TRL's default. `ours-nf4` stores the base in 4 bits.
 
 Each shuffles in its own way: the steps hold other pairs, the run the same. No figure is printed
 where the first loss is not ln 2.
