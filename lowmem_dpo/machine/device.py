@@ -209,7 +209,9 @@ def _notes(capability: tuple[int, int]) -> list[str]:
     return [f"the kernels take their slower PyTorch path: {problem}"] if problem else []
 
 
-def resolve_dtype(name: str, device: torch.device, shape: tuple[int, int]) -> torch.dtype:
+def resolve_dtype(
+    name: str, device: torch.device, shape: tuple[int, int] = (2048, 2048)
+) -> torch.dtype:
     """Turn the setting `dtype` into a torch dtype that suits the device.
 
     Args:
