@@ -68,9 +68,9 @@ def three_steps(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> R
     rows = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in PAIRS]
     data = folder / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    text = f"""--model {real_model} --data {data} --cache_dir {folder / "cache"} --device cpu --dtype float32
-        --batch_size 2 --max_steps 3 --warmup_steps 0 --learning_rate 3e-4 --lora_r 4
-        --save_strategy steps --save_steps 1 --keep_checkpoints 3"""
+    text = f"""--model {real_model} --data {data} --cache_dir {folder / "cache"} --device cpu
+        --dtype float32 --batch_size 2 --max_steps 3 --warmup_steps 0 --learning_rate 3e-4
+        --lora_r 4 --save_strategy steps --save_steps 1 --keep_checkpoints 3"""
     return train(text.split(), folder / "run")
 
 
@@ -138,7 +138,8 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(three_steps, tmp_pa
 
 def test_generate_knows_the_capital_with_and_without_the_adapter(three_steps, real_model):
     text = f"""generate --model {real_model} --adapter {three_steps.output / "adapter"} --device cpu
-        --cache_dir {three_steps.output.parent / "cache"} --dtype float32 --temperature 0 --max_new_tokens 12"""
+        --cache_dir {three_steps.output.parent / "cache"} --dtype float32 --temperature 0
+        --max_new_tokens 12"""
     printed = run_verb([*text.split(), "--prompt", QUESTION])
     base, adapter = printed.split("base:")[1].split("adapter:")
     assert "Paris" in base and "Paris" in adapter
