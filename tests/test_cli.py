@@ -149,6 +149,7 @@ def test_train_refuses_bad_data_in_one_line(train, tmp_path, capsys, name):
         (["--pack_tokens", "8"], "pack_tokens 8 is less than the longest pair"),
         (["--device", "tpu"], "device must be"),
         (["--layer_inputs", "host"], "has no effect on cpu"),
+        (["--layer_weights", "host"], "has no effect on cpu"),
         (["--memory_limit", "8GB"], "has no effect on cpu"),
         (["--dtype", "float16"], "float16"),
         (["--lora_target_modules", "query"], "query"),

@@ -64,6 +64,17 @@ def test_layer_inputs_on_the_host_change_nothing(config, tmp_path):
         torch.testing.assert_close(adapters[1][name], tensor, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "aot"])  # aot scores a step without gradient too
+def test_layer_weights_in_host_memory_change_nothing(config, tmp_path, loss_type):
+    adapters = []
+    for place in ("device", "host"):
+        run = replace(config, quantization="nf4", layer_weights=place, loss_type=loss_type)
+        result = Trainer(replace(run, output_dir=str(tmp_path / place))).fit()
+        adapters.append(load_file(result.output_dir / "adapter" / "adapter_model.safetensors"))
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, atol=1e-5, rtol=1e-3)
+
+
 def test_cards_and_cpus_agree(config, tmp_path):
     config = replace(config, dtype="float32", max_steps=4)
     on_card = Trainer(config).fit()

@@ -24,7 +24,7 @@ Shapes: B sequences (1 of a pack), N tokens, D hidden, I intermediate size, T ro
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,11 @@ TILE_ROWS = 2048
 """Most rows of a tile. A tile's weights are dequantised for it: 5 to 10 % of its products' time."""
 
 
+def stay(*, returns: bool) -> AbstractContextManager[None]:
+    """What holds a layer's weights that are on the device for good: nothing."""
+    return nullcontext()
+
+
 class DecoderLayer(nn.Module):
     """A decoder layer that keeps nothing but its input for the backward pass.
 
@@ -56,6 +61,8 @@ class DecoderLayer(nn.Module):
             dropout of the first.
         mlp_kernels: As for `GatedMlp`.
         tile_rows: Most rows of a tile.
+        hold: Has the layer's weights on the device while inside; `returns` says whether the pass
+            comes back for the backward pass. By default they stay there.
 
     Raises:
         ValueError: If the layer has a part that its family's record does not know.
@@ -71,6 +78,7 @@ class DecoderLayer(nn.Module):
         has_dropout: bool,
         mlp_kernels: tuple[torch.device, torch.dtype] | None = None,
         tile_rows: int = TILE_ROWS,
+        hold: Callable[..., AbstractContextManager[None]] = stay,
     ) -> None:
         super().__init__()
         known = {"self_attn", "mlp", *family.attention_norms, *family.mlp_norms}
@@ -86,6 +94,7 @@ class DecoderLayer(nn.Module):
         self.token_wise = TokenWiseHalf(layer, family, residual_multiplier, mlp_kernels, tile_rows)
         self.inputs_on_host = inputs_on_host
         self.has_dropout = has_dropout
+        self.hold = hold
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Map [B, N, D] to [B, N, D]; with a gradient to come, keep only x.
@@ -96,7 +105,8 @@ class DecoderLayer(nn.Module):
         """
         if torch.is_grad_enabled() and x.requires_grad:
             return _LayerFunction.apply(x, self, kwargs)
-        return self.token_wise(*self.attention(x, **kwargs))
+        with self.hold(returns=False):
+            return self.token_wise(*self.attention(x, **kwargs))
 
 
 class AttentionHalf(nn.Module):
@@ -345,7 +355,8 @@ class _LayerFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: DecoderLayer, kwargs: dict[str, Any]) -> Tensor:
         ctx.layer, ctx.kwargs = layer, kwargs
         ctx.random_state = _random_state(x.device) if layer.has_dropout else None
-        y = layer.token_wise(*layer.attention(x, **kwargs))
+        with layer.hold(returns=True):
+            y = layer.token_wise(*layer.attention(x, **kwargs))
         ctx.x = _to_host(x) if layer.inputs_on_host else x.detach()
         return y
 
@@ -355,15 +366,16 @@ class _LayerFunction(torch.autograd.Function):
         x = ctx.x.to(grad_y.device, non_blocking=True).detach().requires_grad_()
         ctx.x = None
         # What is drawn here is drawn in the order of the first run: attention, then tile by tile.
-        with _repeated(*ctx.random_state) if layer.has_dropout else nullcontext():
-            with torch.enable_grad():
-                h, read = layer.attention(x, **ctx.kwargs)
-            edges = [get_gradient_edge(t) for t in ((h, read) if read is not h else (h,))]
-            del h  # a parallel layer needs only its place in the graph
-            grad_read = layer.token_wise.input_gradient(read, grad_y)
-        del read
-        grads = [grad_y, grad_read] if len(edges) > 1 else [grad_read.add_(grad_y)]
-        torch.autograd.backward(edges, grads)
+        with layer.hold(returns=True):
+            with _repeated(*ctx.random_state) if layer.has_dropout else nullcontext():
+                with torch.enable_grad():
+                    h, read = layer.attention(x, **ctx.kwargs)
+                edges = [get_gradient_edge(t) for t in ((h, read) if read is not h else (h,))]
+                del h  # a parallel layer needs only its place in the graph
+                grad_read = layer.token_wise.input_gradient(read, grad_y)
+            del read
+            grads = [grad_y, grad_read] if len(edges) > 1 else [grad_read.add_(grad_y)]
+            torch.autograd.backward(edges, grads)
         return x.grad, None, None
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_dpo.machine.trial import passes_trial
+from lowmem_dpo.memory.weight_slots import Lease
 from lowmem_dpo_kernels.triton_support import runs_triton
 from lowmem_dpo_kernels.twins import NF4_BLOCK
 
@@ -52,6 +53,7 @@ class Nf4Weight(nn.Module):
     Attributes:
         nbytes: Bytes that the weight takes.
         may_use_kernel: Let a Triton kernel undo both levels on a card, if it is right there.
+        lease: Of a weight that is on the device by turns; None of one that stays.
     """
 
     packed: Tensor
@@ -78,6 +80,7 @@ class Nf4Weight(nn.Module):
         self.shape = shape
         self.nbytes = sum(buffer.nbytes for buffer in self.buffers())
         self.may_use_kernel = True
+        self.lease: Lease | None = None
 
     @torch.no_grad()
     def scales(self) -> Tensor:
@@ -101,7 +104,12 @@ class Nf4Weight(nn.Module):
 
         Returns:
             [out, in], on the weight's device.
+
+        Raises:
+            RuntimeError: The weight is read outside of its turn.
         """
+        if self.lease is not None:
+            self.lease.check()
         exact = self.absmax if self.absmax2 is None else self.absmax2
         assert exact.dtype == torch.float32, "a cast of the model reached the scales of NF4"
         numel = self.shape[0] * self.shape[1]

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_dpo.machine.trial import check_error, passes_trial, value_and_gradients
+from lowmem_dpo.memory.weight_slots import WeightSlots
 from lowmem_dpo.model.attention import TREE_ATTENTION, TREE_ATTENTION_BY_TORCH
 from lowmem_dpo.model.families import Family
 from lowmem_dpo.model.head import HeadQuantization, head_to_host, quantize_head
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.layer import DecoderLayer
+from lowmem_dpo.model.layer import DecoderLayer, stay
 from lowmem_dpo.model.lora import AdapterSpec, add_lora
 from lowmem_dpo.model.nf4 import Nf4Weight
 from lowmem_dpo.model.scoring import with_tried_head_kernels
@@ -38,6 +39,7 @@ def prepare_model(
     head_kernel: str = "auto",
     kernels: Collection[str] = KERNELS,
     layer_inputs_on_host: bool = False,
+    num_slots: int | None = None,
 ) -> LanguageModel:
     """Give a loaded model its adapter, and everything that lets it be trained in little memory.
 
@@ -50,6 +52,8 @@ def prepare_model(
         head_kernel: Implementation of `token_logps`; torch takes its place where it is wrong.
         kernels: Names of those that may be used on a card, if they pass their trials.
         layer_inputs_on_host: Let the layers' inputs wait in pinned host memory.
+        num_slots: Layers whose NF4 weights are on the device at a time, the others' are in host
+            memory; None for all.
 
     Returns:
         The model as it is then.
@@ -62,6 +66,9 @@ def prepare_model(
         model = quantize_head(model)
     if head_on_host:
         model = head_to_host(model)
+    slots = None
+    if num_slots is not None:
+        model, slots = _with_slots(model, num_slots)
     if adapter is not None:
         add_lora(model.network, adapter, seed)
     head_kernel = head_kernel if "head" in kernels else "torch"
@@ -81,10 +88,26 @@ def prepare_model(
             inputs_on_host=layer_inputs_on_host,
             has_dropout=has_dropout,
             mlp_kernels=(model.device, model.dtype) if may_use_mlp else None,
+            hold=stay if slots is None else functools.partial(slots.hold, i),
         )
     by_kernel = "attention" in kernels
     model.backbone.set_attn_implementation(TREE_ATTENTION if by_kernel else TREE_ATTENTION_BY_TORCH)
     return model
+
+
+def _with_slots(model: LanguageModel, num_slots: int) -> tuple[LanguageModel, WeightSlots]:
+    """The NF4 weights of decoder layers in host memory, a few at a time on the device.
+
+    Before adapters are added, which go where the weights are.
+    """
+    layers = [[m for m in layer.modules() if isinstance(m, Nf4Weight)] for layer in model.layers]
+    slots = WeightSlots(layers, model.device, num_slots)
+    where = f", in host memory, {min(num_slots, len(layers))} layers at a time on the device"
+    rows = [
+        replace(row, format=row.format + where) if "nf4" in row.format else row
+        for row in model.storage
+    ]
+    return replace(model, storage=rows), slots
 
 
 def replace_norms(backbone: nn.Module, family: Family, *, may_use_kernel: bool = True) -> int:

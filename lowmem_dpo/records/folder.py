@@ -54,6 +54,7 @@ FREE_TO_CHANGE = {
     "report_to",
     "memory_limit",
     "layer_inputs",
+    "layer_weights",
     "head_weight",
     "head_kernel",
     "kernels",

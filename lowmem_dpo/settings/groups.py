@@ -303,6 +303,8 @@ class MemorySettings(Settings):
     """Tokens per micro-batch; by default chosen from the lengths of the pairs."""
     layer_inputs: Literal["device", "host"] = "device"
     """Where layer inputs wait for the backward pass: device, or pinned host memory (CUDA)."""
+    layer_weights: Literal["device", "host"] = "device"
+    """Where the layers' NF4 weights stay: device, or host memory, streamed by layers (CUDA)."""
     head_weight: Literal["device", "host"] = "device"
     """Where the output head stays: device, or pinned host memory, streamed in slices (CUDA)."""
     head_kernel: Literal["auto", "torch", "triton", "fused"] = "auto"

@@ -53,6 +53,8 @@ from lowmem_dpo.weights.safetensors_files import weight_files
 from lowmem_dpo.weights.size import ModelSize
 from lowmem_dpo_kernels.token_logps import resolve_implementation
 
+# Of layer weights in host memory: one layer computes while another is uploaded.
+NUM_SLOTS = 2
 LORA_SHAPE = ("lora_r", "lora_alpha", "use_rslora")
 
 
@@ -108,9 +110,11 @@ def read_source(
     device, notes = resolve_device(settings.device)
     for line in ([note] if note else []) + notes:
         say(line)
-    for name in ("layer_inputs", "head_weight"):
+    for name in ("layer_inputs", "layer_weights", "head_weight"):
         if getattr(memory, name) == "host" and device.type != "cuda":
             raise ValueError(f"{name} host has no effect on {device.type}; leave it out")
+    if memory.layer_weights == "host" and settings.quantization == "none":
+        raise ValueError("layer_weights host is for NF4; leave it or quantization none out")
     if memory.memory_limit is not None:
         limit_memory(parse_bytes(memory.memory_limit), device)
     if settings.kernels != "auto" and device.type != "cuda":
@@ -256,6 +260,7 @@ def load_policy(
         device=source.device,
         cache_dir=source.cache_dir,
         quantized_copy=settings.quantized_copy,
+        layers_on_host=memory.layer_weights == "host",
     )
     model = prepare_model(
         model,
@@ -266,6 +271,7 @@ def load_policy(
         head_kernel=memory.head_kernel,
         kernels=settings.allowed_kernels,
         layer_inputs_on_host=memory.layer_inputs == "host",
+        num_slots=NUM_SLOTS if memory.layer_weights == "host" else None,
     )
     if source.init_adapter:
         load_adapter(model.network, Path(source.init_adapter))

@@ -1,0 +1,283 @@
+"""Frozen weights that wait in host memory and pass through a few slots on the device.
+
+    host     [layer 0][layer 1][layer 2] ... [layer L-1]   one arena, a blob of bytes a layer
+    slots              [layer 1][layer 2]                  on the device, allocated once
+
+While a layer computes, its neighbour is uploaded. In training a pass turns at the last layer and
+comes back, so what was uploaded last is used again at once; elsewhere it starts again at the first.
+A slot is taken from the layer that is needed last.
+
+Uploads go on a lane of their own. Two orders must hold between it and the lane of computation:
+
+- an upload waits until what the slot held was read for the last time (`released`);
+- a layer waits until its upload is done (`uploaded`).
+
+Whoever reads a weight outside of its turn would get another layer's bytes, without an error and
+with wrong gradients. So every weight knows its lease, and refuses to be read when that is over.
+"""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_dpo.console import say, size
+
+ALIGNMENT = 256  # of a tensor in its blob
+PIECE_BYTES = 2**24  # of an upload: what else is to be sent waits for no more than one piece
+COMPUTE, UPLOAD = "compute", "upload"
+
+
+class Lanes:
+    """Two queues of work, and events between them; here, on the host, all is done at once."""
+
+    def record(self, lane: str) -> Any:
+        """An event at the present end of a lane."""
+
+    def wait(self, lane: str, event: Any) -> None:
+        """Let what a lane gets from now on start after an event."""
+
+    def upload(self, slot: Tensor, blob: Tensor) -> None:
+        """Copy bytes from the host on the upload lane."""
+        slot.copy_(blob)
+
+
+class CudaLanes(Lanes):
+    """Streams of a card: the present one, asked for each time, and one for uploads."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.uploads = torch.cuda.Stream(device)
+
+    def _stream(self, lane: str) -> torch.cuda.Stream:
+        return self.uploads if lane == UPLOAD else torch.cuda.current_stream(self.device)
+
+    def record(self, lane: str) -> torch.cuda.Event:
+        """See `Lanes`."""
+        event = torch.cuda.Event()
+        event.record(self._stream(lane))
+        return event
+
+    def wait(self, lane: str, event: torch.cuda.Event) -> None:
+        """See `Lanes`."""
+        self._stream(lane).wait_event(event)
+
+    def upload(self, slot: Tensor, blob: Tensor) -> None:
+        """See `Lanes`."""
+        with torch.cuda.stream(self.uploads):
+            for target, source in zip(
+                slot.split(PIECE_BYTES), blob.split(PIECE_BYTES), strict=True
+            ):
+                target.copy_(source, non_blocking=True)
+
+
+class Slot:
+    """Memory on the device for one layer.
+
+    Args:
+        memory: Its bytes.
+
+    Attributes:
+        owner: The layer whose bytes it holds, or is about to.
+        held: Whether that layer computes now.
+        uploaded: When the bytes are there; None once computation has waited for it.
+        released: When the bytes were read last; None once an upload has waited for it.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.owner: int | None = None
+        self.held = False
+        self.uploaded: Any = None
+        self.released: Any = None
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A layer's right to read a slot."""
+
+    slot: Slot
+    layer: int
+
+    def check(self) -> None:
+        """Refuse a reading outside of the layer's turn.
+
+        Raises:
+            RuntimeError: The slot is not the layer's now.
+        """
+        if not self.slot.held or self.slot.owner != self.layer:
+            raise RuntimeError(
+                f"a weight of layer {self.layer} is read outside of its turn: "
+                f"its slot holds layer {self.slot.owner}"
+            )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor of a layer, and where it lies in the layer's blob."""
+
+    module: nn.Module
+    name: str
+    start: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def in_memory(self, memory: Tensor) -> Tensor:
+        return memory[self.start : self.start + self.nbytes].view(self.dtype).view(self.shape)
+
+
+class WeightSlots:
+    """The weights of decoder layers, of which a few are on the device at a time.
+
+    Args:
+        layers: Of each layer, modules whose buffers are on the host and are wanted on the device;
+            each has an attribute `lease`, which it checks before it reads them. The buffers become
+            views of slots.
+        device: Where they are wanted.
+        num_slots: Layers on the device at a time, at least 2.
+        lanes: By default those of the device.
+
+    Attributes:
+        host_bytes: Of the arena.
+        device_bytes: Of the slots.
+        num_uploads: So far.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[nn.Module]],
+        device: torch.device,
+        num_slots: int = 2,
+        lanes: Lanes | None = None,
+    ) -> None:
+        assert num_slots >= 2, "a layer computes while another one is uploaded"
+        self._lanes = lanes or (CudaLanes(device) if device.type == "cuda" else Lanes())
+        self._layers = [_places(modules) for modules in layers]
+        sizes = [sum(_aligned(place.nbytes) for place in places) for places in self._layers]
+        arena = _arena(sum(sizes), device)
+        self._blobs = arena.split(sizes)
+        for places, blob in zip(self._layers, self._blobs, strict=True):
+            for place in places:
+                place.in_memory(blob).copy_(place.module.get_buffer(place.name))
+                place.module._buffers[place.name] = None  # freed before the next is copied
+        self._slots = [
+            Slot(torch.empty(max(sizes), dtype=torch.uint8, device=device))
+            for _ in range(min(num_slots, len(layers)))
+        ]
+        # Their memory may still serve what was computed before.
+        self._lanes.wait(UPLOAD, self._lanes.record(COMPUTE))
+        self._direction, self._last = 1, -1
+        self.host_bytes, self.device_bytes = len(arena), len(self._slots) * max(sizes)
+        self.num_uploads = 0
+        if device.type == "cuda":  # before the memory is given back
+            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, arena.data_ptr())
+        for layer in range(len(layers)):
+            self._bind(layer, self._slots[0])
+
+    @contextmanager
+    def hold(self, layer: int, *, returns: bool) -> Iterator[None]:
+        """Have a layer's weights on the device while inside.
+
+        Args:
+            layer: Its index.
+            returns: Whether the pass turns at the last layer and comes back.
+        """
+        slot = self._slot_with(layer, self._towards(layer), returns)
+        slot.held = True
+        if slot.uploaded is not None:
+            self._lanes.wait(COMPUTE, slot.uploaded)
+            slot.uploaded = None
+        self._bind(layer, slot)
+        following = self._following(layer, returns)
+        if following is not None and not all(other.held for other in self._slots):
+            self._slot_with(following, self._direction, returns)
+        try:
+            yield
+        finally:
+            slot.held = False
+            slot.released = self._lanes.record(COMPUTE)
+
+    def _towards(self, layer: int) -> int:
+        """The direction of the pass: 1 up, -1 down."""
+        if layer in (0, len(self._layers) - 1):
+            self._direction = 1 if layer == 0 else -1
+        elif layer != self._last:
+            self._direction = 1 if layer > self._last else -1
+        self._last = layer
+        return self._direction
+
+    def _following(self, layer: int, returns: bool) -> int | None:
+        """The layer after this one; None where a pass turns or ends."""
+        if not returns:
+            return (layer + 1) % len(self._layers)
+        following = layer + self._direction
+        return following if 0 <= following < len(self._layers) else None
+
+    def _slot_with(self, layer: int, direction: int, returns: bool) -> Slot:
+        """The slot that holds a layer, uploaded if none does."""
+        for slot in self._slots:
+            if slot.owner == layer:
+                return slot
+        last = len(self._layers) - 1
+
+        def distance(slot: Slot) -> int:
+            """Layers that compute before the one in a slot does again."""
+            if slot.owner is None:
+                return 2 * last + 2
+            ahead = (slot.owner - layer) * direction
+            if not returns:
+                return (slot.owner - layer) % (last + 1)
+            to_turn = last - layer if direction > 0 else layer
+            return ahead if ahead > 0 else 2 * to_turn - ahead
+
+        slot = max((slot for slot in self._slots if not slot.held), key=distance)
+        if slot.released is not None:
+            self._lanes.wait(UPLOAD, slot.released)
+            slot.released = None
+        slot.owner = layer
+        self._lanes.upload(slot.memory[: len(self._blobs[layer])], self._blobs[layer])
+        slot.uploaded = self._lanes.record(UPLOAD)
+        self.num_uploads += 1
+        return slot
+
+    def _bind(self, layer: int, slot: Slot) -> None:
+        """Let a layer's modules see a slot's memory."""
+        lease = Lease(slot, layer)
+        for place in self._layers[layer]:
+            place.module._buffers[place.name] = place.in_memory(slot.memory)
+            place.module.lease = lease  # type: ignore[assignment]
+
+
+def _places(modules: Sequence[nn.Module]) -> list[_Place]:
+    """Where each buffer of some modules lies in their blob."""
+    places, start = [], 0
+    for module in modules:
+        for name, buffer in module.named_buffers(recurse=False):
+            places.append(_Place(module, name, start, buffer.nbytes, buffer.dtype, buffer.shape))
+            start += _aligned(buffer.nbytes)
+    return places
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _arena(num_bytes: int, device: torch.device) -> Tensor:
+    """Bytes of host memory; for a card they are pinned, where the system lets us.
+
+    Not by torch's own allocator of pinned memory, which rounds up to powers of two.
+    """
+    arena = torch.empty(num_bytes, dtype=torch.uint8)
+    if device.type == "cuda":
+        code = int(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), num_bytes, 0))
+        if code:
+            say(
+                f"layer weights: {size(num_bytes)} of host memory cannot be pinned (CUDA error "
+                f"{code}); uploads are slower"
+            )
+    return arena

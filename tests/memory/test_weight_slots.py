@@ -1,0 +1,181 @@
+"""Weights in slots: every layer reads its own bytes, and no schedule leaves an order to chance."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lowmem_dpo.memory.weight_slots import COMPUTE, UPLOAD, Lanes, WeightSlots
+
+
+class Weight(nn.Module):
+    """Two buffers of one layer, of other sizes than their neighbours'."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer, self.lease = layer, None
+        self.register_buffer("packed", torch.full((100 + 7 * layer,), layer, dtype=torch.uint8))
+        self.register_buffer("scale", torch.tensor(float(layer)))
+        self.register_buffer("absent", None)
+
+    def read(self) -> set[float]:
+        self.lease.check()
+        return {self.scale.item(), *self.packed.tolist()}
+
+
+class Conflict(Exception):
+    """A read and a write of one memory, neither known to come first."""
+
+
+class CheckedLanes(Lanes):
+    """Lanes with a vector clock each: what one knows to be over on the other.
+
+    Args:
+        without: Number of a wait that is left out, as a fault would.
+    """
+
+    def __init__(self, without: int | None = None) -> None:
+        self.clocks = {lane: {COMPUTE: 0, UPLOAD: 0} for lane in (COMPUTE, UPLOAD)}
+        self.writes: dict[int, tuple[str, int]] = {}
+        self.reads: dict[int, list[tuple[str, int]]] = {}
+        self.num_waits, self.without = 0, without
+        self._touch(COMPUTE)  # what the slots' memory served before
+
+    def record(self, lane):
+        return dict(self.clocks[lane])
+
+    def wait(self, lane, event):
+        self.num_waits += 1
+        if self.num_waits - 1 != self.without:
+            for other, time in event.items():
+                self.clocks[lane][other] = max(self.clocks[lane][other], time)
+
+    def _touch(self, lane):
+        self.clocks[lane][lane] += 1
+        return lane, self.clocks[lane][lane]
+
+    def _check(self, lane, before):
+        if self.clocks[lane][before[0]] < before[1]:
+            raise Conflict(f"{lane} after {before}")
+
+    def upload(self, slot, blob):
+        place = slot.data_ptr()
+        for before in [self.writes.get(place, (COMPUTE, 1)), *self.reads.pop(place, [])]:
+            self._check(UPLOAD, before)
+        self.writes[place] = self._touch(UPLOAD)
+        slot.fill_(0xFF)
+        slot.copy_(blob)
+
+    def read(self, weight):
+        place = weight.lease.slot.memory.data_ptr()
+        self._check(COMPUTE, self.writes[place])
+        self.reads.setdefault(place, []).append(self._touch(COMPUTE))
+
+
+class Finishing(Lanes):
+    """Lanes whose uploads are poison until somebody waits for them."""
+
+    def __init__(self) -> None:
+        self.pending: list = []
+
+    def record(self, lane):
+        return lane, len(self.pending)
+
+    def wait(self, lane, event):
+        if lane == COMPUTE:
+            for slot, blob in self.pending[: event[1]]:
+                slot.copy_(blob)
+            self.pending[: event[1]] = [(torch.empty(0), torch.empty(0))] * event[1]
+
+    def upload(self, slot, blob):
+        slot.fill_(0xFF)
+        self.pending.append((slot, blob))
+
+
+def run(layers, slots, passes, lanes):
+    """Hold the layers in the order of some passes; give how many uploads there were."""
+    weights = [[Weight(i), Weight(i)] for i in range(layers)]
+    stream = WeightSlots(weights, torch.device("cpu"), slots, lanes)
+    for returns in passes:
+        order = [*range(layers), *reversed(range(layers))] if returns else [*range(layers)]
+        for i in order:
+            with stream.hold(i, returns=returns):
+                for weight in weights[i]:
+                    assert weight.read() == {float(i)}
+                    if isinstance(lanes, CheckedLanes):
+                        lanes.read(weight)
+    return stream
+
+
+shapes = {
+    "layers": st.integers(1, 9),
+    "slots": st.integers(2, 5),
+    "passes": st.lists(st.booleans(), min_size=1, max_size=4),
+}
+
+
+@given(**shapes)
+def test_every_layer_reads_its_own_bytes(layers, slots, passes):
+    run(layers, slots, passes, Finishing())
+
+
+@given(**shapes)
+def test_no_schedule_has_a_read_and_a_write_without_an_order(layers, slots, passes):
+    run(layers, slots, passes, CheckedLanes())
+
+
+@settings(max_examples=30)
+@given(**shapes)
+def test_any_wait_that_is_left_out_is_found(layers, slots, passes):
+    lanes = CheckedLanes()
+    run(layers, slots, passes, lanes)
+    for number in range(lanes.num_waits):
+        with pytest.raises(Conflict):
+            run(layers, slots, passes, CheckedLanes(without=number))
+
+
+@pytest.mark.parametrize(("layers", "slots"), [(12, 2), (12, 4), (3, 2), (2, 2), (2, 5), (1, 2)])
+def test_layers_at_the_turn_stay_on_the_device(layers, slots):
+    stream = run(layers, slots, [True], Lanes())
+    kept = min(slots, layers)
+    assert stream.num_uploads == layers + (layers - kept)
+    assert run(layers, slots, [True] * 3, Lanes()).num_uploads <= layers + 5 * (layers - kept) + 4
+
+
+def test_passes_that_do_not_turn_upload_the_next_layer_ahead():
+    stream = run(6, 3, [False] * 4, Lanes())
+    assert stream.num_uploads <= 6 + 3 * 5 + 1
+
+
+def test_a_weight_is_not_read_outside_of_its_turn():
+    weights = [[Weight(i)] for i in range(4)]
+    stream = WeightSlots(weights, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="layer 0 is read outside of its turn"):
+        weights[0][0].read()
+    with stream.hold(0, returns=True):
+        weights[0][0].read()
+        with pytest.raises(RuntimeError, match="layer 1 is read outside of its turn"):
+            weights[1][0].read()
+    for i in (1, 2):
+        with stream.hold(i, returns=True):
+            pass
+    with pytest.raises(RuntimeError, match="its slot holds layer 2"):
+        weights[0][0].read()
+
+
+def test_the_slot_is_free_again_after_an_error_inside():
+    weights = [[Weight(i)] for i in range(3)]
+    stream = WeightSlots(weights, torch.device("cpu"))
+    for _ in range(5):
+        with pytest.raises(MemoryError), stream.hold(1, returns=True):
+            raise MemoryError
+    with stream.hold(2, returns=True):
+        assert weights[2][0].read() == {2.0}
+
+
+def test_sizes_are_those_of_the_blobs():
+    stream = WeightSlots([[Weight(0)], [Weight(40)]], torch.device("cpu"))
+    # 100 and 380 bytes and a float each, every tensor on 256 bytes
+    assert stream.host_bytes == (256 + 256) + (512 + 256)
+    assert stream.device_bytes == 2 * (512 + 256)

@@ -1,0 +1,108 @@
+"""Layers whose weights pass through slots compute what resident ones do, to the bit."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem_dpo.memory.weight_slots import Lanes
+from lowmem_dpo.model.language_model import LanguageModel, StorageRow
+from lowmem_dpo.model.lora import (
+    AdapterSpec,
+    dropout_live,
+    linear_layers,
+    lora_layers,
+    lora_parameters,
+    wrap_linears,
+)
+from lowmem_dpo.model.nf4 import quantize_nf4
+from lowmem_dpo.model.scoring import score
+from lowmem_dpo.model.surgery import prepare_model
+from lowmem_dpo.packs.packing import pack_trees
+from tests.packs.folding import fold
+from tests.tiny import FAMILIES, tiny_model
+
+TREES = [
+    fold(1, (*range(30, 50),), (*range(50, 60),), (*range(60, 75),), 12, 12),
+    fold(2, (*range(31, 40),), (70,), (*range(60, 66),), 5, 5),
+]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """What a slot held before is gone when the next upload begins."""
+
+    def upload(lanes, slot, blob):
+        slot.fill_(0xFF)
+        slot.copy_(blob)
+
+    monkeypatch.setattr(Lanes, "upload", upload)
+
+
+def build(family, num_slots, *, dropout=0.0):
+    """A model of five small layers in NF4 with a live adapter."""
+    changes = {"num_hidden_layers": 5}
+    if types := FAMILIES[family].get("layer_types"):
+        changes["layer_types"] = (types * 3)[:5]
+    network = tiny_model(family, **changes).requires_grad_(False)
+    wrap_linears(network.model.layers, "model.layers")
+    for linear in linear_layers(network).values():
+        weight = quantize_nf4(linear.weight)
+        del linear.weight
+        linear.weight = weight
+    rows = [StorageRow("mlp linears", 3, "nf4", 0)]
+    spec = AdapterSpec(3, 6.0, dropout, "all", rank_stabilised=False)
+    model = prepare_model(LanguageModel.of(network, "tiny", rows), spec, num_slots=num_slots)
+    torch.manual_seed(1)
+    for name, parameter in lora_parameters(model.network).items():
+        if name.endswith("lora_b"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def step(model):
+    """Log-probs and gradients of two micro-batches, with one without gradient before and after."""
+    torch.manual_seed(2)
+    found = []
+    for pack in pack_trees(TREES, 64):
+        with torch.no_grad():
+            found.append(score(model, pack))
+        with dropout_live(model.network):
+            logps = score(model, pack)
+            (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+        found.append(logps.detach())
+        with torch.no_grad():
+            found.append(score(model, pack))
+    return found + [p.grad for p in lora_parameters(model.network).values()]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("num_slots", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_layers_have_the_bits_of_resident_ones(family, num_slots, dropout):
+    expected = step(build(family, None, dropout=dropout))
+    found = step(build(family, num_slots, dropout=dropout))
+    assert len(found) == len(expected) > 10
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_streamed_layers_are_there_in_their_turn_only():
+    model = build("llama", 2)
+    layer = lora_layers(model.network)["model.layers.3.mlp.up_proj"]
+    with pytest.raises(RuntimeError, match="layer 3 is read outside of its turn"):
+        layer(torch.zeros(1, layer.in_features))
+    x = torch.randn(4, layer.in_features, requires_grad=True)
+    with model.layers[3].hold(returns=True):
+        y = layer(x)
+    # The layer before takes the slot; a backward pass now would multiply by its weights.
+    for i in (4, 1, 0):
+        with model.layers[i].hold(returns=True):
+            pass
+    with pytest.raises(RuntimeError, match="layer 3 is read outside of its turn"):
+        y.sum().backward()
+
+
+def test_streaming_is_said_in_the_table_of_storage():
+    assert build("llama", None).storage[0].format == "nf4"
+    row = build("llama", 2).storage[0]
+    assert row.format == "nf4, in host memory, 2 layers at a time on the device"
