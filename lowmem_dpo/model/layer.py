@@ -25,7 +25,7 @@ Shapes: B sequences (1 of a pack), N tokens, D hidden, I intermediate size, T ro
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,8 @@ from lowmem_dpo.model.families import Family
 from lowmem_dpo.model.lora import LoraLinear
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, round_up_tokens
 from lowmem_dpo_kernels import twins
+
+Keeps = Literal["nothing", "attention", "all"]
 
 TILE_ROWS = 2048
 """Most rows of a tile. A tile's weights are dequantised for it: 5 to 10 % of its products' time."""
@@ -61,6 +63,9 @@ class DecoderLayer(nn.Module):
             dropout of the first.
         mlp_kernels: As for `GatedMlp`.
         tile_rows: Most rows of a tile.
+        keeps: What is kept for the backward pass beside the input: nothing, so that both halves run
+            again; what attention needs; or all, so that nothing runs again. Layers whose weights
+            are there by turns keep nothing.
         hold: Has the layer's weights on the device while inside; `returns` says whether the pass
             comes back for the backward pass. By default they stay there.
 
@@ -78,6 +83,7 @@ class DecoderLayer(nn.Module):
         has_dropout: bool,
         mlp_kernels: tuple[torch.device, torch.dtype] | None = None,
         tile_rows: int = TILE_ROWS,
+        keeps: Keeps = "nothing",
         hold: Callable[..., AbstractContextManager[None]] = stay,
     ) -> None:
         super().__init__()
@@ -94,16 +100,21 @@ class DecoderLayer(nn.Module):
         self.token_wise = TokenWiseHalf(layer, family, residual_multiplier, mlp_kernels, tile_rows)
         self.inputs_on_host = inputs_on_host
         self.has_dropout = has_dropout
-        self.hold = hold
+        assert keeps == "nothing" or hold is stay, "a later layer would take the weights"
+        self.keeps, self.hold = keeps, hold
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """Map [B, N, D] to [B, N, D]; with a gradient to come, keep only x.
+        """Map [B, N, D] to [B, N, D]; with a gradient to come, keep x and what `keeps` says.
 
         Args:
             x: Hidden states.
             **kwargs: For the attention module, as transformers' models pass them to a layer.
         """
         if torch.is_grad_enabled() and x.requires_grad:
+            if self.keeps == "all":
+                return self.token_wise(*self.attention(x, **kwargs))
+            if self.keeps == "attention":
+                return _TokenWiseFunction.apply(*self.attention(x, **kwargs), self)
             return _LayerFunction.apply(x, self, kwargs)
         with self.hold(returns=False):
             return self.token_wise(*self.attention(x, **kwargs))
@@ -154,6 +165,7 @@ class TokenWiseHalf(nn.Module):
         """Map h and what the MLP reads (h too, or norm(x)), [B, N, D] each, to y."""
         tiles = self.tiles(x.shape[1], x.device)
         y = torch.empty_like(h) if len(tiles) > 1 else None
+        kept = []  # with a gradient to come: then nothing is written in place
         for tile in tiles:
             part = x[:, tile]
             if missing := tiles[0].stop - part.shape[1]:
@@ -164,9 +176,13 @@ class TokenWiseHalf(nn.Module):
             if y is None:
                 return h + added
             rows = h[:, tile]
-            y[:, tile] = rows + added[:, : rows.shape[1]]
+            rows = rows + added[:, : rows.shape[1]]
+            if torch.is_grad_enabled():
+                kept.append(rows)
+            else:
+                y[:, tile] = rows
         assert y is not None
-        return y
+        return torch.cat(kept, 1) if kept else y
 
     def input_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """Run each tile again and differentiate it; the adapters' gradients are added up.
@@ -377,6 +393,22 @@ class _LayerFunction(torch.autograd.Function):
             grads = [grad_y, grad_read] if len(edges) > 1 else [grad_read.add_(grad_y)]
             torch.autograd.backward(edges, grads)
         return x.grad, None, None
+
+
+class _TokenWiseFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, x: Tensor, layer: DecoderLayer) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        ctx.random_state = _random_state(x.device) if layer.has_dropout else None
+        return layer.token_wise(h, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
+        (x,), layer = ctx.saved_tensors, ctx.layer
+        with _repeated(*ctx.random_state) if layer.has_dropout else nullcontext():
+            grad_x = layer.token_wise.input_gradient(x, grad_y)
+        return grad_y, grad_x, None
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from lowmem_dpo.model.attention import TREE_ATTENTION, TREE_ATTENTION_BY_TORCH
 from lowmem_dpo.model.families import Family
 from lowmem_dpo.model.head import HeadQuantization, head_to_host, quantize_head
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.layer import DecoderLayer, stay
+from lowmem_dpo.model.layer import DecoderLayer, Keeps, stay
 from lowmem_dpo.model.lora import AdapterSpec, add_lora
 from lowmem_dpo.model.nf4 import Nf4Weight
 from lowmem_dpo.model.scoring import with_tried_head_kernels
@@ -40,6 +40,7 @@ def prepare_model(
     kernels: Collection[str] = KERNELS,
     layer_inputs_on_host: bool = False,
     num_slots: int | None = None,
+    keeps: Keeps = "nothing",
 ) -> LanguageModel:
     """Give a loaded model its adapter, and everything that lets it be trained in little memory.
 
@@ -54,6 +55,7 @@ def prepare_model(
         layer_inputs_on_host: Let the layers' inputs wait in pinned host memory.
         num_slots: Layers whose NF4 weights are on the device at a time, the others' are in host
             memory; None for all.
+        keeps: What the layers keep for the backward pass.
 
     Returns:
         The model as it is then.
@@ -88,6 +90,7 @@ def prepare_model(
             inputs_on_host=layer_inputs_on_host,
             has_dropout=has_dropout,
             mlp_kernels=(model.device, model.dtype) if may_use_mlp else None,
+            keeps=keeps,
             hold=stay if slots is None else functools.partial(slots.hold, i),
         )
     by_kernel = "attention" in kernels

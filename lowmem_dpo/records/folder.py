@@ -53,6 +53,7 @@ FREE_TO_CHANGE = {
     "quantized_copy",
     "report_to",
     "memory_limit",
+    "keep_activations",
     "layer_inputs",
     "layer_weights",
     "head_weight",

@@ -301,6 +301,8 @@ class MemorySettings(Settings):
         default=None, metadata=COUNT_OR_NONE | {f"must be at most {2**24}": Bounds(at_most=2**24)}
     )
     """Tokens per micro-batch; by default chosen from the lengths of the pairs."""
+    keep_activations: Literal["nothing", "attention", "all"] = "nothing"
+    """What layers keep for the backward pass: nothing (they run again), attention's, or all."""
     layer_inputs: Literal["device", "host"] = "device"
     """Where layer inputs wait for the backward pass: device, or pinned host memory (CUDA)."""
     layer_weights: Literal["device", "host"] = "device"
@@ -311,7 +313,13 @@ class MemorySettings(Settings):
     """How the head is computed: auto chooses by the card; fused never writes logits (CUDA)."""
 
     def check(self) -> None:
-        """Refuse a limit that is no size."""
+        """Refuse a limit that is no size, and what layers cannot keep."""
+        for name in ("layer_inputs", "layer_weights"):
+            if self.keep_activations != "nothing" and getattr(self, name) == "host":
+                raise ValueError(
+                    f"{name} host is for layers that run again in the backward pass; leave it or "
+                    f"keep_activations {self.keep_activations} out"
+                )
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
 

@@ -271,6 +271,7 @@ def load_policy(
         head_kernel=memory.head_kernel,
         kernels=settings.allowed_kernels,
         layer_inputs_on_host=memory.layer_inputs == "host",
+        keeps=memory.keep_activations,
         num_slots=NUM_SLOTS if memory.layer_weights == "host" else None,
     )
     if source.init_adapter:
