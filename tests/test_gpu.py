@@ -69,6 +69,7 @@ def test_layer_weights_in_host_memory_change_nothing(config, tmp_path, loss_type
     adapters = []
     for place in ("device", "host"):
         run = replace(config, quantization="nf4", layer_weights=place, loss_type=loss_type)
+        run = replace(run, embedding_weight=place)
         result = Trainer(replace(run, output_dir=str(tmp_path / place))).fit()
         adapters.append(load_file(result.output_dir / "adapter" / "adapter_model.safetensors"))
     for name, tensor in adapters[0].items():

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem_dpo.machine.trial import check_error, passes_trial
+from lowmem_dpo.model.embedding import HostEmbedding
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.packs.packing import Pack
 from lowmem_dpo_kernels import token_logps
@@ -62,7 +63,10 @@ def score(model: LanguageModel, pack: Pack, **layer_arguments: Any) -> Tensor:
         [T] fp32, in nats, in the order of `pack.rows`.
     """
     device = model.device
-    embeddings = model.backbone.get_input_embeddings()(pack.input_ids.to(device)[None])
+    embedding, ids = model.backbone.get_input_embeddings(), pack.input_ids
+    if not isinstance(embedding, HostEmbedding):
+        ids = ids.to(device)
+    embeddings = embedding(ids[None])
     if torch.is_grad_enabled():
         embeddings.requires_grad_()  # or no layer's backward would run: all before is frozen
     hidden = model.backbone(

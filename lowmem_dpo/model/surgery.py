@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowmem_dpo.machine.trial import check_error, passes_trial, value_and_gradients
 from lowmem_dpo.memory.weight_slots import WeightSlots
 from lowmem_dpo.model.attention import TREE_ATTENTION, TREE_ATTENTION_BY_TORCH
+from lowmem_dpo.model.embedding import HostEmbedding
 from lowmem_dpo.model.families import Family
 from lowmem_dpo.model.head import HeadQuantization, head_to_host, quantize_head
 from lowmem_dpo.model.language_model import LanguageModel
@@ -41,6 +42,7 @@ def prepare_model(
     layer_inputs_on_host: bool = False,
     num_slots: int | None = None,
     keeps: Keeps = "nothing",
+    embedding_on_host: bool = False,
 ) -> LanguageModel:
     """Give a loaded model its adapter, and everything that lets it be trained in little memory.
 
@@ -56,6 +58,7 @@ def prepare_model(
         num_slots: Layers whose NF4 weights are on the device at a time, the others' are in host
             memory; None for all.
         keeps: What the layers keep for the backward pass.
+        embedding_on_host: Keep the embedding in host memory; it is not the head.
 
     Returns:
         The model as it is then.
@@ -68,6 +71,11 @@ def prepare_model(
         model = quantize_head(model)
     if head_on_host:
         model = head_to_host(model)
+    if embedding_on_host:
+        model.backbone.set_input_embeddings(
+            HostEmbedding(model.backbone.get_input_embeddings(), model.device)
+        )
+        model = _with_storage(model, "embedding", ", in host memory")
     slots = None
     if num_slots is not None:
         model, slots = _with_slots(model, num_slots)
@@ -106,11 +114,16 @@ def _with_slots(model: LanguageModel, num_slots: int) -> tuple[LanguageModel, We
     layers = [[m for m in layer.modules() if isinstance(m, Nf4Weight)] for layer in model.layers]
     slots = WeightSlots(layers, model.device, num_slots)
     where = f", in host memory, {min(num_slots, len(layers))} layers at a time on the device"
+    return _with_storage(model, "linears", where), slots
+
+
+def _with_storage(model: LanguageModel, kind: str, where: str) -> LanguageModel:
+    """Say in the storage table where the tensors of a kind are."""
     rows = [
-        replace(row, format=row.format + where) if "nf4" in row.format else row
+        replace(row, format=row.format + where) if kind in row.kind else row
         for row in model.storage
     ]
-    return replace(model, storage=rows), slots
+    return replace(model, storage=rows)
 
 
 def replace_norms(backbone: nn.Module, family: Family, *, may_use_kernel: bool = True) -> int:

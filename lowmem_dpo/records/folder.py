@@ -56,6 +56,7 @@ FREE_TO_CHANGE = {
     "keep_activations",
     "layer_inputs",
     "layer_weights",
+    "embedding_weight",
     "head_weight",
     "head_kernel",
     "kernels",

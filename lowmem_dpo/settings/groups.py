@@ -307,6 +307,8 @@ class MemorySettings(Settings):
     """Where layer inputs wait for the backward pass: device, or pinned host memory (CUDA)."""
     layer_weights: Literal["device", "host"] = "device"
     """Where the layers' NF4 weights stay: device, or host memory, streamed by layers (CUDA)."""
+    embedding_weight: Literal["device", "host"] = "device"
+    """Where the embedding stays: device, or host memory, from where a micro-batch's rows come."""
     head_weight: Literal["device", "host"] = "device"
     """Where the output head stays: device, or pinned host memory, streamed in slices (CUDA)."""
     head_kernel: Literal["auto", "torch", "triton", "fused"] = "auto"

@@ -110,7 +110,7 @@ def read_source(
     device, notes = resolve_device(settings.device)
     for line in ([note] if note else []) + notes:
         say(line)
-    for name in ("layer_inputs", "layer_weights", "head_weight"):
+    for name in ("layer_inputs", "layer_weights", "embedding_weight", "head_weight"):
         if getattr(memory, name) == "host" and device.type != "cuda":
             raise ValueError(f"{name} host has no effect on {device.type}; leave it out")
     if memory.layer_weights == "host" and settings.quantization == "none":
@@ -131,6 +131,11 @@ def read_source(
         check_kept_quantised(base, settings.quantization)
     if config.tie_word_embeddings:
         check_tied_head(settings.head_quantization, memory.head_weight)
+    if config.tie_word_embeddings and memory.embedding_weight == "host":
+        raise ValueError(
+            "embedding_weight host cannot be: this model's head is its embedding, which stays on "
+            "the device; leave embedding_weight out"
+        )
     in_environment = os.environ.get("LOWMEM_DPO_CACHE")
     cache_dir = Path(settings.cache_dir or in_environment or Path.home() / ".cache" / "lowmem_dpo")
     if Path(base).is_dir():
@@ -260,7 +265,14 @@ def load_policy(
         device=source.device,
         cache_dir=source.cache_dir,
         quantized_copy=settings.quantized_copy,
-        layers_on_host=memory.layer_weights == "host",
+        on_host=[
+            part
+            for part, place in (
+                ("layers", memory.layer_weights),
+                ("embedding", memory.embedding_weight),
+            )
+            if place == "host"
+        ],
     )
     model = prepare_model(
         model,
@@ -272,6 +284,7 @@ def load_policy(
         kernels=settings.allowed_kernels,
         layer_inputs_on_host=memory.layer_inputs == "host",
         keeps=memory.keep_activations,
+        embedding_on_host=memory.embedding_weight == "host",
         num_slots=NUM_SLOTS if memory.layer_weights == "host" else None,
     )
     if source.init_adapter:

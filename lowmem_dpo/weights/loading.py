@@ -14,7 +14,7 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -61,7 +61,7 @@ def load_model(
     device: torch.device | str,
     cache_dir: Path | None = None,
     quantized_copy: bool = True,
-    layers_on_host: bool = False,
+    on_host: Collection[str] = (),
 ) -> LanguageModel:
     """Load a base model.
 
@@ -74,7 +74,7 @@ def load_model(
         device: Where the model goes.
         cache_dir: Where digests of files are remembered and quantised copies lie; None for neither.
         quantized_copy: Whether to keep what is quantised here, and to read it the next time.
-        layers_on_host: Leave what is quantised in host memory.
+        on_host: What is left in host memory: layers (what is quantised), embedding.
 
     Raises:
         ValueError: If files are missing, damaged, being changed, or do not fit config.json.
@@ -97,12 +97,12 @@ def load_model(
     if quantise and quantized_copy and cache_dir:
         kept = cache_dir / COPIES_FOLDER / identity
     if kept and os.path.isdir(kept):  # Path.is_dir raises where one may not look
-        network = _read_copied(kept, source, config, dtype, device, layers_on_host)
+        network = _read_copied(kept, source, config, dtype, device, on_host)
     if network is None:
         network = _empty_model(config, dtype)
         weights = _matched(source, network, stored)
         with _copy_writer(kept, folder, network, weights) as writer:
-            _fill(network, weights, source, dtype, device, quantise, writer, layers_on_host)
+            _fill(network, weights, source, dtype, device, quantise, writer, on_host)
             if digests != [file_digest(path, cache_dir) for path in sources]:
                 raise ValueError(
                     f"the files of {source} changed while they were read; "
@@ -121,13 +121,13 @@ def _read_copied(
     config: PretrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
-    layers_on_host: bool,
+    on_host: Collection[str],
 ) -> PreTrainedModel | None:
     """The model from its quantised copy; None if that is damaged."""
     try:
         model = _empty_model(config, dtype)
         weights = _matched(source, model, group_nf4(read_copy(folder)))
-        _fill(model, weights, source, dtype, device, False, None, layers_on_host)
+        _fill(model, weights, source, dtype, device, False, None, on_host)
         taken = size(sum(path.stat().st_size for path in folder.iterdir()))
     except (OSError, ValueError) as error:
         say(f"model: quantised again; its copy cannot be used and is removed: {error}")
@@ -244,7 +244,7 @@ def _fill(
     device: torch.device,
     quantise: bool,
     writer: CopyWriter | None,
-    layers_on_host: bool,
+    on_host: Collection[str],
 ) -> None:
     """Read every tensor to its place.
 
@@ -256,7 +256,7 @@ def _fill(
         device: Where the model goes.
         quantise: Whether to quantise the linears of the decoder layers.
         writer: Gets everything, what is not quantised in the source's own numbers; or None.
-        layers_on_host: Leave what is quantised on the CPU, whatever the device.
+        on_host: As for `load_model`.
     """
     linears = _linear_weights(model)
     # Only the part of the buffer that something goes through takes memory.
@@ -267,22 +267,25 @@ def _fill(
         tensors: dict[str, Tensor] = {}
         value: Tensor | Nf4Weight
         if isinstance(stored, StoredNf4):
-            stays = is_linear and layers_on_host
+            stays = is_linear and "layers" in on_host
             value = stored.read(torch.device("cpu") if stays else device, buffer)
             value = value if is_linear else value.dequantize(dtype)
         elif quantise and is_linear:
             # Codes come from the stored numbers, so that they do not depend on the compute type.
             try:
                 value = quantize_nf4(stored.read(buffer).to(device))
-                value = value.to("cpu") if layers_on_host else value
+                value = value.to("cpu") if "layers" in on_host else value
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             if writer is not None:
                 tensors = nf4_tensors(name, value, stored.dtype)
         else:
-            stays = device.type == "cpu" and stored.dtype == dtype
+            place = device
+            if name == _EMBEDDING and "embedding" in on_host:
+                place = torch.device("cpu")
+            stays = place.type == "cpu" and stored.dtype == dtype
             tensor = stored.read(None if stays else buffer)
-            value = tensor.to(device=device, dtype=dtype, copy=not stays)
+            value = tensor.to(device=place, dtype=dtype, copy=not stays)
             # The writer keeps it until its layer is whole; the buffer's content will not last.
             tensors = {name: tensor if stays or writer is None else tensor.clone()}
         if writer is not None:

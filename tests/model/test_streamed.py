@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lowmem_dpo.memory.weight_slots import Lanes
+from lowmem_dpo.model.embedding import HostEmbedding
 from lowmem_dpo.model.language_model import LanguageModel, StorageRow
 from lowmem_dpo.model.lora import (
     AdapterSpec,
@@ -38,7 +39,7 @@ def _poisoned(monkeypatch):
     monkeypatch.setattr(Lanes, "upload", upload)
 
 
-def build(family, num_slots, *, dropout=0.0):
+def build(family, num_slots, *, dropout=0.0, embedding_on_host=False):
     """A model of five small layers in NF4 with a live adapter."""
     changes = {"num_hidden_layers": 5}
     if types := FAMILIES[family].get("layer_types"):
@@ -49,9 +50,14 @@ def build(family, num_slots, *, dropout=0.0):
         weight = quantize_nf4(linear.weight)
         del linear.weight
         linear.weight = weight
-    rows = [StorageRow("mlp linears", 3, "nf4", 0)]
+    rows = [StorageRow("mlp linears", 3, "nf4", 0), StorageRow("embedding", 1, "float32", 0)]
     spec = AdapterSpec(3, 6.0, dropout, "all", rank_stabilised=False)
-    model = prepare_model(LanguageModel.of(network, "tiny", rows), spec, num_slots=num_slots)
+    model = prepare_model(
+        LanguageModel.of(network, "tiny", rows),
+        spec,
+        num_slots=num_slots,
+        embedding_on_host=embedding_on_host,
+    )
     torch.manual_seed(1)
     for name, parameter in lora_parameters(model.network).items():
         if name.endswith("lora_b"):
@@ -83,6 +89,16 @@ def test_streamed_layers_have_the_bits_of_resident_ones(family, num_slots, dropo
     found = step(build(family, num_slots, dropout=dropout))
     assert len(found) == len(expected) > 10
     for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])  # two scale what they look up
+def test_an_embedding_on_the_host_gives_the_same_bits(family):
+    expected = step(build(family, None))
+    model = build(family, None, embedding_on_host=True)
+    assert isinstance(model.backbone.get_input_embeddings(), HostEmbedding)
+    assert model.storage[1].format == "float32, in host memory"
+    for got, want in zip(step(model), expected, strict=True):
         assert torch.equal(got, want)
 
 
