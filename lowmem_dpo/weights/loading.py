@@ -13,7 +13,6 @@ What was quantised goes to disk at the same time, in the format of bitsandbytes'
 import copy
 import hashlib
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -35,10 +34,17 @@ from lowmem_dpo.weights.bitsandbytes_files import (
 )
 from lowmem_dpo.weights.folders import answer_ends
 from lowmem_dpo.weights.hub import download_model
-from lowmem_dpo.weights.quantized_copy import COPIES_FOLDER, CopyWriter, read_copy, remove_copy
+from lowmem_dpo.weights.quantized_copy import (
+    COPIES_FOLDER,
+    CopyWriter,
+    find_copies,
+    read_copy,
+    remove_copy,
+)
 from lowmem_dpo.weights.safetensors_files import (
+    HashedFile,
     StoredTensor,
-    file_digest,
+    hash_file,
     read_headers,
     weight_files,
 )
@@ -80,7 +86,7 @@ def load_model(
     folder = Path(source) if Path(source).is_dir() else download_model(source)
     device = torch.device(device)
     sources = [folder / "config.json", *weight_files(folder)]
-    digests = [file_digest(path, cache_dir) for path in sources]
+    hashed = [hash_file(path, cache_dir) for path in sources]
     stored = group_nf4(read_headers(sources[1:]))
     comes_quantised = any(isinstance(weight, StoredNf4) for weight in stored.values())
     if comes_quantised:
@@ -90,18 +96,17 @@ def load_model(
     if own_head:  # transformers decides in the same way
         config = copy.deepcopy(config)
         config.tie_word_embeddings = False
-    identity = _identity(sources, digests, quantization, quantise, own_head)
-    kept, network = None, None
+    identity = _identity(hashed, quantization, quantise, own_head)
+    copies, network = None, None
     if quantise and quantized_copy and cache_dir:
-        kept = cache_dir / COPIES_FOLDER / identity
-    if kept and os.path.isdir(kept):  # Path.is_dir raises where one may not look
-        network = _read_copied(kept, source, config, dtype, device)
+        copies = cache_dir / COPIES_FOLDER
+        network = _read_copied(copies, identity, source, config, dtype, device)
     if network is None:
         network = _empty_model(config, dtype)
         weights = _matched(source, network, stored)
-        with _copy_writer(kept, folder, network, weights) as writer:
+        with _copy_writer(copies, identity, source, folder, network, weights) as writer:
             _fill(network, weights, source, dtype, device, quantise, writer)
-            if digests != [file_digest(path, cache_dir) for path in sources]:
+            if not all(file.is_unchanged() for file in hashed):
                 raise ValueError(
                     f"the files of {source} changed while they were read; "
                     "start again once nothing writes to them"
@@ -114,28 +119,40 @@ def load_model(
 
 
 def _read_copied(
-    folder: Path, source: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+    copies: Path,
+    identity: str,
+    source: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> PreTrainedModel | None:
-    """The model from its quantised copy; None if that is damaged."""
-    try:
-        model = _empty_model(config, dtype)
-        weights = _matched(source, model, group_nf4(read_copy(folder)))
-        _fill(model, weights, source, dtype, device, quantise=False, writer=None)
-        taken = size(sum(path.stat().st_size for path in folder.iterdir()))
-    except (OSError, ValueError) as error:
-        say(f"model: quantised again; its copy cannot be used and is removed: {error}")
-        remove_copy(folder)
-        return None
-    say(f"model: read from its quantised copy {folder} ({taken})")
-    return model
+    """The model from its quantised copy; None if there is none that can be believed."""
+    for folder in find_copies(copies, identity):
+        try:
+            model = _empty_model(config, dtype)
+            weights = _matched(source, model, group_nf4(read_copy(folder, identity)))
+            _fill(model, weights, source, dtype, device, quantise=False, writer=None)
+            taken = size(sum(path.stat().st_size for path in folder.iterdir()))
+        except (OSError, ValueError) as error:
+            say(f"model: quantised again; its copy cannot be used and is removed: {error}")
+            remove_copy(folder)
+            continue
+        say(f"model: read from its quantised copy {folder} ({taken})")
+        return model
+    return None
 
 
 @contextmanager
 def _copy_writer(
-    folder: Path | None, source_folder: Path, model: PreTrainedModel, weights: Weights
+    copies: Path | None,
+    identity: str,
+    source: str,
+    source_folder: Path,
+    model: PreTrainedModel,
+    weights: Weights,
 ) -> Iterator[CopyWriter | None]:
     """Make the quantised copy while the model is filled, and say what came of it."""
-    if folder is None:
+    if copies is None:
         yield None
         return
     linears = _linear_weights(model)
@@ -143,9 +160,9 @@ def _copy_writer(
         NF4_BYTES * math.prod(weight.shape) if name in linears else weight.nbytes
         for name, weight in weights.items()
     )
-    with closing(CopyWriter(folder, weights, int(num_bytes))) as writer:
+    with closing(CopyWriter(copies, identity, weights, int(num_bytes))) as writer:
         yield writer
-        if writer.finish(source_folder):
+        if folder := writer.finish(source, source_folder):
             place = f"{folder} ({size(writer.num_bytes)})"
             say(f"model: quantised; the next start reads the copy {place}")
         elif writer.note:
@@ -303,13 +320,12 @@ def _complete(source: str, model: PreTrainedModel, device: torch.device) -> None
 
 
 def _identity(
-    files: list[Path],
-    digests: list[str],
+    files: list[HashedFile],
     quantization: Quantization,
     quantise: bool,
     own_head: bool,
 ) -> str:
-    lines = [f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True)]
+    lines = [f"{file.path.name} {file.digest}" for file in files]
     lines.append(f"quantization {quantization}")
     if quantise:
         lines.append(f"quantiser {QUANTISER_VERSION}")
