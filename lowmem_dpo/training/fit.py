@@ -38,7 +38,7 @@ from lowmem_dpo.stopping import catch_signals
 from lowmem_dpo.tokens.templates import choose_template
 from lowmem_dpo.training.loop import StepResult, check_adapter_moves, new_state, train_steps
 from lowmem_dpo.training.policy import Policy, load_policy, read_source
-from lowmem_dpo.training.recorder import Recorder, leave_later_steps
+from lowmem_dpo.training.recorder import Recorder, leave_later_steps, say_fresh_start
 from lowmem_dpo.training.run import (
     Batches,
     Run,
@@ -216,7 +216,7 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
             leave_later_steps(folder, state, config.keep_checkpoints)
             say(f"resumed from {checkpoint}")
         elif config.resume == "auto":
-            say(f"resume auto: no checkpoint in {folder.checkpoints}, starting afresh")
+            say_fresh_start(folder)
 
         first_step = state.step
         folder.start(to_yaml(replace(config, resume=None)), first_step)
