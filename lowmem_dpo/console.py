@@ -167,8 +167,10 @@ def speed(rate: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """A number of bytes as people say it: 512 MiB, 5.3 GiB."""
+    """A number of bytes as people say it: 12 KiB, 512 MiB, 5.3 GiB."""
     mib = num_bytes / 2**20
+    if mib < 1:
+        return f"{num_bytes / 2**10:.0f} KiB"
     return f"{mib:.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lowmem_dpo.console import duration, progress, say, warn
+from lowmem_dpo.files import in_use
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import unusual_values
 from lowmem_dpo.model.lora import lora_layers, lora_parameters
@@ -52,6 +53,7 @@ from lowmem_dpo.training.run import (
 )
 from lowmem_dpo.version import __version__
 from lowmem_dpo.weights.adapters import load_adapter
+from lowmem_dpo.weights.folders import absolute
 from lowmem_dpo.weights.size import ModelSize, storage_table
 
 STEPS_TO_PREDICT_FILLED_SHARE = 16
@@ -132,7 +134,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
         config, config, config, source=source, seed=seed, chat_template=template.to_save
     )
     say(storage_table(policy.model.storage))
-    cache = ReferenceCache(source.cache_dir, policy.identity)
+    cache = ReferenceCache(source.cache_dir, policy.identity, absolute(policy.base))
     facts["model_digest"] = cache.digest
     if checkpoint is not None:
         check_resumable(checkpoint, {"model_digest": cache.digest})
@@ -154,7 +156,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
         accept = config.reference == "accept"
         if trains:  # only what its steps take, in that order
             trees = [pairs.train[i] for i in batches.used()] + pairs.evaluation
-        reference = score_reference(trees, policy, cache, pack_tokens, accept=accept, seed=seed)
+        with in_use(cache.directory):
+            reference = score_reference(trees, policy, cache, pack_tokens, accept=accept, seed=seed)
     return Run(policy, pairs, batches, objective, pack_tokens, rms, reference, facts)
 
 

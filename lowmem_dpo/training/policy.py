@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 import lowmem_dpo_kernels
 from lowmem_dpo.console import say, warn
+from lowmem_dpo.files import cache_folder
 from lowmem_dpo.machine.device import matmul_settings, resolve_device, resolve_dtype
 from lowmem_dpo.memory.limits import limit_memory
 from lowmem_dpo.model.attention import attention_path
@@ -127,8 +128,7 @@ def read_source(
         check_kept_quantised(base, settings.quantization)
     if config.tie_word_embeddings:
         check_tied_head(settings.head_quantization, memory.head_weight)
-    in_environment = os.environ.get("LOWMEM_DPO_CACHE")
-    cache_dir = Path(settings.cache_dir or in_environment or Path.home() / ".cache" / "lowmem_dpo")
+    cache_dir = cache_folder(settings.cache_dir)
     if Path(base).is_dir():
         weight_files(Path(base))  # that they are there, before the data is read
     else:

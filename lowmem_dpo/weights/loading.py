@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowmem_dpo.console import say, size
+from lowmem_dpo.files import in_use
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.lora import linear_layers, wrap_linears
 from lowmem_dpo.model.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4
@@ -130,8 +131,9 @@ def _read_copied(
     for folder in find_copies(copies, identity):
         try:
             model = _empty_model(config, dtype)
-            weights = _matched(source, model, group_nf4(read_copy(folder, identity)))
-            _fill(model, weights, source, dtype, device, quantise=False, writer=None)
+            with in_use(folder):
+                weights = _matched(source, model, group_nf4(read_copy(folder, identity)))
+                _fill(model, weights, source, dtype, device, quantise=False, writer=None)
             taken = size(sum(path.stat().st_size for path in folder.iterdir()))
         except (OSError, ValueError) as error:
             say(f"model: quantised again; its copy cannot be used and is removed: {error}")

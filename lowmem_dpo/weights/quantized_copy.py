@@ -23,6 +23,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowmem_dpo.files import lock_file, recover, unlock_file
+from lowmem_dpo.model.nf4 import QUANTISER_VERSION
 from lowmem_dpo.weights.bitsandbytes_files import nf4_config
 from lowmem_dpo.weights.folders import GENERATION_CONFIG_FILE, absolute, read_json
 from lowmem_dpo.weights.safetensors_files import (
@@ -72,14 +74,26 @@ def read_copy(folder: Path, identity: str) -> dict[str, StoredTensor]:
     Raises:
         ValueError: If the copy is damaged, was changed, or is of another base.
     """
+    manifest, tensors = read_manifest(folder), read_headers(weight_files(folder))
+    digests = manifest["tensors"]
+    if manifest["identity"] != identity or digests.keys() != tensors.keys():
+        raise ValueError(f"{folder / MANIFEST_FILE} does not belong to the weights beside it")
+    with suppress(OSError):  # when it was used last
+        os.utime(folder / MANIFEST_FILE)
+    return {name: replace(t, digest=str(digests[name])) for name, t in tensors.items()}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a copy's manifest says.
+
+    Raises:
+        ValueError: If it is not what was written, as the folder's name tells.
+    """
     path = folder / MANIFEST_FILE
     manifest = read_json(path)
-    if folder.name != _sealed_name(identity, path.read_bytes()):
+    if folder.name != _sealed_name(str(manifest.get("identity")), path.read_bytes()):
         raise ValueError(f"{path} is not what was written there")
-    digests, tensors = manifest["tensors"], read_headers(weight_files(folder))
-    if manifest["identity"] != identity or digests.keys() != tensors.keys():
-        raise ValueError(f"{path} does not belong to the weights beside it")
-    return {name: replace(t, digest=str(digests[name])) for name, t in tensors.items()}
+    return manifest
 
 
 def _sealed_name(identity: str, manifest: bytes) -> str:
@@ -186,6 +200,7 @@ class CopyWriter:
             "schema_version": SCHEMA_VERSION,
             "source": absolute(source),
             "identity": self._identity,
+            "quantiser": QUANTISER_VERSION,
             "tensors": self._digests,
         }
         contents: dict[str, Any] = {
