@@ -49,7 +49,7 @@ from lowmem_dpo.weights.adapters import (
 from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
 from lowmem_dpo.weights.folders import load_config, load_tokenizer, resolve_source
 from lowmem_dpo.weights.hub import check_download
-from lowmem_dpo.weights.loading import load_model
+from lowmem_dpo.weights.loading import has_own_head, load_model
 from lowmem_dpo.weights.safetensors_files import weight_files
 from lowmem_dpo.weights.size import ModelSize
 from lowmem_dpo_kernels.token_logps import resolve_implementation
@@ -126,8 +126,7 @@ def read_source(
     comes_quantised = bool(getattr(config, "quantization_config", None))
     if comes_quantised:
         check_kept_quantised(base, settings.quantization)
-    if config.tie_word_embeddings:
-        check_tied_head(settings.head_quantization, memory.head_weight)
+    _check_head(base, config, settings, memory)
     cache_dir = cache_folder(settings.cache_dir)
     if Path(base).is_dir():
         weight_files(Path(base))  # that they are there, before the data is read
@@ -142,6 +141,21 @@ def read_source(
         _warn_of_other_storage(Path(init_adapter), storage)
     tokenizer = load_tokenizer(base, init_adapter, config)
     return Source(base, init_adapter, config, tokenizer, device, dtype, storage, cache_dir)
+
+
+def _check_head(
+    base: str, config: PretrainedConfig, settings: ModelSettings, memory: MemorySettings
+) -> None:
+    """Refuse settings of the head that do not fit one which is the embedding."""
+    is_usual = (settings.head_quantization, memory.head_weight) == ("none", "device")
+    folder = Path(base) if Path(base).is_dir() else None
+    if is_usual or not config.tie_word_embeddings or (folder and has_own_head(folder, config)):
+        return
+    try:
+        check_tied_head(settings.head_quantization, memory.head_weight)
+    except ValueError as error:
+        hint = "" if folder else f"; where {base} stores one of its own, download and name a folder"
+        raise ValueError(f"{error}{hint}") from None
 
 
 @dataclass(frozen=True)

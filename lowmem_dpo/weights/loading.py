@@ -88,13 +88,17 @@ def load_model(
     device = torch.device(device)
     sources = [folder / "config.json", *weight_files(folder)]
     hashed = [hash_file(path, cache_dir) for path in sources]
-    stored = group_nf4(read_headers(sources[1:]))
+    stored = _stored_weights(folder, config)
     comes_quantised = any(isinstance(weight, StoredNf4) for weight in stored.values())
     if comes_quantised:
         check_kept_quantised(source, quantization)
     quantise = quantization == "nf4" and not comes_quantised
-    own_head = config.tie_word_embeddings and _has_own_head(source, stored)
+    own_head = config.tie_word_embeddings and _holds_own_head(stored)
     if own_head:  # transformers decides in the same way
+        say(
+            f"model: {source} stores a head of its own, which is used, although its "
+            "config.json says that it is the embedding (tie_word_embeddings)"
+        )
         config = copy.deepcopy(config)
         config.tie_word_embeddings = False
     identity = _identity(hashed, quantization, quantise, own_head)
@@ -221,20 +225,30 @@ def _matched(
     return wanted
 
 
-def _has_own_head(source: str, stored: Weights) -> bool:
-    """Whether a head is stored whose numbers are not the embedding's; says so."""
+def has_own_head(folder: Path, config: PretrainedConfig) -> bool:
+    """Whether a model's head is no embedding, by its files rather than by config.json alone.
+
+    Raises:
+        ValueError: If its weights are missing or damaged.
+    """
+    return not config.tie_word_embeddings or _holds_own_head(_stored_weights(folder, config))
+
+
+def _stored_weights(folder: Path, config: PretrainedConfig) -> dict[str, StoredTensor | StoredNf4]:
+    """What a model's files hold; a tied weight may stand there under the head's name alone."""
+    stored = group_nf4(read_headers(weight_files(folder)))
+    if config.tie_word_embeddings and _HEAD in stored and _EMBEDDING not in stored:
+        stored[_EMBEDDING] = stored.pop(_HEAD)
+    return stored
+
+
+def _holds_own_head(stored: Weights) -> bool:
+    """Whether a head is stored whose numbers are not the embedding's."""
     head, embedding = stored.get(_HEAD), stored.get(_EMBEDDING)
     if isinstance(head, StoredTensor) and isinstance(embedding, StoredTensor):
         same_kind = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
-        if same_kind and head.content_digest() == embedding.content_digest():
-            return False
-    elif not isinstance(head, StoredNf4):
-        return False
-    say(
-        f"model: {source} stores a head of its own, which is used, although its "
-        "config.json says that it is the embedding (tie_word_embeddings)"
-    )
-    return True
+        return not same_kind or head.content_digest() != embedding.content_digest()
+    return isinstance(head, StoredNf4)
 
 
 def _first_and_count(names: set[str]) -> str:
