@@ -262,17 +262,16 @@ def load_policy(
     memory = memory or MemorySettings()
     source = source or read_source(settings, memory, init_adapter=init_adapter)
     spec = _adapter_spec(adapter, source.init_adapter)
-    model = load_model(
-        source.base,
-        config=source.config,
-        quantization=settings.quantization,
-        dtype=source.dtype,
-        device=source.device,
-        cache_dir=source.cache_dir,
-        quantized_copy=settings.quantized_copy,
-    )
     model = prepare_model(
-        model,
+        load_model(  # without a name here, which would hold a dense head while kernels are tried
+            source.base,
+            config=source.config,
+            quantization=settings.quantization,
+            dtype=source.dtype,
+            device=source.device,
+            cache_dir=source.cache_dir,
+            quantized_copy=settings.quantized_copy,
+        ),
         spec,
         seed=seed,
         head_quantization=settings.head_quantization,

@@ -1,5 +1,6 @@
 """Settings of the head, where config.json and the files say different things of it."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lowmem_dpo.model import surgery
 from lowmem_dpo.model.scoring import other_attention
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.groups import MemorySettings, ModelSettings
@@ -52,6 +54,25 @@ def test_own_head_of_a_model_that_config_json_calls_tied_is_quantised(tied):
     with other_attention(model, "eager"):
         ours = model.network(input_ids=IDS, use_cache=False).logits
     torch.testing.assert_close(ours, theirs(IDS).logits, rtol=0, atol=2e-5)
+
+
+def test_dense_head_is_gone_before_kernels_are_tried(tmp_path, monkeypatch):
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    load, tried, dense, held = policy.load_model, surgery.with_tried_head_kernels, [], []
+
+    def loading(*arguments, **options):
+        model = load(*arguments, **options)
+        dense.append(weakref.ref(model.network.lm_head.weight))
+        return model
+
+    def looking(model):
+        held.append(dense[0]() is not None)
+        return tried(model)
+
+    monkeypatch.setattr(policy, "load_model", loading)
+    monkeypatch.setattr(surgery, "with_tried_head_kernels", looking)
+    load_policy(settings(folder, head_quantization="int8"))
+    assert held == [False]
 
 
 @pytest.mark.parametrize("stored", ["no head", "an equal head", "the head alone"])
