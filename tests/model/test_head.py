@@ -101,7 +101,7 @@ def test_heads_give_logits_for_sampling(kind):
 def test_a_quantised_head_refuses_a_damaged_weight():
     weight = make_weight()
     weight[2300, 3] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinite numbers; the checkpoint is damaged$"):
+    with pytest.raises(ValueError, match=r"NaN or infinite numbers; the checkpoint is damaged$"):
         Int8Head(weight, None)
     weight[2300, 3] = 1e5
     Int8Head(weight, None)
