@@ -17,7 +17,12 @@ from typing import Any
 from lowmem_dpo.console import say, size, warn
 from lowmem_dpo.files import cache_folder, is_held, is_in_use, remove_folder
 from lowmem_dpo.model.nf4 import QUANTISER_VERSION
-from lowmem_dpo.reference.cache import REFERENCE_FOLDER, STALE_SECONDS, read_fingerprint
+from lowmem_dpo.reference.cache import (
+    REFERENCE_FOLDER,
+    SCHEMA_VERSION,
+    STALE_SECONDS,
+    read_fingerprint,
+)
 from lowmem_dpo.settings.configs import CacheConfig
 from lowmem_dpo.weights.quantized_copy import COPIES_FOLDER, MANIFEST_FILE, read_manifest
 from lowmem_dpo.weights.safetensors_files import DIGESTS_FILE, weight_files
@@ -181,10 +186,13 @@ def _reference(folder: Path, owners: dict[str, str]) -> Iterator[Entry]:
     """A reference: its shards that can be read, and by themselves those that cannot."""
     manifest = folder / MANIFEST_FILE
     record = _read_json(manifest)
-    base = str(dict(record.get("identity") or {}).get("base"))
+    identity = record.get("identity")
+    base = str(identity.get("base")) if isinstance(identity, dict) else "unknown"
     owner = record.get("source") or owners.get(base) or f"a base of identity {base[:12]}"
     shards = _found(folder, r"[0-9a-f]{64}\.(safetensors|damaged)")
     faults = {path: _fault_of_shard(path) for path in shards}
+    if record.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        faults = dict.fromkeys(shards, "of an earlier release")
     good = [path for path, fault in faults.items() if not fault]
     why = None if good else next(iter(faults.values()), "empty")
     yield _entry("reference", owner, folder, why, [*(good or shards), manifest])

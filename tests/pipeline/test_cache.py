@@ -170,6 +170,15 @@ def test_prune_removes_shards_of_other_kernels_and_damaged_ones_alone(folder, ru
     assert not only_old.parent.exists() and not broken.parent.exists()
 
 
+def test_prune_removes_references_of_another_layout(folder, run):
+    kept, old, odd = (shard(folder, KEYS[0], base=base).parent for base in "xyz")
+    record = json.loads((old / "manifest.json").read_text(encoding="utf-8"))
+    (old / "manifest.json").write_text(json.dumps(record | {"schema_version": 0}))
+    (odd / "manifest.json").write_text(json.dumps({"identity": "odd"}))
+    assert "reference: org/y (of an earlier release)" in run("--prune")
+    assert kept.exists() and odd.exists() and not old.exists()
+
+
 def test_unused_days_counts_from_the_last_use(tiny_checkpoint, folder, run):
     source, _ = tiny_checkpoint()
     copy, reference = copy_of(source, folder), shard(folder, KEYS[0]).parent
