@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem_dpo.settings.configs import DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.settings.configs import CacheConfig, DemoConfig, GenerateConfig, TrainConfig
 from lowmem_dpo.settings.fields import Faults, Settings, parse_config, to_yaml
 from lowmem_dpo.settings.help import full_help, short_help
 from lowmem_dpo.version import __version__
@@ -78,6 +78,12 @@ VERBS = {
         "lowmem_dpo.pipeline.generate:generate",
         ("model", "adapter", "prompt", "prompts", "compare", "max_new_tokens", "temperature")
         + ("seed", "system_prompt", "device"),
+    ),
+    "cache": Verb(
+        "list what the cache holds, and remove what is of no use",
+        CacheConfig,
+        "lowmem_dpo.pipeline.cache:cache",
+        ("cache_dir", "prune", "unused_days"),
     ),
     "demo": Verb(
         "a whole two-minute run on a small model made on the spot, offline",

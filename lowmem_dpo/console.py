@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class _Console(Console):
 console = _Console(highlight=False, soft_wrap=True)
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BEFORE_A_WAIT_IS_SAID = 2.0
 
 
 def say(message: Any = "", style: str | None = None) -> None:
@@ -45,6 +47,18 @@ def say(message: Any = "", style: str | None = None) -> None:
     except OSError as error:
         drop_output()
         note(f"cannot write the output: {error.strerror}; going on without it")
+
+
+@contextlib.contextmanager
+def say_if_slow(message: str) -> Iterator[None]:
+    """Print a line, while inside, once that has taken `SECONDS_BEFORE_A_WAIT_IS_SAID`."""
+    timer = threading.Timer(SECONDS_BEFORE_A_WAIT_IS_SAID, say, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def warn(message: str) -> None:
@@ -153,8 +167,10 @@ def speed(rate: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """A number of bytes as people say it: 512 MiB, 5.3 GiB."""
+    """A number of bytes as people say it: 12 KiB, 512 MiB, 5.3 GiB."""
     mib = num_bytes / 2**20
+    if mib < 1:
+        return f"{num_bytes / 2**10:.0f} KiB"
     return f"{mib:.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB"
 
 

@@ -11,7 +11,7 @@ import importlib
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -161,6 +161,46 @@ def unlock_file(file: IO[bytes]) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
     file.close()
+
+
+@contextlib.contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """Let `is_in_use` say so of a file or folder while inside, where the file system gives locks.
+
+    Any number of processes may use it.
+    """
+    lock = None
+    with contextlib.suppress(OSError):  # a folder that cannot be written holds nothing to lose
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_in_use(path)
+        lock = lock_file(path.with_name(f".{path.name}.{os.getpid()}.lock"))
+    try:
+        yield
+    finally:
+        if lock is not None:
+            unlock_file(lock)
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a process holds a file or folder by `in_use`; locks that a kill left are deleted."""
+    held = [is_held(lock) for lock in path.parent.glob(f".{path.name}.*.lock")]
+    return any(held)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds a file by `lock_file`; if not, it is deleted."""
+    with contextlib.suppress(OSError):
+        if path.exists():
+            if (lock := lock_file(path)) is None:
+                return True
+            unlock_file(lock)
+    return False
+
+
+def cache_folder(given: str | None) -> Path:
+    """The folder of caches: the one given, that of the environment, or the usual one."""
+    in_environment = os.environ.get("LOWMEM_DPO_CACHE")
+    return Path(given or in_environment or Path.home() / ".cache" / "lowmem_dpo")
 
 
 def _hidden(target: Path, kind: str) -> Path:

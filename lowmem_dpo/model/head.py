@@ -84,8 +84,10 @@ class Int8Head(SlicedHead):
             part = weight[start : start + CHUNK_ROWS].float()
             scales = part.abs().amax(1) / 127
             if not scales.isfinite().all():
+                half = weight.dtype == torch.float16
                 raise ValueError(
                     "the head holds NaN or infinite numbers; the checkpoint is damaged"
+                    f"{', or beyond float16: take dtype float32' if half else ''}"
                 )
             self.scales[start : start + len(part)] = scales
             scales = torch.where(scales > 0, scales, 1.0)[:, None]  # a row of zeros stays zeros

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -135,6 +136,19 @@ class RunFolder:
         move(self.best, target)
         return target
 
+    def keep_best_of_killed_run(self) -> Path | None:
+        """Rename the best/ of a run that left no checkpoint, before another starts afresh here.
+
+        Returns:
+            What it is called now; None if there is none.
+        """
+        if not self.best.exists():
+            return None
+        names = (self.best.with_name(f"best.killed-{number}") for number in itertools.count(1))
+        target = next(path for path in names if not path.exists())
+        move(self.best, target)
+        return target
+
     def save_best(self, save_adapter: Callable[[Path], None]) -> None:
         """Write best/; what was set aside for it goes."""
         replace_folder(self.best, save_adapter)
@@ -224,12 +238,16 @@ def _find_checkpoint(root: Path, resume: str | None) -> Path | None:
 
 
 def _check_nothing_is_lost(root: Path) -> None:
-    """Refuse to start afresh over adapters, or over the record of a finished run."""
-    left = [f"{name}/" for name in ("adapter", "best") if (root / name).exists()]
+    """Refuse to start afresh over an adapter, or over the record of a finished run.
+
+    The best/ of a run that was killed is no reason: it is kept under another name.
+    """
+    left = ["adapter/"] if (root / "adapter").exists() else []
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         if json.loads((root / "run.json").read_text(encoding="utf-8"))["finished"]:
             left.append("the record of a finished run")
     if left:
+        left += ["best/"] if (root / "best").exists() else []
         raise ValueError(
             f"{root} holds {' and '.join(left)} but no checkpoint to go on from, and "
             "starting afresh would overwrite that; choose another --output_dir"

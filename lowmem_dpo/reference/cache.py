@@ -20,6 +20,7 @@ versions, dtype, micro-batch size). Numbers of the same fingerprint are reproduc
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ from torch import Tensor
 from lowmem_dpo.console import warn
 from lowmem_dpo.files import replace_file
 
+REFERENCE_FOLDER = "reference"
+MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 2  # of shards and pair keys
 STALE_SECONDS = 3600.0  # no shard takes that long to write: what is older, a kill has left
 Fingerprint = dict[str, Any]
@@ -61,6 +64,7 @@ class ReferenceCache:
     Args:
         cache_dir: The cache folder.
         identity: Everything that the numbers depend on but the pair; JSON values.
+        source: The base's folder or id, for those who read the manifest.
 
     Attributes:
         digest: Of the identity.
@@ -68,11 +72,13 @@ class ReferenceCache:
         shards: Of each, its fingerprint, and pair keys to token log-probs.
     """
 
-    def __init__(self, cache_dir: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, cache_dir: Path, identity: Mapping[str, Any], source: str = "") -> None:
         text = json.dumps([SCHEMA_VERSION, identity], sort_keys=True)
-        self.identity = dict(identity)
+        self.identity, self.source = dict(identity), source
         self.digest = hashlib.sha256(text.encode()).hexdigest()
-        self.directory = cache_dir / "reference" / self.digest[:32]
+        self.directory = cache_dir / REFERENCE_FOLDER / self.digest[:32]
+        with contextlib.suppress(OSError):  # when it was used last
+            os.utime(self.directory / MANIFEST_FILE)
         paths = sorted(self.directory.glob("*.safetensors"))
         contents = [content for path in paths if (content := _read_whole(path)) is not None]
         self.shards = [_parse_shard(content) for content in contents]
@@ -125,9 +131,10 @@ class ReferenceCache:
             with contextlib.suppress(OSError):  # another run was faster, or may delete here alone
                 if time.time() - part.stat().st_mtime > STALE_SECONDS:
                     part.unlink()
-        manifest = self.directory / "manifest.json"
+        manifest = self.directory / MANIFEST_FILE
         if not manifest.exists():
             record = {"schema_version": SCHEMA_VERSION, "identity": self.identity}
+            record |= {"source": self.source} if self.source else {}
             replace_file(manifest, json.dumps(record, indent=2, allow_nan=False).encode())
         keys = sorted(logps)
         tensors = {
@@ -163,6 +170,16 @@ def _read_whole(path: Path) -> bytes | None:
 
 def _is_whole(content: bytes, path: Path) -> bool:
     return hashlib.sha256(content).hexdigest() == path.stem
+
+
+def read_fingerprint(path: Path) -> Fingerprint | None:
+    """The fingerprint of a shard by its header alone; None if that cannot be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = file.read(min(header_bytes, path.stat().st_size))
+        return dict(json.loads(json.loads(header)["__metadata__"]["fingerprint"]))
+    return None
 
 
 def _parse_shard(content: bytes) -> tuple[Fingerprint, dict[str, Tensor]]:

@@ -1,10 +1,10 @@
 """The settings of every verb: the groups that it needs, and what only it knows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowmem_dpo.losses.types import losses_of
-from lowmem_dpo.settings.fields import parse_config
+from lowmem_dpo.settings.fields import COUNT_OR_NONE, Settings, parse_config
 from lowmem_dpo.settings.groups import (
     AdapterSettings,
     DataSettings,
@@ -91,6 +91,18 @@ class GenerateConfig(ModelSettings, TemplateSettings, SamplingSettings):
             raise ValueError("prompt is empty; give it some text")
         if self.prompt is not None and self.prompts is not None:
             raise ValueError("prompt and prompts are both given; leave one out")
+
+
+@dataclass(frozen=True)
+class CacheConfig(Settings):
+    """What of the cache is listed or removed."""
+
+    cache_dir: str | None = None
+    """Folder of caches; by default $LOWMEM_DPO_CACHE, or ~/.cache/lowmem_dpo."""
+    prune: bool = False
+    """Remove what no run will read again: damaged, half done, of earlier releases, of no base."""
+    unused_days: int | None = field(default=None, metadata=COUNT_OR_NONE)
+    """Count as of no use whatever was not used for so many days; --prune removes that too."""
 
 
 @dataclass(frozen=True)

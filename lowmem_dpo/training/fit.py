@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lowmem_dpo.console import duration, progress, say, warn
+from lowmem_dpo.files import in_use
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import unusual_values
 from lowmem_dpo.model.lora import lora_layers, lora_parameters
@@ -39,7 +40,7 @@ from lowmem_dpo.tokens.templates import choose_template
 from lowmem_dpo.training.loop import StepResult, check_adapter_moves, new_state, train_steps
 from lowmem_dpo.training.pairs import check_token_ids, load_pairs
 from lowmem_dpo.training.policy import Policy, load_policy, read_source
-from lowmem_dpo.training.recorder import Recorder, leave_later_steps
+from lowmem_dpo.training.recorder import Recorder, leave_later_steps, say_fresh_start
 from lowmem_dpo.training.run import (
     Batches,
     Run,
@@ -51,6 +52,7 @@ from lowmem_dpo.training.run import (
 )
 from lowmem_dpo.version import __version__
 from lowmem_dpo.weights.adapters import load_adapter
+from lowmem_dpo.weights.folders import absolute
 from lowmem_dpo.weights.size import ModelSize, storage_table
 
 STEPS_TO_PREDICT_FILLED_SHARE = 16
@@ -131,7 +133,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
         config, config, config, source=source, seed=seed, chat_template=template.to_save
     )
     say(storage_table(policy.model.storage))
-    cache = ReferenceCache(source.cache_dir, policy.identity)
+    cache = ReferenceCache(source.cache_dir, policy.identity, absolute(policy.base))
     facts["model_digest"] = cache.digest
     if checkpoint is not None:
         check_resumable(checkpoint, {"model_digest": cache.digest})
@@ -153,7 +155,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
         accept = config.reference == "accept"
         if trains:  # only what its steps take, in that order
             trees = [pairs.train[i] for i in batches.used()] + pairs.evaluation
-        reference = score_reference(trees, policy, cache, pack_tokens, accept=accept, seed=seed)
+        with in_use(cache.directory):
+            reference = score_reference(trees, policy, cache, pack_tokens, accept=accept, seed=seed)
     return Run(policy, pairs, batches, objective, pack_tokens, rms, reference, facts)
 
 
@@ -215,7 +218,7 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
             leave_later_steps(folder, state, config.keep_checkpoints)
             say(f"resumed from {checkpoint}")
         elif config.resume == "auto":
-            say(f"resume auto: no checkpoint in {folder.checkpoints}, starting afresh")
+            say_fresh_start(folder)
 
         first_step = state.step
         folder.start(to_yaml(replace(config, resume=None)), first_step)

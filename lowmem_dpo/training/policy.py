@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 import lowmem_dpo_kernels
 from lowmem_dpo.console import say, warn
+from lowmem_dpo.files import cache_folder
 from lowmem_dpo.machine.device import matmul_settings, resolve_device, resolve_dtype
 from lowmem_dpo.memory.limits import limit_memory
 from lowmem_dpo.model.attention import attention_path
@@ -48,7 +49,7 @@ from lowmem_dpo.weights.adapters import (
 from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
 from lowmem_dpo.weights.folders import load_config, load_tokenizer, resolve_source
 from lowmem_dpo.weights.hub import check_download
-from lowmem_dpo.weights.loading import load_model
+from lowmem_dpo.weights.loading import has_own_head, load_model
 from lowmem_dpo.weights.safetensors_files import weight_files
 from lowmem_dpo.weights.size import ModelSize
 from lowmem_dpo_kernels.token_logps import resolve_implementation
@@ -129,15 +130,13 @@ def read_source(
     comes_quantised = bool(getattr(config, "quantization_config", None))
     if comes_quantised:
         check_kept_quantised(base, settings.quantization)
-    if config.tie_word_embeddings:
-        check_tied_head(settings.head_quantization, memory.head_weight)
+    _check_head(base, config, settings, memory)
     if config.tie_word_embeddings and memory.embedding_weight == "host":
         raise ValueError(
             "embedding_weight host cannot be: this model's head is its embedding, which stays on "
             "the device; leave embedding_weight out"
         )
-    in_environment = os.environ.get("LOWMEM_DPO_CACHE")
-    cache_dir = Path(settings.cache_dir or in_environment or Path.home() / ".cache" / "lowmem_dpo")
+    cache_dir = cache_folder(settings.cache_dir)
     if Path(base).is_dir():
         weight_files(Path(base))  # that they are there, before the data is read
     else:
@@ -151,6 +150,21 @@ def read_source(
         _warn_of_other_storage(Path(init_adapter), storage)
     tokenizer = load_tokenizer(base, init_adapter, config)
     return Source(base, init_adapter, config, tokenizer, device, dtype, storage, cache_dir)
+
+
+def _check_head(
+    base: str, config: PretrainedConfig, settings: ModelSettings, memory: MemorySettings
+) -> None:
+    """Refuse settings of the head that do not fit one which is the embedding."""
+    is_usual = (settings.head_quantization, memory.head_weight) == ("none", "device")
+    folder = Path(base) if Path(base).is_dir() else None
+    if is_usual or not config.tie_word_embeddings or (folder and has_own_head(folder, config)):
+        return
+    try:
+        check_tied_head(settings.head_quantization, memory.head_weight)
+    except ValueError as error:
+        hint = "" if folder else f"; where {base} stores one of its own, download and name a folder"
+        raise ValueError(f"{error}{hint}") from None
 
 
 @dataclass(frozen=True)
@@ -257,25 +271,19 @@ def load_policy(
     memory = memory or MemorySettings()
     source = source or read_source(settings, memory, init_adapter=init_adapter)
     spec = _adapter_spec(adapter, source.init_adapter)
-    model = load_model(
-        source.base,
-        config=source.config,
-        quantization=settings.quantization,
-        dtype=source.dtype,
-        device=source.device,
-        cache_dir=source.cache_dir,
-        quantized_copy=settings.quantized_copy,
-        on_host=[
-            part
-            for part, place in (
-                ("layers", memory.layer_weights),
-                ("embedding", memory.embedding_weight),
-            )
-            if place == "host"
-        ],
-    )
+    places = {"layers": memory.layer_weights, "embedding": memory.embedding_weight}
+    on_host = {part for part, place in places.items() if place == "host"}
     model = prepare_model(
-        model,
+        load_model(  # without a name here, which would hold a dense head while kernels are tried
+            source.base,
+            config=source.config,
+            quantization=settings.quantization,
+            dtype=source.dtype,
+            device=source.device,
+            cache_dir=source.cache_dir,
+            quantized_copy=settings.quantized_copy,
+            on_host=on_host,
+        ),
         spec,
         seed=seed,
         head_quantization=settings.head_quantization,
@@ -284,8 +292,8 @@ def load_policy(
         kernels=settings.allowed_kernels,
         layer_inputs_on_host=memory.layer_inputs == "host",
         keeps=memory.keep_activations,
-        embedding_on_host=memory.embedding_weight == "host",
-        num_slots=NUM_SLOTS if memory.layer_weights == "host" else None,
+        embedding_on_host="embedding" in on_host,
+        num_slots=NUM_SLOTS if "layers" in on_host else None,
     )
     if source.init_adapter:
         load_adapter(model.network, Path(source.init_adapter))

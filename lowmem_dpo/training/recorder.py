@@ -194,6 +194,14 @@ def leave_later_steps(folder: RunFolder, state: TrainingState, keep_checkpoints:
     prune_checkpoints(folder.checkpoints, keep_checkpoints)
 
 
+def say_fresh_start(folder: RunFolder) -> None:
+    """Say that there was nothing to resume, and what becomes of what a killed run left."""
+    left = ""
+    if best := folder.keep_best_of_killed_run():
+        left = f"; the best/ of a killed run is {best.name} now, its metrics are overwritten"
+    say(f"resume auto: no checkpoint in {folder.checkpoints}, starting afresh{left}")
+
+
 def mean_metrics(steps: Iterable[Mapping[str, float]]) -> Metrics:
     """Mean over the pairs of several steps; of the gradient norm, over the steps.
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from lowmem_dpo.files import replace_file
 from lowmem_dpo.model.lora import AdapterSpec, lora_layers, lora_parameters
-from lowmem_dpo.weights.folders import ADAPTER_CONFIG_FILE, read_json
+from lowmem_dpo.weights.folders import ADAPTER_CONFIG_FILE, absolute, read_json
 from lowmem_dpo.weights.safetensors_files import StoredTensor, file_digest, read_header
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
@@ -65,10 +65,9 @@ def save_adapter(
     targets = set(settings.targets)
     if settings.targets == "all":
         targets = {name.rpartition(".")[2] for name in lora_layers(model)}
-    is_folder = Path(base_model).is_dir()
     config = {
         "alpha_pattern": dict(settings.alpha_pattern),
-        "base_model_name_or_path": str(Path(base_model).resolve()) if is_folder else base_model,
+        "base_model_name_or_path": absolute(base_model),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -91,6 +91,11 @@ def _other_base(model: str, init_adapter: str) -> str | None:
     return f"adapter {init_adapter} names {named} as its base; it is put on {model}"
 
 
+def absolute(source: str) -> str:
+    """A folder by its whole path; a Hugging Face id as it is."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
 def _nearby_adapter(folder: Path) -> str:
     """A hint at the adapter that a run's folder holds."""
     for name in ("best", "adapter"):

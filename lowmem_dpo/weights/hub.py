@@ -1,21 +1,24 @@
 """Models on the Hugging Face hub: what is asked or downloaded of them goes through here.
 
 What it refuses becomes one line that says what to do: which page to accept, which variable holds
-the token, what is in the local cache. Whether a model can be read at all, and whether there is room
-for it, is known before the first weight is downloaded.
+the token, what is in the local cache. A wait is said. Whether a model can be read at all, and
+whether there is room for it, is known before the first weight is downloaded.
 """
 
 import difflib
 import errno
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import (
     HfApi,
     constants,
+    get_hf_file_metadata,
     hf_hub_download,
+    hf_hub_url,
     snapshot_download,
     try_to_load_from_cache,
 )
@@ -25,6 +28,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from lowmem_dpo.console import say_if_slow
 from lowmem_dpo.data.hub_errors import causes, hub_refusal, one_line
 
 _SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
@@ -43,7 +47,14 @@ def download_config(model_id: str) -> Path:
     Raises:
         ValueError: If the hub does not give it.
     """
-    return Path(_ask(model_id, lambda: hf_hub_download(model_id, "config.json")))
+
+    def question() -> str:
+        if not _is_cached(model_id, "config.json", None):
+            # Six tries in half a minute without a network; the download's own last a minute each.
+            get_hf_file_metadata(hf_hub_url(model_id, "config.json"), retry_on_errors=True)
+        return hf_hub_download(model_id, "config.json")
+
+    return Path(_ask(model_id, "config.json", question))
 
 
 def download_small_files(model_id: str) -> Path:
@@ -52,7 +63,7 @@ def download_small_files(model_id: str) -> Path:
     Raises:
         ValueError: If the hub does not give them.
     """
-    return _snapshot(model_id, _SMALL_FILES)
+    return _snapshot(model_id, "the tokenizer", _SMALL_FILES)
 
 
 def download_model(model_id: str) -> Path:
@@ -61,13 +72,14 @@ def download_model(model_id: str) -> Path:
     Raises:
         ValueError: If the hub does not give them.
     """
-    return _snapshot(model_id, _MODEL_FILES)
+    return _snapshot(model_id, "the weights", _MODEL_FILES)
 
 
-def _snapshot(model_id: str, patterns: list[str]) -> Path:
+def _snapshot(model_id: str, what: str, patterns: list[str]) -> Path:
     return Path(
         _ask(
             model_id,
+            what,
             lambda: snapshot_download(
                 model_id, allow_patterns=patterns, ignore_patterns=_OTHER_FILES
             ),
@@ -89,7 +101,10 @@ def check_download(model_id: str, cache_dir: Path, copy_bytes: int) -> None:
         ValueError: Naming what is missing, or the folder whose disk is too small.
     """
     try:
-        info = HfApi().model_info(model_id, files_metadata=True)
+        with _said_if_slow(model_id, "the list of files"):
+            info = HfApi().model_info(
+                model_id, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+            )
     except Exception:  # of many libraries; nothing depends on the answer
         return
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
@@ -166,15 +181,23 @@ def _without_weights(model_id: str, names: list[str]) -> str:
     return f"{model_id} holds no weights in .safetensors; is it a model?"
 
 
-def _ask(model_id: str, question: Callable[[], Answer]) -> Answer:
-    """The hub's answer; what goes wrong becomes a ValueError of one line.
+def _said_if_slow(model_id: str, what: str) -> AbstractContextManager[None]:
+    """Says what the hub is asked for, if the answer takes a while."""
+    return say_if_slow(
+        f"waiting for Hugging Face: {what} of {model_id} (HF_HUB_OFFLINE=1 takes what is cached)"
+    )
+
+
+def _ask(model_id: str, what: str, question: Callable[[], Answer]) -> Answer:
+    """The hub's answer to a question for `what`; what goes wrong becomes a ValueError of one line.
 
     Raises:
         ValueError: If the hub cannot be reached or refuses.
         OSError: Of this machine's own: a full disk, a folder that cannot be written.
     """
     try:
-        return question()
+        with _said_if_slow(model_id, what):
+            return question()
     except Exception as error:  # of the hub's library, of its HTTP library, of the system
         if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
             raise

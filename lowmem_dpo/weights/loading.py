@@ -13,7 +13,6 @@ What was quantised goes to disk at the same time, in the format of bitsandbytes'
 import copy
 import hashlib
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowmem_dpo.console import say, size
+from lowmem_dpo.files import in_use
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.lora import linear_layers, wrap_linears
 from lowmem_dpo.model.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4
@@ -35,10 +35,17 @@ from lowmem_dpo.weights.bitsandbytes_files import (
 )
 from lowmem_dpo.weights.folders import answer_ends
 from lowmem_dpo.weights.hub import download_model
-from lowmem_dpo.weights.quantized_copy import COPIES_FOLDER, CopyWriter, read_copy, remove_copy
+from lowmem_dpo.weights.quantized_copy import (
+    COPIES_FOLDER,
+    CopyWriter,
+    find_copies,
+    read_copy,
+    remove_copy,
+)
 from lowmem_dpo.weights.safetensors_files import (
+    HashedFile,
     StoredTensor,
-    file_digest,
+    hash_file,
     read_headers,
     weight_files,
 )
@@ -82,28 +89,31 @@ def load_model(
     folder = Path(source) if Path(source).is_dir() else download_model(source)
     device = torch.device(device)
     sources = [folder / "config.json", *weight_files(folder)]
-    digests = [file_digest(path, cache_dir) for path in sources]
-    stored = group_nf4(read_headers(sources[1:]))
+    hashed = [hash_file(path, cache_dir) for path in sources]
+    stored = _stored_weights(folder, config)
     comes_quantised = any(isinstance(weight, StoredNf4) for weight in stored.values())
     if comes_quantised:
         check_kept_quantised(source, quantization)
     quantise = quantization == "nf4" and not comes_quantised
-    own_head = config.tie_word_embeddings and _has_own_head(source, stored)
+    own_head = config.tie_word_embeddings and _holds_own_head(stored)
     if own_head:  # transformers decides in the same way
+        say(
+            f"model: {source} stores a head of its own, which is used, although its "
+            "config.json says that it is the embedding (tie_word_embeddings)"
+        )
         config = copy.deepcopy(config)
         config.tie_word_embeddings = False
-    identity = _identity(sources, digests, quantization, quantise, own_head)
-    kept, network = None, None
+    identity = _identity(hashed, quantization, quantise, own_head)
+    copies, network = None, None
     if quantise and quantized_copy and cache_dir:
-        kept = cache_dir / COPIES_FOLDER / identity
-    if kept and os.path.isdir(kept):  # Path.is_dir raises where one may not look
-        network = _read_copied(kept, source, config, dtype, device, on_host)
+        copies = cache_dir / COPIES_FOLDER
+        network = _read_copied(copies, identity, source, config, dtype, device, on_host)
     if network is None:
         network = _empty_model(config, dtype)
         weights = _matched(source, network, stored)
-        with _copy_writer(kept, folder, network, weights) as writer:
+        with _copy_writer(copies, identity, source, folder, network, weights) as writer:
             _fill(network, weights, source, dtype, device, quantise, writer, on_host)
-            if digests != [file_digest(path, cache_dir) for path in sources]:
+            if not all(file.is_unchanged() for file in hashed):
                 raise ValueError(
                     f"the files of {source} changed while they were read; "
                     "start again once nothing writes to them"
@@ -116,33 +126,42 @@ def load_model(
 
 
 def _read_copied(
-    folder: Path,
+    copies: Path,
+    identity: str,
     source: str,
     config: PretrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
     on_host: Collection[str],
 ) -> PreTrainedModel | None:
-    """The model from its quantised copy; None if that is damaged."""
-    try:
-        model = _empty_model(config, dtype)
-        weights = _matched(source, model, group_nf4(read_copy(folder)))
-        _fill(model, weights, source, dtype, device, False, None, on_host)
-        taken = size(sum(path.stat().st_size for path in folder.iterdir()))
-    except (OSError, ValueError) as error:
-        say(f"model: quantised again; its copy cannot be used and is removed: {error}")
-        remove_copy(folder)
-        return None
-    say(f"model: read from its quantised copy {folder} ({taken})")
-    return model
+    """The model from its quantised copy; None if there is none that can be believed."""
+    for folder in find_copies(copies, identity):
+        try:
+            model = _empty_model(config, dtype)
+            with in_use(folder):
+                weights = _matched(source, model, group_nf4(read_copy(folder, identity)))
+                _fill(model, weights, source, dtype, device, False, None, on_host)
+            taken = size(sum(path.stat().st_size for path in folder.iterdir()))
+        except (OSError, ValueError) as error:
+            say(f"model: quantised again; its copy cannot be used and is removed: {error}")
+            remove_copy(folder)
+            continue
+        say(f"model: read from its quantised copy {folder} ({taken})")
+        return model
+    return None
 
 
 @contextmanager
 def _copy_writer(
-    folder: Path | None, source_folder: Path, model: PreTrainedModel, weights: Weights
+    copies: Path | None,
+    identity: str,
+    source: str,
+    source_folder: Path,
+    model: PreTrainedModel,
+    weights: Weights,
 ) -> Iterator[CopyWriter | None]:
     """Make the quantised copy while the model is filled, and say what came of it."""
-    if folder is None:
+    if copies is None:
         yield None
         return
     linears = _linear_weights(model)
@@ -150,9 +169,9 @@ def _copy_writer(
         NF4_BYTES * math.prod(weight.shape) if name in linears else weight.nbytes
         for name, weight in weights.items()
     )
-    with closing(CopyWriter(folder, weights, int(num_bytes))) as writer:
+    with closing(CopyWriter(copies, identity, weights, int(num_bytes))) as writer:
         yield writer
-        if writer.finish(source_folder):
+        if folder := writer.finish(source, source_folder):
             place = f"{folder} ({size(writer.num_bytes)})"
             say(f"model: quantised; the next start reads the copy {place}")
         elif writer.note:
@@ -209,20 +228,30 @@ def _matched(
     return wanted
 
 
-def _has_own_head(source: str, stored: Weights) -> bool:
-    """Whether a head is stored whose numbers are not the embedding's; says so."""
+def has_own_head(folder: Path, config: PretrainedConfig) -> bool:
+    """Whether a model's head is no embedding, by its files rather than by config.json alone.
+
+    Raises:
+        ValueError: If its weights are missing or damaged.
+    """
+    return not config.tie_word_embeddings or _holds_own_head(_stored_weights(folder, config))
+
+
+def _stored_weights(folder: Path, config: PretrainedConfig) -> dict[str, StoredTensor | StoredNf4]:
+    """What a model's files hold; a tied weight may stand there under the head's name alone."""
+    stored = group_nf4(read_headers(weight_files(folder)))
+    if config.tie_word_embeddings and _HEAD in stored and _EMBEDDING not in stored:
+        stored[_EMBEDDING] = stored.pop(_HEAD)
+    return stored
+
+
+def _holds_own_head(stored: Weights) -> bool:
+    """Whether a head is stored whose numbers are not the embedding's."""
     head, embedding = stored.get(_HEAD), stored.get(_EMBEDDING)
     if isinstance(head, StoredTensor) and isinstance(embedding, StoredTensor):
         same_kind = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
-        if same_kind and head.content_digest() == embedding.content_digest():
-            return False
-    elif not isinstance(head, StoredNf4):
-        return False
-    say(
-        f"model: {source} stores a head of its own, which is used, although its "
-        "config.json says that it is the embedding (tie_word_embeddings)"
-    )
-    return True
+        return not same_kind or head.content_digest() != embedding.content_digest()
+    return isinstance(head, StoredNf4)
 
 
 def _first_and_count(names: set[str]) -> str:
@@ -317,13 +346,12 @@ def _complete(source: str, model: PreTrainedModel, device: torch.device) -> None
 
 
 def _identity(
-    files: list[Path],
-    digests: list[str],
+    files: list[HashedFile],
     quantization: Quantization,
     quantise: bool,
     own_head: bool,
 ) -> str:
-    lines = [f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True)]
+    lines = [f"{file.path.name} {file.digest}" for file in files]
     lines.append(f"quantization {quantization}")
     if quantise:
         lines.append(f"quantiser {QUANTISER_VERSION}")

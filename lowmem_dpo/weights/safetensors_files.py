@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ _DTYPES = {
 }
 _PIECE_BYTES = 2**24
 _MAX_HEADER_BYTES = 100_000_000
+_DIGEST = re.compile("[0-9a-f]{64}")
+_TICK_NS = 2 * 10**9  # of the coarsest clock, that of FAT
 
 
 @dataclass(frozen=True)
@@ -196,37 +199,74 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def file_digest(path: Path, cache_dir: Path | None = None) -> str:
-    """SHA-256 of a file's content, in hex.
+@dataclass(frozen=True)
+class HashedFile:
+    """A file and what it held when it was hashed; `hash_file` makes it.
+
+    Attributes:
+        path: The file.
+        digest: SHA-256 of its content, in hex.
+        stamp: What the system said of it before it was read.
+        is_settled: Whether any change since then shows in the stamp.
+    """
+
+    path: Path
+    digest: str
+    stamp: list[int]
+    is_settled: bool
+
+    def is_unchanged(self) -> bool:
+        """Whether it holds the same now; it is read again only where its stamp leaves that open."""
+        return (self.is_settled and _stamp(self.path) == self.stamp) or (
+            file_digest(self.path) == self.digest
+        )
+
+
+def hash_file(path: Path, cache_dir: Path | None = None) -> HashedFile:
+    """Hash a file.
 
     Args:
         path: The file.
         cache_dir: Where to remember it, so that gigabytes are read once; a file with the same
             stamp counts as the same. None remembers nothing.
     """
-    stat = path.stat()
-    # Another one after a change, even at equal size and mtime: no tool sets ctime back.
-    stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+    stamp, begun_ns = _stamp(path), time.time_ns()
     key = str(path.resolve())
     memory = cache_dir / DIGESTS_FILE if cache_dir else None
     known = _read_digests(memory)
     if key in known and known[key][:-1] == stamp:
-        return known[key][-1]
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if memory:
+        return HashedFile(path, known[key][-1], stamp, is_settled=True)
+    digest = file_digest(path)
+    # A change soon after the last one may leave the stamp as it is: clocks of file systems tick.
+    is_settled = begun_ns - max(stamp[1:3]) > _TICK_NS
+    if memory and is_settled:
         # Read again: another process may have added to it meanwhile. What is lost is redone.
         entries = _read_digests(memory) | {key: [*stamp, digest]}
         with contextlib.suppress(OSError):  # a full disk, a folder that cannot be written
             memory.parent.mkdir(parents=True, exist_ok=True)
             replace_file(memory, json.dumps(entries, indent=0).encode())
-    return digest
+    return HashedFile(path, digest, stamp, is_settled)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stamp(path: Path) -> list[int]:
+    """What differs once a file was changed or replaced, beginning with its size and its times."""
+    stat = path.stat()
+    # Another one after a change, even at equal size and mtime: no tool sets ctime back. (Windows
+    # gives the time of creation in its place.)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
 def _read_digests(path: Path | None) -> dict[str, list]:
-    """What is remembered; nothing, if the file is missing or damaged: digests can be redone."""
+    """What is remembered; what of it is missing or damaged is left out: it can be redone."""
     with contextlib.suppress(OSError, ValueError):
         entries = json.loads(path.read_text(encoding="utf-8")) if path else {}
         if isinstance(entries, dict):
-            return {key: v for key, v in entries.items() if isinstance(v, list) and v}
+            lists = {key: entry for key, entry in entries.items() if isinstance(entry, list)}
+            return {key: v for key, v in lists.items() if v and _DIGEST.fullmatch(str(v[-1]))}
     return {}

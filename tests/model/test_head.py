@@ -101,8 +101,12 @@ def test_heads_give_logits_for_sampling(kind):
 def test_a_quantised_head_refuses_a_damaged_weight():
     weight = make_weight()
     weight[2300, 3] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match=r"NaN or infinite numbers; the checkpoint is damaged$"):
         Int8Head(weight, None)
+    weight[2300, 3] = 1e5
+    Int8Head(weight, None)
+    with pytest.raises(ValueError, match="damaged, or beyond float16: take dtype float32"):
+        Int8Head(weight.half(), None)
 
 
 def test_quantize_head_tells_storage_and_identity(loaded):

@@ -89,6 +89,6 @@ def test_help_shows_type_and_default():
 def test_defaults_in_the_help_are_read_back_as_the_defaults(name):
     config = VERBS[name].config
     shown = re.findall(r"^  --(\w+)  .*; default\s+(\S+)$", helps(name)[1], re.MULTILINE)
-    assert len(shown) >= 3
+    assert shown
     for setting, default in shown:
         assert parse_config(config, [f"--{setting}={default}"]) == config(), setting

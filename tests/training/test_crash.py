@@ -90,11 +90,11 @@ def test_killed_at_any_moment_a_resumed_run_gives_the_uninterrupted_losses(
     rng = random.Random(seed)
     data = write_rows(tmp_path / "pairs.jsonl", random_pairs(16))
 
-    def words(name: str) -> list[str]:
+    def words(name: str, save_steps: int = 1) -> list[str]:
         text = f"""train --model {llama_dir} --data {data} --output_dir {tmp_path / name}
             --cache_dir {tmp_path / f"cache-{name}"} --resume auto --batch_size 4 --max_steps 6
-            --learning_rate 1e-3 --lora_r 4 --pack_tokens 128 --save_strategy steps --save_steps 1
-            --keep_checkpoints 1 --eval_fraction 0.3 --eval_steps 2"""
+            --learning_rate 1e-3 --lora_r 4 --pack_tokens 128 --save_strategy steps
+            --save_steps {save_steps} --keep_checkpoints 1 --eval_fraction 0.3 --eval_steps 2"""
         return text.split()
 
     whole = server.run(words("whole"))
@@ -108,6 +108,7 @@ def test_killed_at_any_moment_a_resumed_run_gives_the_uninterrupted_losses(
         name = f"run-{kills}"
         output, cache = tmp_path / name, tmp_path / f"cache-{name}"
         moments: list[dict[str, Any]] = []
+        save_steps = rng.choice([1, 3])  # with 3, the first evaluation is before any checkpoint
         status = -9
         while status == -9:
             moment: dict[str, Any] = {}
@@ -117,7 +118,7 @@ def test_killed_at_any_moment_a_resumed_run_gives_the_uninterrupted_losses(
                 else:
                     moment = {"after_seconds": rng.uniform(0, whole["seconds"])}
             moments.append(moment)
-            status = server.run(words(name), **moment)["status"]
+            status = server.run(words(name, save_steps), **moment)["status"]
             kills += status == -9
         where = f"CRASH_SEED={seed}, killed at {moments}\n{server.log.read_text()[-2000:]}"
         assert status == 0, where

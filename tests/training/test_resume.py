@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lowmem_dpo.files import NoLocksError
 from lowmem_dpo.records.checkpoints import find_damage, list_checkpoints
-from lowmem_dpo.records.folder import hold_folder
+from lowmem_dpo.records.folder import RunFolder, hold_folder
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.trainer import Trainer
 from tests.training.conftest import environment
@@ -129,14 +129,66 @@ def test_resume_auto_without_a_checkpoint_starts_afresh(config, tmp_path, capsys
     assert_same_run(fresh.output_dir, config.output_dir)
 
 
+def test_run_killed_between_its_first_best_and_its_first_checkpoint_starts_afresh(
+    config, tmp_path, capsys, monkeypatch
+):
+    config = replace(config, eval_fraction=0.3, eval_steps=1, save_steps=3)
+    Trainer(config).fit()
+    killed = replace(config, output_dir=str(tmp_path / "killed"), resume="auto")
+    output, weights = tmp_path / "killed", "adapter_model.safetensors"
+    save_best, best = RunFolder.save_best, []
+
+    def kill(folder, save_adapter):
+        save_best(folder, save_adapter)
+        best.append((folder.best / weights).read_bytes())
+        raise SystemExit
+
+    for rate in (1e-3, 1e-2):  # the second time, of another run than the first
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(RunFolder, "save_best", kill)
+            Trainer(replace(killed, learning_rate=rate)).fit()
+    assert [path.name for path in output.glob("best*")] != ["best"]
+    Trainer(killed).fit()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "best.killed-2 now" in line]
+    assert "no checkpoint in" in line and "starting afresh" in line
+    assert_same_run(output, config.output_dir)
+    for whole, kept in zip(best, ("best.killed-1", "best.killed-2"), strict=True):
+        assert (output / kept / weights).read_bytes() == whole
+    assert (output / "best" / weights).read_bytes() == (
+        Path(config.output_dir) / "best" / weights
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("left", ["adapter", "run.json"])
+def test_refused_fresh_start_moves_nothing(config, left):
+    output = Path(config.output_dir)
+    (output / "best").mkdir(parents=True)
+    if left == "adapter":
+        (output / left).mkdir()
+    else:
+        (output / left).write_text('{"finished": true}', encoding="utf-8")
+    before = set(output.iterdir())
+    with pytest.raises(ValueError, match="and best/ but no checkpoint to go on from"):
+        Trainer(replace(config, resume="auto")).fit()
+    assert set(output.iterdir()) == before
+
+
+def test_killed_runs_best_stays_where_the_next_start_is_refused(config):
+    best = Path(config.output_dir) / "best"
+    best.mkdir(parents=True)
+    with pytest.raises(ValueError, match="no such file"):
+        Trainer(replace(config, resume="auto", data="nowhere.jsonl")).fit()
+    assert best.exists()
+
+
 def test_resume_auto_without_a_checkpoint_overwrites_nothing(config, tmp_path):
     config = replace(config, save_strategy="no", save_steps=None, keep_checkpoints=2, resume="auto")
     output = Path(config.output_dir)
     Trainer(config).fit()
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     for gone, left in (
-        (None, r"adapter/ and best/ and the record of a finished run"),
-        ("adapter", r"best/ and the record"),
+        (None, r"adapter/ and the record of a finished run and best/"),
+        ("adapter", r"the record of a finished run and best/"),
         ("best", "holds the record of a finished run but no checkpoint .* another --output_dir"),
     ):
         if gone:

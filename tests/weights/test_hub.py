@@ -1,4 +1,6 @@
+import contextlib
 import errno
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -6,6 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from lowmem_dpo import console
 from lowmem_dpo.weights import hub
 from lowmem_dpo.weights.hub import (
     check_download,
@@ -38,7 +41,7 @@ def hub_cache(tmp_path, monkeypatch) -> Path:
     """An own cache, no token, and a hub that answers nothing."""
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    for name in ("hf_hub_download", "snapshot_download", "HfApi"):
+    for name in ("get_hf_file_metadata", "hf_hub_download", "snapshot_download", "HfApi"):
         monkeypatch.setattr(hub, name, answer(ConnectionError("no network in tests")))
     return tmp_path / "hub"
 
@@ -80,7 +83,7 @@ def refusal(call, *args) -> str:
 
 
 def asked_for(monkeypatch, error: Exception, model_id: str = "meta/llama") -> str:
-    monkeypatch.setattr(hub, "hf_hub_download", answer(error))
+    monkeypatch.setattr(hub, "get_hf_file_metadata", answer(error))
     return refusal(download_config, model_id)
 
 
@@ -234,3 +237,61 @@ def test_check_space_looks_at_the_nearest_folder_that_is_there(tmp_path):
     check_space("x", (tmp_path / "not" / "yet", 1), (tmp_path / "nor" / "this", 0))
     assert "needs" in refusal(check_space, "x", (tmp_path / "not" / "yet", 10**18), (tmp_path, 0))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_download_config_without_a_network_waits_half_a_minute_at_most(monkeypatch):
+    """The hub's own code, and a port of this machine where nobody listens."""
+    waits = []
+    monkeypatch.setattr(hub, "get_hf_file_metadata", huggingface_hub.get_hf_file_metadata)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *args: pytest.fail("asked once more"))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "hf_hub_url", lambda *args: "http://127.0.0.1:9/config.json")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    message = refusal(download_config, "some/model")
+    assert message.startswith("Hugging Face cannot be reached (") and "refused" in message
+    assert waits == [1, 2, 4, 8, 8]
+
+
+def test_download_config_of_what_is_cached_asks_no_more_than_the_library_does(monkeypatch):
+    monkeypatch.setattr(hub, "_is_cached", lambda *args: True)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *args: "cached/config.json")
+    assert download_config("some/model") == Path("cached/config.json")
+
+
+def test_check_download_does_not_wait_for_ever(monkeypatch, tmp_path):
+    asked = []
+    api = SimpleNamespace(model_info=lambda *args, **options: asked.append(options) or 1 / 0)
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    check_download("some/model", tmp_path, 0)
+    assert 0 < asked[0]["timeout"] <= 10
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "what"),
+    [
+        ("get_hf_file_metadata", download_config, "config.json"),
+        ("snapshot_download", download_small_files, "the tokenizer"),
+        ("snapshot_download", download_model, "the weights"),
+        ("HfApi", lambda model_id: check_download(model_id, Path(), 0), "the list of files"),
+    ],
+    ids=["config", "small files", "model", "check"],
+)
+def test_wait_for_the_hub_is_said_while_it_lasts(monkeypatch, name, call, what):
+    said, lines = threading.Event(), []
+
+    def say(line):
+        lines.append(line)
+        said.set()
+
+    def late(*args, **options):
+        assert said.wait(timeout=60)
+        raise ConnectionError("late")
+
+    monkeypatch.setattr(console, "say", say)
+    monkeypatch.setattr(console, "SECONDS_BEFORE_A_WAIT_IS_SAID", 0.0)
+    monkeypatch.setattr(hub, name, late)
+    with contextlib.suppress(ValueError):
+        call("some/model")
+    assert lines == [
+        f"waiting for Hugging Face: {what} of some/model (HF_HUB_OFFLINE=1 takes what is cached)"
+    ]

@@ -175,6 +175,21 @@ def test_load_model_uses_a_head_of_its_own_whatever_the_config_says(
         torch.testing.assert_close(logits(loaded.network), logits(theirs), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_load_model_takes_a_tied_weight_under_the_heads_name_alone(
+    tiny_checkpoint, tmp_path, quantization
+):
+    folder, _ = tiny_checkpoint("llama", tie_word_embeddings=True)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for _ in range(2):  # the second start reads the copy
+        loaded = load(folder, quantization, cache_dir=tmp_path / "cache")
+        assert loaded.network.lm_head.weight is loaded.network.model.embed_tokens.weight
+        assert torch.equal(loaded.network.lm_head.weight, theirs.lm_head.weight)
+    if quantization == "none":
+        torch.testing.assert_close(logits(loaded.network), logits(theirs), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from lowmem_dpo.weights import safetensors_files
 from lowmem_dpo.weights.safetensors_files import (
     file_digest,
+    hash_file,
     read_header,
     read_headers,
     weight_files,
@@ -146,18 +147,6 @@ def test_file_digest_depends_on_the_content_alone(tmp_path):
     assert a == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
 
 
-def test_file_digest_notices_another_content_of_equal_size_and_mtime(tmp_path):
-    path, cache = tmp_path / "a", tmp_path / "cache"
-    path.write_bytes(b"1")
-    file_digest(path, cache)
-    stat = path.stat()
-    time.sleep(0.02)  # ctime advances in ticks of the kernel's clock
-    path.write_bytes(b"2")
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert path.stat().st_mtime_ns == stat.st_mtime_ns
-    assert file_digest(path, cache) == file_digest(path)
-
-
 def test_content_digest_is_that_of_the_bytes_and_notices_a_short_file(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     tensors = {"a": torch.arange(9.0), "b": torch.arange(5.0)}
@@ -171,17 +160,79 @@ def test_content_digest_is_that_of_the_bytes_and_notices_a_short_file(tmp_path, 
     assert "it ends inside a tensor" in refusal(header["b"].content_digest)
 
 
-def test_file_digest_reads_a_file_once_until_it_changes(tmp_path, monkeypatch):
+@pytest.fixture
+def later(monkeypatch):
+    """Lets the clock stand well after what the tests write."""
+    now = time.time_ns() + 10**11
+    monkeypatch.setattr(safetensors_files.time, "time_ns", lambda: now)
+
+
+def count_readings(monkeypatch):
     read = []
     digest = safetensors_files.hashlib.file_digest
     monkeypatch.setattr(
         safetensors_files.hashlib, "file_digest", lambda *args: (read.append(1), digest(*args))[1]
     )
+    return read
+
+
+def test_hash_file_notices_another_content_of_equal_size_and_mtime(tmp_path, later):
     path, cache = tmp_path / "a", tmp_path / "cache"
     path.write_bytes(b"1")
-    first = file_digest(path, cache)
-    assert file_digest(path, cache) == first and len(read) == 1
+    hashed = hash_file(path, cache)
+    stat = path.stat()
+    time.sleep(0.02)  # ctime advances in ticks of the kernel's clock
+    path.write_bytes(b"2")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns
+    assert hash_file(path, cache).digest == file_digest(path) and not hashed.is_unchanged()
+
+
+def test_hash_file_notices_another_file_under_the_name(tmp_path, later):
+    path, cache = tmp_path / "a", tmp_path / "cache"
+    path.write_bytes(b"1")
+    hash_file(path, cache)
+    (tmp_path / "b").write_bytes(b"2")
+    os.replace(tmp_path / "b", path)
+    assert hash_file(path, cache).digest == file_digest(path)
+
+
+def test_hash_file_reads_a_file_once_until_it_changes(tmp_path, monkeypatch, later):
+    read = count_readings(monkeypatch)
+    path, cache = tmp_path / "a", tmp_path / "cache"
+    path.write_bytes(b"1")
+    first = hash_file(path, cache)
+    assert hash_file(path, cache) == first and len(read) == 1
     path.write_bytes(b"22")
-    assert file_digest(path, cache) != first and len(read) == 2
-    (cache / "digests.json").write_text("{damaged", encoding="utf-8")
-    assert file_digest(path, cache) == file_digest(path) and len(read) == 4
+    assert hash_file(path, cache).digest != first.digest and len(read) == 2
+
+
+@pytest.mark.parametrize("digest", [None, 7, "", "zz", "0" * 63, ["0" * 64]])
+def test_hash_file_does_not_believe_what_is_no_digest(tmp_path, later, digest):
+    path, memory = tmp_path / "a", tmp_path / "cache" / "digests.json"
+    path.write_bytes(b"1")
+    hash_file(path, memory.parent)
+    entries = json.loads(memory.read_text(encoding="utf-8"))
+    entries[str(path.resolve())][-1] = digest
+    for text in (json.dumps(entries), "{damaged", "[]", json.dumps({str(path.resolve()): 1})):
+        memory.write_text(text, encoding="utf-8")
+        assert hash_file(path, memory.parent).digest == file_digest(path)
+
+
+def test_hash_file_remembers_nothing_of_a_file_that_was_only_just_written(tmp_path):
+    path, cache = tmp_path / "a", tmp_path / "cache"
+    path.write_bytes(b"1")
+    hashed = hash_file(path, cache)
+    assert not (cache / "digests.json").exists()
+    path.write_bytes(b"2")  # which the stamp need not show, within a tick
+    assert not hashed.is_unchanged()
+
+
+def test_hashed_file_is_not_read_again_while_its_stamp_stays(tmp_path, monkeypatch, later):
+    read = count_readings(monkeypatch)
+    path = tmp_path / "a"
+    path.write_bytes(b"1")
+    hashed = hash_file(path)  # no cache remembers it
+    assert hashed.is_unchanged() and len(read) == 1
+    os.link(path, tmp_path / "b")  # another ctime, the same content
+    assert hashed.is_unchanged() and len(read) == 2
