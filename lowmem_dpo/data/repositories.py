@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lowmem_dpo.console import say_if_slow
 from lowmem_dpo.data.hub_errors import class_names, hub_refusal
 from lowmem_dpo.data.rows import Row, drop_nulls, file_kinds, is_row_file, printable_line, read_rows
 
@@ -67,7 +68,10 @@ def _load(name: str, config: str | None) -> Mapping[str, Any]:
     import datasets
 
     try:
-        return datasets.load_dataset(name, config)
+        with say_if_slow(
+            f"waiting for the data set {name} (HF_HUB_OFFLINE=1 takes what is cached)"
+        ):
+            return datasets.load_dataset(name, config)
     except Exception as error:  # whatever the library throws is about what the user named
         raise ValueError(_in_words(name, error)) from None
 

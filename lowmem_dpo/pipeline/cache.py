@@ -24,12 +24,12 @@ from lowmem_dpo.reference.cache import (
     read_fingerprint,
 )
 from lowmem_dpo.settings.configs import CacheConfig
+from lowmem_dpo.tokens.cache import DAMAGE, PAIRS_FOLDER, code_digest, read_reports
 from lowmem_dpo.weights.quantized_copy import COPIES_FOLDER, MANIFEST_FILE, read_manifest
 from lowmem_dpo.weights.safetensors_files import DIGESTS_FILE, weight_files
 from lowmem_dpo_kernels import NUMERICS_VERSION
 
-_PAIRS_FOLDER = "pairs"
-_FOLDERS = (COPIES_FOLDER, REFERENCE_FOLDER, _PAIRS_FOLDER)
+_FOLDERS = (COPIES_FOLDER, REFERENCE_FOLDER, PAIRS_FOLDER)
 _SECONDS_A_DAY = 24 * 3600
 
 
@@ -121,8 +121,13 @@ def _entries(root: Path) -> Iterator[Entry]:
     yield from (entry for _, entry in copies)
     for folder in _found(root / REFERENCE_FOLDER, "[0-9a-f]{32}"):
         yield from _reference(folder, owners)
-    for path in _found(root / _PAIRS_FOLDER, r"[0-9a-f]{32}\.npz"):
-        yield _entry("encoded pairs", path.name, path)
+    for path in _found(root / PAIRS_FOLDER, r"[0-9a-f]{32}\.npz"):
+        try:
+            reports = read_reports(path)
+            useless = None if reports["code"] == code_digest() else "of an earlier release"
+            yield _entry("encoded pairs", reports["source"], path, useless)
+        except DAMAGE:
+            yield _entry("encoded pairs", path.name, path, "damaged")
     for path in _found(root, re.escape(DIGESTS_FILE)):
         yield _entry("digests", f"{len(_read_json(path))} files", path)
     yield from _leftovers(root)

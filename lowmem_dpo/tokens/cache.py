@@ -10,10 +10,12 @@ share them.
 
 import hashlib
 import json
+import os
 import zipfile
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 PAIRS_FOLDER = "pairs"
 CHUNK_TREES = 4096
 KEY_DIGITS = 32  # of a prompt's key
+# What reading a damaged entry raises.
+DAMAGE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
 # Rooms whose code makes token ids of rows.
 ROOMS = ("data", "tokens")
 
@@ -50,10 +54,25 @@ def entry_path(
     if not tokenizer.is_fast:
         return None
     tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
-    files = sorted(p for room in ROOMS for p in (Path(__file__).parents[1] / room).glob("*.py"))
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-    text = json.dumps([what, tokens, code], sort_keys=True, default=str)
+    text = json.dumps([what, tokens, code_digest()], sort_keys=True, default=str)
     return cache_dir / PAIRS_FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+
+
+def code_digest() -> str:
+    """SHA-256 (hex) of the code that makes token ids of rows."""
+    files = sorted(p for room in ROOMS for p in (Path(__file__).parents[1] / room).glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def read_reports(path: Path) -> dict[str, Any]:
+    """What an entry says of itself, its trees left out.
+
+    Raises:
+        DAMAGE: It is damaged.
+    """
+    with np.load(path, allow_pickle=False) as archive:
+        reports: dict[str, Any] = json.loads(archive["reports"].tobytes())
+        return reports
 
 
 def read_entry(path: Path) -> tuple[list[Tree], dict[str, Any]] | None:
@@ -61,10 +80,13 @@ def read_entry(path: Path) -> tuple[list[Tree], dict[str, Any]] | None:
     try:
         with np.load(path, allow_pickle=False) as archive:
             reports = json.loads(archive["reports"].tobytes())
-            return list(_trees(archive)), reports
+            trees = list(_trees(archive))
+        with suppress(OSError):  # when it was used last
+            os.utime(path)
+        return trees, reports
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGE as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "damaged"
         warn(f"{path} is left out: {reason}; the pairs are encoded again")
         return None

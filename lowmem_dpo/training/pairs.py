@@ -13,7 +13,7 @@ from lowmem_dpo.console import console, say, size, warn
 from lowmem_dpo.data.reading import ReadReport, is_single_file, open_source, read_preferences
 from lowmem_dpo.records.folder import text_versions
 from lowmem_dpo.settings.groups import DataSettings, EncodingSettings
-from lowmem_dpo.tokens.cache import entry_path, read_entry, write_entry
+from lowmem_dpo.tokens.cache import code_digest, entry_path, read_entry, write_entry
 from lowmem_dpo.tokens.encoding import encode_pairs
 from lowmem_dpo.tokens.preview import preview_pair
 from lowmem_dpo.tokens.report import EncodeReport
@@ -131,7 +131,9 @@ def _encode(
         takes_long = len(preferences) >= CACHED_FROM_PAIRS
         if entry and takes_long and source.digest() == digest:  # not edited meanwhile
             try:
-                write_entry(entry, trees, {"found": vars(found), "encoded": vars(report)})
+                reports = {"found": vars(found), "encoded": vars(report)}
+                reports |= {"source": str(Path(name).absolute() if Path(name).exists() else name)}
+                write_entry(entry, trees, reports | {"code": code_digest()})
             except OSError as error:
                 warn(f"cannot keep the encoded pairs in {entry.parent}: {error.strerror}")
     for line in report.lines():

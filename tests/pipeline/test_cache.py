@@ -14,6 +14,8 @@ from lowmem_dpo.cli import main
 from lowmem_dpo.files import in_use, is_in_use, lock_file, unlock_file
 from lowmem_dpo.pipeline import cache as cache_verb
 from lowmem_dpo.reference.cache import ReferenceCache
+from lowmem_dpo.tokens.cache import code_digest, read_entry, write_entry
+from lowmem_dpo.tokens.trees import TokenPair, build_tree
 from lowmem_dpo.training import fit
 from lowmem_dpo_kernels import NUMERICS_VERSION
 from tests.errors import one_line_error
@@ -64,6 +66,14 @@ def leave_unused(path: Path, days: float) -> None:
         os.utime(each, (then, then))
 
 
+def encoded(folder: Path, code: str | None = None) -> Path:
+    """Encoded pairs of a file of that name."""
+    path = folder / "pairs" / PAIRS
+    tree = build_tree(TokenPair(1, [1, 2], [1, 3], 1, 1))
+    write_entry(path, [tree], {"source": "/home/x.jsonl", "code": code or code_digest()})
+    return path
+
+
 def files(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if path.is_file()}
 
@@ -77,8 +87,7 @@ def test_list_names_kind_owner_day_and_size(tiny_checkpoint, folder, run, monkey
     monkeypatch.setattr(cache_verb, "size", lambda nbytes: f"{nbytes} bytes")
     source, _ = tiny_checkpoint()
     copy, reference = copy_of(source, folder), shard(folder, KEYS[0]).parent
-    (folder / "pairs").mkdir()
-    (folder / "pairs" / PAIRS).write_bytes(b"12345")
+    pairs = encoded(folder)
     leave_unused(reference, days=40)
     printed = run()
     used = time.strftime("%Y-%m-%d", time.localtime(time.time() - 40 * A_DAY))
@@ -86,7 +95,7 @@ def test_list_names_kind_owner_day_and_size(tiny_checkpoint, folder, run, monkey
     assert f"cache {folder}\n" in printed
     assert f"{used}  {bytes_in(reference)} bytes  reference: org/x\n" in printed
     assert f"{today}  {bytes_in(copy)} bytes  quantised copy: {source}\n" in printed
-    assert f"5 bytes  encoded pairs: {PAIRS}\n" in printed
+    assert f"{pairs.stat().st_size} bytes  encoded pairs: /home/x.jsonl\n" in printed
     assert f"total: {bytes_in(folder)} bytes in 3 entries\n" in printed
     assert "--prune" not in printed
 
@@ -94,6 +103,7 @@ def test_list_names_kind_owner_day_and_size(tiny_checkpoint, folder, run, monkey
 def test_prune_removes_nothing_that_a_run_may_read(tiny_checkpoint, folder, run):
     copy_of(tiny_checkpoint()[0], folder)
     shard(folder, KEYS[0])
+    encoded(folder)
     (folder / "digests.json").write_text("{}", encoding="utf-8")
     before = files(folder)
     assert f"freed 0 KiB in 0 entries of {folder}" in run("--prune")
@@ -179,24 +189,32 @@ def test_prune_removes_references_of_another_layout(folder, run):
     assert kept.exists() and odd.exists() and not old.exists()
 
 
+def test_prune_removes_encoded_pairs_of_other_code_and_damaged_ones(folder, run):
+    path = encoded(folder, code="of another release")
+    assert "encoded pairs: /home/x.jsonl (of an earlier release)" in run("--prune")
+    assert not path.exists()
+    encoded(folder).write_bytes(b"12345")
+    assert f"encoded pairs: {PAIRS} (damaged)" in run("--prune")
+    assert not path.exists()
+
+
 def test_unused_days_counts_from_the_last_use(tiny_checkpoint, folder, run):
     source, _ = tiny_checkpoint()
     copy, reference = copy_of(source, folder), shard(folder, KEYS[0]).parent
-    pairs = folder / "pairs" / PAIRS
-    pairs.parent.mkdir()
-    pairs.write_bytes(b"1")
+    pairs = encoded(folder)
     for path in (copy, reference, pairs):
         leave_unused(path, days=31)
     assert "of no use" not in run("--unused_days", "32")
     assert "of no use" in run("--unused_days", "30") and copy.exists()
     assert copy_of(source, folder) == copy  # reads it
+    assert read_entry(pairs) is not None
     ReferenceCache(folder, {"base": "x"})
     run("--prune", "--unused_days", "30")
-    assert copy.exists() and reference.exists() and not pairs.exists()
-    for path in (copy, reference):
+    assert copy.exists() and reference.exists() and pairs.exists()
+    for path in (copy, reference, pairs):
         leave_unused(path, days=31)
     run("--prune", "--unused_days", "30")
-    assert not copy.exists() and not reference.exists()
+    assert not copy.exists() and not reference.exists() and not pairs.exists()
 
 
 def test_prune_removes_what_a_kill_left_and_nothing_that_is_being_written(folder, run):
