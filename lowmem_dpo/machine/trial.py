@@ -16,7 +16,9 @@ from lowmem_dpo.settings.groups import KERNELS
 from lowmem_dpo.stopping import RunStopped
 
 # Triton's driver, cuBLAS's handles and pinned memory raise a plain RuntimeError.
-_FULL = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDA_ERROR_OUT_OF_MEMORY", re.I)
+_FULL = re.compile(
+    r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|CUDA_ERROR_OUT_OF_MEMORY", re.I
+)
 
 
 def passes_trial(
@@ -39,7 +41,7 @@ def passes_trial(
     try:
         trial()
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or _FULL.search(str(error)):
+        if is_out_of_memory(error):
             raise torch.OutOfMemoryError(str(error)) from error
         why = " ".join(str(error).split())[:200]
         failed = f"{kernels} failed their trial on {device} ({why})"
@@ -52,6 +54,12 @@ def passes_trial(
         warn(f"{failed}; {other} is used, please report it")
         return False
     return True
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the host, had no memory left, in whichever words."""
+    is_ours = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return is_ours or (isinstance(error, RuntimeError) and _FULL.search(str(error)) is not None)
 
 
 def _still_works(device: torch.device) -> bool:

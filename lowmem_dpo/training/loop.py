@@ -31,7 +31,8 @@ from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.settings.groups import OptimizerSettings
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.tokens.trees import Tree
-from lowmem_dpo.training.gradients import Metrics, PairStats, accumulate, pair_logps
+from lowmem_dpo.training.gradients import Metrics, PairStats, pair_logps
+from lowmem_dpo.training.recovery import accumulate_in_memory
 from lowmem_dpo.training.run import Run
 
 LOSS_TOLERANCE = 0.02
@@ -74,7 +75,7 @@ def train_steps(run: Run, state: TrainingState, max_grad_norm: float) -> Iterato
         begun = time.perf_counter()
         is_first = state.step == 0
         packs = pack_trees([run.pairs.train[i] for i in batch], run.pack_tokens)
-        stats = accumulate(
+        stats = accumulate_in_memory(
             model, run.objective, run.reference, packs, state.scaler, compares=is_first
         )
         metrics, bad_pairs = stats.summary()

@@ -1,0 +1,132 @@
+"""A step that runs out of memory, wherever that is, gives the gradient of an undisturbed one."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.packs.packing import pack_trees
+from lowmem_dpo.stopping import RunStopped
+from lowmem_dpo.training.loop import evaluate
+from lowmem_dpo.training.recovery import accumulate_in_memory
+from tests.conftest import random_pairs
+from tests.training.test_identities import (
+    SMALL_PACKS,
+    adapter,  # noqa: F401 - prepare is made of it
+    prepare,  # noqa: F401 - a fixture
+)
+
+pytestmark = pytest.mark.usefixtures("without_plots")
+
+
+class Full(TorchDispatchMode):
+    """Memory is out at some operations, counted from 0."""
+
+    def __init__(self, places=(), error=None):
+        super().__init__()
+        self.count, self.places = 0, set(places)
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count - 1 in self.places:
+            raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def run(prepare, monkeypatch):  # noqa: F811 - the fixture
+    # A mode of operations cannot see torch's own kind of mask, a subclass, being made.
+    monkeypatch.setattr(
+        "lowmem_dpo.model.attention.causal_lower_right",
+        lambda rows, columns: torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows),
+    )
+    return prepare(random_pairs(4), pack_tokens=SMALL_PACKS, lora_dropout=0.2)
+
+
+def keep(run, keeps):
+    for layer in run.policy.model.layers:
+        layer.keeps = keeps
+
+
+def step(run, places=(), error=None):
+    """The step's numbers and gradients, the state of the generator after it, and operations."""
+    packs = pack_trees(run.pairs.train, run.pack_tokens)
+    assert len(packs) > 1
+    parameters = lora_parameters(run.policy.model.network)
+    for parameter in parameters.values():
+        parameter.grad = None
+    torch.manual_seed(3)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with Full(places, error) as mode:
+        stats = accumulate_in_memory(
+            run.policy.model, run.objective, run.reference, packs, scaler, compares=True
+        )
+    found = [block[name] for block in stats.blocks for name in block]
+    found += [parameter.grad for parameter in parameters.values()] + [torch.get_rng_state()]
+    return found, mode.count
+
+
+def same(found, expected):
+    return all(torch.equal(got, want) for got, want in zip(found, expected, strict=True))
+
+
+def check_every(run, stride):
+    expected, count = step(run)
+    assert count > 500
+    for place in range(0, count, stride):
+        found, _ = step(run, [place])
+        assert same(found, expected), place
+
+
+def test_a_failure_at_some_operations_changes_no_bit(run, capsys):
+    check_every(run, 61)
+    assert "out of memory; the step is taken again: the same again" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keeps", ["nothing", "attention", "all"])
+def test_a_failure_at_any_operation_changes_no_bit(run, keeps):
+    keep(run, keeps)
+    check_every(run, 43)
+
+
+def test_layers_keep_less_where_it_fails_again(run, capsys):
+    expected, _ = step(run)
+    keep(run, "all")
+    whole, count = step(run)
+    assert same(whole, expected)
+    places = [count // 2, count // 2 + count // 3, 2 * count]
+    found, _ = step(run, places)
+    assert same(found, expected)
+    said = capsys.readouterr().out
+    assert said.index("the same again") < said.index("keep_activations attention from now on")
+    assert {layer.keeps for layer in run.policy.model.layers} == {"attention"}
+
+
+def test_a_step_that_never_fits_stops_the_run_in_one_line(run):
+    keep(run, "all")
+    with pytest.raises(RunStopped, match=r"out of memory.*--resume auto"):
+        step(run, range(100, 10**6))
+    assert {layer.keeps for layer in run.policy.model.layers} == {"nothing"}
+    assert evaluate(run, run.pairs.train)["eval_loss"] > 0  # nothing is left half done
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError(),
+    ],
+    ids=str,
+)
+def test_memory_is_out_in_several_words(run, error):
+    expected, _ = step(run)
+    assert same(step(run, [300], error)[0], expected)
+
+
+def test_other_errors_are_not_taken_for_it(run):
+    with pytest.raises(RuntimeError, match="shape"):
+        step(run, [300], RuntimeError("shape mismatch"))
