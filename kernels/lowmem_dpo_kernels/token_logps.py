@@ -34,7 +34,13 @@ from torch.autograd.function import once_differentiable
 
 from lowmem_dpo_kernels.heads import IGNORED, FrozenHead, Weight
 from lowmem_dpo_kernels.token_logps_pass import pass_numerics, run_pass
-from lowmem_dpo_kernels.triton_support import TRITON_CAPABILITY, runs_triton, triton_problem
+from lowmem_dpo_kernels.triton_support import (
+    TRITON_CAPABILITY,
+    capability_of,
+    is_rehearsing,
+    runs_triton,
+    triton_problem,
+)
 
 HEAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 logger = logging.getLogger(__name__)
@@ -58,7 +64,7 @@ class _TokenLogpsFunction(torch.autograd.Function):
         hidden_grad = grads.new_zeros(ctx.shape)
         # Repeated rows are summed in the order of t: on CUDA by index_put_, which sorts them, where
         # index_add_ uses atomics; on the CPU by index_add_, one by one, where index_put_ may not.
-        if hidden_grad.is_cuda:
+        if hidden_grad.device.type == "cuda":
             hidden_grad.index_put_((rows,), scaled, accumulate=True)
         else:
             hidden_grad.index_add_(0, rows, scaled)
@@ -107,15 +113,15 @@ def resolve_implementation(
         raise ValueError(
             f"implementation must be auto, torch, triton or fused, got {implementation!r}"
         )
-    if problem := triton_problem():
+    if not is_rehearsing() and (problem := triton_problem()):
         raise ValueError(f"implementation {implementation} cannot run: {problem}; or use auto")
     # Triton's interpreter runs kernels on the CPU, for tests.
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"implementation {implementation} needs CUDA, got {device}; use auto")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
+    if device.type == "cuda" and capability_of(device) < TRITON_CAPABILITY:
         raise ValueError(
             f"implementation {implementation} needs compute capability 8.0, got "
-            f"{torch.cuda.get_device_capability(device)}; use auto"
+            f"{capability_of(device)}; use auto"
         )
     if dtype == torch.float64:
         raise ValueError(f"implementation {implementation} has no float64; use auto")

@@ -39,6 +39,7 @@ from lowmem_dpo.model.families import Family
 from lowmem_dpo.model.lora import LoraLinear
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, round_up_tokens
 from lowmem_dpo_kernels import twins
+from lowmem_dpo_kernels.triton_support import once_a_device
 
 TILE_ROWS = 2048
 """Most rows of a tile. A tile's weights are dequantised for it: 5 to 10 % of its products' time."""
@@ -314,7 +315,7 @@ def mlp_path(backbone: nn.Module) -> str:
     return "triton" if any(mlp.by_kernel for mlp in mlps) else "torch"
 
 
-@functools.cache
+@once_a_device
 def _kernels_agree(
     device: torch.device, dtype: torch.dtype, width: int, activation: str, in_one: bool
 ) -> bool:

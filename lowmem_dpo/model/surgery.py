@@ -25,7 +25,7 @@ from lowmem_dpo.model.nf4 import Nf4Weight
 from lowmem_dpo.model.scoring import with_tried_head_kernels
 from lowmem_dpo.settings.groups import KERNELS
 from lowmem_dpo_kernels import NormKind, rms_norm, twins
-from lowmem_dpo_kernels.triton_support import runs_triton
+from lowmem_dpo_kernels.triton_support import once_a_device, runs_triton
 
 
 def prepare_model(
@@ -148,7 +148,7 @@ def norm_path(backbone: nn.Module) -> str:
     return ", ".join(sorted({norm.implementation for norm in norms})) or "torch"
 
 
-@functools.cache
+@once_a_device
 def norm_implementation(
     device: torch.device, dtype: torch.dtype, width: int, kind: NormKind
 ) -> str:
