@@ -32,7 +32,7 @@ from lowmem_dpo.machine.trial import check_error, passes_trial
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.packs.packing import Pack
 from lowmem_dpo_kernels import token_logps
-from lowmem_dpo_kernels.token_logps import token_logps_path
+from lowmem_dpo_kernels.token_logps import check_indices, token_logps_path
 
 WIDTH = 2048  # a slice in fp32: 32 MiB at D = 4,096
 
@@ -196,6 +196,7 @@ def check_packing(model: LanguageModel, pack: Pack, sequences: Sequence[tuple[in
     Raises:
         ValueError: If the model is not computed rightly; it must not be trained then.
     """
+    check_indices(pack.rows, pack.targets, len(pack.input_ids), model.head_weight.shape[0])
     callers: list[Any] = []
     packed = score(model, pack, on_tree_attention=callers.append).cpu()
     if len(callers) != len(model.layers) or len(set(map(id, callers))) != len(model.layers):

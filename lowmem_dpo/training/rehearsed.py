@@ -1,0 +1,205 @@
+"""A training step with its memory followed: on a model's own tensors, or rehearsed without any.
+
+A rehearsal runs the functions of this program, from the embedding to the optimizer, on tensors
+without memory (`memory.fake_card`), for a card that need not be present and from config.json alone.
+No formula says what a step needs, so none can be wrong of it: with real tensors the same follower
+sees the same bytes.
+"""
+
+import gc
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.memory.trace import Follower
+from lowmem_dpo.model import layer as decoder_layer
+from lowmem_dpo.model.head import HostHead
+from lowmem_dpo.model.language_model import LanguageModel
+from lowmem_dpo.model.lora import LoraLinear, lora_parameters
+from lowmem_dpo.model.nf4 import Nf4Weight
+from lowmem_dpo.model.scoring import head_logps
+from lowmem_dpo.packs.packing import Tree, build_tree, pack_trees
+from lowmem_dpo.records.checkpoints import TrainingState
+from lowmem_dpo.reference.fill import Reference
+from lowmem_dpo.settings.groups import OptimizerSettings
+from lowmem_dpo.tokens.encoding import TokenPair
+from lowmem_dpo.training.gradients import accumulate
+from lowmem_dpo.training.loop import allocate_moments, clip_gradients, new_state
+from lowmem_dpo_kernels.token_logps import _TokenLogpsFunction
+from lowmem_dpo_kernels.triton_support import is_rehearsing
+
+_COMPONENTS: dict[Any, str] = {
+    decoder_layer.AttentionHalf.forward: "attention half",
+    decoder_layer._LayerFunction.backward: "attention half",
+    decoder_layer.TokenWiseHalf.forward: "token-wise half",
+    decoder_layer.TokenWiseHalf.input_gradient: "token-wise half",
+    Nf4Weight.dequantize: "dense copies of NF4 weights",
+    head_logps: "head pass",
+    _TokenLogpsFunction.backward: "head pass",
+    pack_trees: "data",
+}
+PLACES = {inspect.unwrap(place).__code__: name for place, name in _COMPONENTS.items()}
+"""What births in these functions, and in what they call, are for."""
+
+
+class TreeShape(NamedTuple):
+    """Lengths of a pair, in tokens."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+
+def tree_of(shape: TreeShape) -> Tree:
+    """A pair of that shape, whose answers differ from their first token on."""
+    prompt = (0,) * shape.prompt
+    return build_tree(
+        TokenPair(
+            row=0,
+            chosen_ids=prompt + (1,) * shape.chosen,
+            rejected_ids=prompt + (2,) * shape.rejected,
+            chosen_start=shape.prompt,
+            rejected_start=shape.prompt,
+        )
+    )
+
+
+def follow_step(
+    model: LanguageModel,
+    follower: Follower,
+    shapes: Sequence[TreeShape],
+    *,
+    pack_tokens: int,
+    objective: Objective,
+    optimizer: OptimizerSettings,
+) -> None:
+    """Take one optimizer step and follow it.
+
+    Args:
+        model: With an adapter, as `prepare_model` gives it.
+        follower: Has followed nothing yet.
+        shapes: The pairs of the step.
+        pack_tokens: Tokens of a micro-batch.
+        objective: What is minimised.
+        optimizer: Its settings.
+    """
+    parameters = lora_parameters(model.network)
+    state = new_state(optimizer, list(parameters.values()), num_steps=1)
+    allocate_moments(state.optimizer)
+    _note_residents(follower, model, state)
+    with _collected_by_hand(), follower, _marked(follower, model):
+        follower.enter_section("data")
+        trees = [tree_of(shape) for shape in shapes]
+        packs = pack_trees(trees, pack_tokens)
+        reference = _reference_of(trees) if objective.needs_reference else None
+        stats = accumulate(model, objective, reference, packs, state.scaler)
+        follower.enter_section("update")
+        clip_gradients(state, parameters, optimizer.max_grad_norm)
+        _step_optimizer(state)
+        state.optimizer.zero_grad(set_to_none=True)
+        del stats, packs, reference
+
+
+def _reference_of(trees: Sequence[Tree]) -> Reference:
+    logps = {
+        tree.digest: torch.zeros(tree.num_chosen_tokens + tree.num_rejected_tokens)
+        for tree in trees
+    }
+    return Reference(logps, same_fingerprint=True, num_scored=0, recheck_rms=None)
+
+
+def _step_optimizer(state: TrainingState) -> None:
+    """Step it; bitsandbytes' own loop over the parameters would wait for a card after each."""
+    update: Any = getattr(state.optimizer, "update_step", None)
+    if update is None or not is_rehearsing():
+        state.scaler.step(state.optimizer)
+        return
+    with torch.no_grad():
+        for group_index, group in enumerate(state.optimizer.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                update(group, parameter, group_index, index)
+
+
+@contextmanager
+def _collected_by_hand() -> Iterator[None]:
+    """Inside, nothing dies at a moment that Python's collector of cycles happens to choose."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _note_residents(follower: Follower, model: LanguageModel, state: TrainingState) -> None:
+    """What is there before a step: weights, adapter, the optimizer's moments."""
+    layers = {id(module): i for i, layer in enumerate(model.layers) for module in layer.modules()}
+    embedding, head = model.backbone.get_input_embeddings(), model.network.lm_head
+    adapter: list[tuple[nn.Parameter, int | None]] = []
+    for module in model.network.modules():
+        component = "norms and tables"
+        if isinstance(module, Nf4Weight):
+            component = "NF4 weights"
+        elif isinstance(module, LoraLinear):
+            component = "dense weights"
+        elif module is embedding or module is head:
+            component = "embedding" if module is embedding else "head"
+        place = layers.get(id(module))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                adapter.append((tensor, place))
+            elif tensor is not None:
+                follower.note_resident(tensor, component, place)
+    if isinstance(head, HostHead):
+        follower.note_resident(head.host, "head", None)
+    for parameter, place in adapter:
+        follower.note_resident(parameter, "adapter", place)
+    for parameter, place in adapter:
+        for value in state.optimizer.state[parameter].values():
+            if isinstance(value, Tensor):
+                follower.note_resident(value, "optimizer state", place)
+
+
+@contextmanager
+def _marked(follower: Follower, model: LanguageModel) -> Iterator[None]:
+    """Inside, a model's layers tell the follower where it is, and what their inputs are."""
+    num_passes = 0
+    last = len(model.layers) - 1
+    handles = []
+
+    def mark(module: nn.Module, index: int) -> None:
+        def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            nonlocal num_passes
+            num_passes += index == 0
+            follower.enter_section(f"forward {num_passes}", index)
+            follower.say_what_for(arguments[:1], "layer inputs")
+
+        def after(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            phase = f"backward {num_passes}"
+            if output.requires_grad:
+                output.register_hook(lambda _: follower.enter_section(phase, index))
+            if index == last:
+                follower.enter_section(f"head {num_passes}")
+
+        handles.append(module.register_forward_pre_hook(before))
+        handles.append(module.register_forward_hook(after))
+
+    for index, module in enumerate(model.layers):
+        mark(module, index)
+
+    def is_gradient(parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            follower.say_what_for([parameter.grad], "gradients")
+
+    for parameter in lora_parameters(model.network).values():
+        handles.append(parameter.register_post_accumulate_grad_hook(is_gradient))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
