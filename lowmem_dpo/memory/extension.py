@@ -93,7 +93,7 @@ def _moved(event: Event, by: int) -> Happening:
 
 
 def _seen_from(layer: int, event: Event, middle: range, copies: int) -> Happening:
-    """An event in a layer before the period, or behind it: its neighbours are the nearest copies."""
+    """An event in a layer before the period, or behind it: the nearest copy is its neighbour."""
     owner = event.storage.key.layer
     is_behind = layer >= middle.stop
     moves = owner is not None and owner >= (middle.start if is_behind else middle.stop)

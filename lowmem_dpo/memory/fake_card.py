@@ -49,6 +49,7 @@ class FakeCard(FakeTensorMode):
         if device is not None and device.type == "meta":
             kwargs = {**kwargs, "device": CARD}
         if func is _aten._to_copy.default and device == CARD == args[0].fake_device:
-            if kwargs.get("dtype") in (None, args[0].dtype):  # it is there: C++ does not know
+            dtype = kwargs.get("dtype")
+            if dtype is None or dtype == args[0].dtype:  # it is there: C++ does not know
                 return super().dispatch(_aten.alias.default, types, args, {})
         return super().dispatch(func, types, args, kwargs)

@@ -1,5 +1,6 @@
 """The model of the caching allocator, against cases worked out by hand from torch's rules."""
 
+import itertools
 import random
 
 import pytest
@@ -98,7 +99,7 @@ def test_any_order_of_requests_ends_with_whole_segments():
             requested += nbytes
         assert requested <= allocator.allocated_bytes <= allocator.reserved_bytes
         spans = sorted((b.address, b.address + b.size) for _, b in held)
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
     for _, block in held:
         allocator.free(block)
     assert allocator.allocated_bytes == 0
