@@ -21,6 +21,10 @@ BEHIND = 2
 """Layers behind it; the last may differ, since it is the first in the backward pass."""
 
 
+class LayersDiffer(Exception):
+    """The layers of a model do not repeat each other."""
+
+
 class Happening(NamedTuple):
     """A birth or a death of a storage, by its name in the whole model."""
 
@@ -45,7 +49,7 @@ def happenings(sections: Sequence[Section], period: int = 1, copies: int = 0) ->
     """A trace as a list, with `copies` more of the period in the middle.
 
     Raises:
-        ValueError: If something dies that was not born: the layers are not alike.
+        LayersDiffer: If something dies that was not born.
     """
     extended = list(_extended(sections, period, copies))
     alive: set[Key] = set()
@@ -55,7 +59,7 @@ def happenings(sections: Sequence[Section], period: int = 1, copies: int = 0) ->
         elif key in alive:
             alive.remove(key)
         else:
-            raise ValueError(f"layers are not alike: {key} dies and was never born")
+            raise LayersDiffer(f"{key} dies and was never born")
     return extended
 
 
@@ -130,18 +134,18 @@ def extend(
         num_more: How many periods more than `few` the model has.
 
     Raises:
-        ValueError: If layers are not alike, so that the whole model has to be rehearsed.
+        LayersDiffer: If they are not alike, so that the whole model has to be rehearsed.
     """
     expected = happenings(more)
     found = happenings(few, period, 1)
     names = [(each.key, each.is_birth) for each in found]
     if names != [(each.key, each.is_birth) for each in expected]:
-        raise ValueError("layers are not alike: two traces do not continue each other")
+        raise LayersDiffer("one trace does not continue the other")
     growth: dict[Key, int] = {}
     for ours, theirs in zip(found, expected, strict=True):
         difference = theirs.storage.nbytes - ours.storage.nbytes
         if difference and ours.key.layer is not None:
-            raise ValueError(f"layers are not alike: {ours.key} differs in size")
+            raise LayersDiffer(f"{ours.key} differs in size")
         if difference:
             growth[ours.key] = difference
     return [

@@ -376,7 +376,7 @@ def _to_host(x: Tensor) -> Tensor:
 
 def _random_state(device: torch.device) -> tuple[torch.device, Tensor, Tensor | None]:
     """A device, and the states of the CPU's generator and, on a card, of the card's."""
-    on_card = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    on_card = torch.cuda.get_rng_state(device) if cuda_devices(device) else None
     return device, torch.get_rng_state(), on_card
 
 

@@ -6,32 +6,56 @@ No formula says what a step needs, so none can be wrong of it: with real tensors
 sees the same bytes.
 """
 
+import contextlib
+import copy
 import gc
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.losses.types import LossChoice
+from lowmem_dpo.machine.card_table import Card
+from lowmem_dpo.machine.device import resolve_dtype, workspace_bytes
+from lowmem_dpo.memory.extension import (
+    LayersDiffer,
+    extend,
+    happenings,
+    layers_to_rehearse,
+    period_of,
+)
+from lowmem_dpo.memory.fake_card import CARD, FakeCard
+from lowmem_dpo.memory.rehearsal import Rehearsal, rehearsal_of, totals_of
 from lowmem_dpo.memory.trace import Follower
 from lowmem_dpo.model import layer as decoder_layer
 from lowmem_dpo.model.head import HostHead
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.lora import LoraLinear, lora_parameters
 from lowmem_dpo.model.nf4 import Nf4Weight
-from lowmem_dpo.model.scoring import head_logps
+from lowmem_dpo.model.scoring import head_logps, score
+from lowmem_dpo.model.surgery import prepare_model
 from lowmem_dpo.packs.packing import Tree, build_tree, pack_trees
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.reference.fill import Reference
-from lowmem_dpo.settings.groups import OptimizerSettings
+from lowmem_dpo.settings.groups import (
+    AdapterSettings,
+    MemorySettings,
+    ModelSettings,
+    OptimizerSettings,
+)
 from lowmem_dpo.tokens.encoding import TokenPair
 from lowmem_dpo.training.gradients import accumulate
 from lowmem_dpo.training.loop import allocate_moments, clip_gradients, new_state
+from lowmem_dpo.training.policy import adapter_spec
+from lowmem_dpo.weights.loading import unfilled_model
 from lowmem_dpo_kernels.token_logps import _TokenLogpsFunction
-from lowmem_dpo_kernels.triton_support import is_rehearsing
+from lowmem_dpo_kernels.triton_support import RehearsedCard, is_rehearsing, rehearsing
 
 _COMPONENTS: dict[Any, str] = {
     decoder_layer.AttentionHalf.forward: "attention half",
@@ -53,6 +77,106 @@ class TreeShape(NamedTuple):
     prompt: int
     chosen: int
     rejected: int
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """The settings that a step's memory and time depend on, in their groups."""
+
+    model: ModelSettings
+    adapter: AdapterSettings
+    memory: MemorySettings
+    optimizer: OptimizerSettings
+    loss: LossChoice
+
+
+def rehearse(
+    config: PretrainedConfig,
+    card: Card,
+    settings: StepSettings,
+    shapes: Sequence[TreeShape],
+    *,
+    pack_tokens: int,
+    trains: bool = True,
+    limit_bytes: int | None = None,
+) -> Rehearsal:
+    """Rehearse an optimizer step.
+
+    Args:
+        config: The model's config.json.
+        card: The card, which need not be present.
+        settings: As for `train`.
+        shapes: The pairs of the step; two micro-batches are like any number of them.
+        pack_tokens: Tokens of a micro-batch.
+        trains: Whether a step is taken; False for scoring alone, as the reference is made.
+        limit_bytes: What may be reserved; by default what the card has.
+    """
+
+    def follow(num_layers: int) -> Follower:
+        return _follow(_shortened(config, num_layers), card, settings, shapes, pack_tokens, trains)
+
+    num_layers = config.num_hidden_layers
+    period = period_of(getattr(config, "layer_types", None) or ["alike"] * num_layers)
+    num_few = layers_to_rehearse(num_layers, period)
+    times = (num_layers - num_few) // period
+    if times > 1:
+        few, more = follow(num_few), follow(num_few + period)
+        with contextlib.suppress(LayersDiffer):
+            trace = extend(few.sections, more.sections, period, times)
+            totals = totals_of(few.work, card).extended(totals_of(more.work, card), times)
+            return rehearsal_of(trace, totals, card, limit_bytes=limit_bytes)
+    whole = follow(num_layers)
+    trace = [(each, each.storage.nbytes) for each in happenings(whole.sections)]
+    return rehearsal_of(trace, totals_of(whole.work, card), card, limit_bytes=limit_bytes)
+
+
+def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    """The same model with its first layers alone."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    return config
+
+
+def _follow(
+    config: PretrainedConfig,
+    card: Card,
+    settings: StepSettings,
+    shapes: Sequence[TreeShape],
+    pack_tokens: int,
+    trains: bool,
+) -> Follower:
+    """Follow a step of a whole model on tensors without memory."""
+    follower, mode = Follower(CARD.type, PLACES), FakeCard()
+    with rehearsing(RehearsedCard(card.capability, follower.note_launch)):
+        model = unfilled_model(
+            config,
+            quantization=settings.model.quantization,
+            dtype=resolve_dtype(settings.model.dtype, CARD),
+            device=CARD,
+            mode=mode,
+        )
+        with mode:
+            model = prepare_model(
+                model,
+                adapter_spec(settings.adapter),
+                head_quantization=settings.model.head_quantization,
+                head_on_host=settings.memory.head_weight == "host",
+                head_kernel=settings.memory.head_kernel,
+                kernels=settings.model.allowed_kernels,
+                layer_inputs_on_host=settings.memory.layer_inputs == "host",
+            )
+            follow_step(
+                model,
+                follower,
+                shapes,
+                pack_tokens=pack_tokens,
+                objective=Objective.of(settings.loss),
+                optimizer=settings.optimizer,
+                trains=trains,
+            )
+    return follower
 
 
 def tree_of(shape: TreeShape) -> Tree:
@@ -77,6 +201,7 @@ def follow_step(
     pack_tokens: int,
     objective: Objective,
     optimizer: OptimizerSettings,
+    trains: bool = True,
 ) -> None:
     """Take one optimizer step and follow it.
 
@@ -87,16 +212,26 @@ def follow_step(
         pack_tokens: Tokens of a micro-batch.
         objective: What is minimised.
         optimizer: Its settings.
+        trains: As for `rehearse`.
     """
+    if optimizer.optim == "paged_adamw_8bit":  # whose pages stay on the card while they fit
+        optimizer = replace(optimizer, optim="adamw_8bit")
     parameters = lora_parameters(model.network)
     state = new_state(optimizer, list(parameters.values()), num_steps=1)
     allocate_moments(state.optimizer)
     _note_residents(follower, model, state)
     with _collected_by_hand(), follower, _marked(follower, model):
+        if model.device.type == "cuda":
+            follower.note_storage(workspace_bytes(), "other", "workspaces of cuBLAS")
         follower.enter_section("data")
         trees = [tree_of(shape) for shape in shapes]
         packs = pack_trees(trees, pack_tokens)
         reference = _reference_of(trees) if objective.needs_reference else None
+        if not trains:
+            with torch.no_grad():
+                for pack in packs:
+                    score(model, pack)
+            return
         stats = accumulate(model, objective, reference, packs, state.scaler)
         follower.enter_section("update")
         clip_gradients(state, parameters, optimizer.max_grad_norm)
