@@ -33,6 +33,12 @@ class FakeCard(FakeTensorMode):
         """As in `trace.Follower`."""
         return False
 
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        """Every operation comes here."""
+        return self.dispatch(func, types, args, kwargs)
+
     def dispatch(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> object:

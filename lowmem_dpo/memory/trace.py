@@ -120,6 +120,7 @@ class Follower(TorchDispatchMode):
         self.places = places
         self.sections: list[Section] = []
         self.work: list[Work] = []
+        self._is_over = False
         self._alive: dict[int, tuple[Storage, Any]] = {}
         self._born: Counter[tuple[str, int | None]] = Counter()
         self.enter_section("start")
@@ -138,6 +139,11 @@ class Follower(TorchDispatchMode):
         number = tensor.untyped_storage()._cdata
         if number not in self._alive:
             self._note_birth(tensor, component, "loading", layer)
+
+    def __exit__(self, *raised: Any) -> None:
+        """What dies from now on is of no interest."""
+        super().__exit__(*raised)
+        self._is_over = True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -210,7 +216,8 @@ class Follower(TorchDispatchMode):
 
         def die(_: Any) -> None:
             del self._alive[number]
-            self.sections[-1].events.append(Event(storage, is_birth=False))
+            if not self._is_over:
+                self.sections[-1].events.append(Event(storage, is_birth=False))
 
         self._alive[number] = storage, weakref.ref(held, die)
         section.events.append(Event(storage, is_birth=True))

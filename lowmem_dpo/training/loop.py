@@ -138,7 +138,9 @@ def new_state(
     }
     optimizer: torch.optim.Optimizer
     if settings.optim == "sgd":
-        optimizer = torch.optim.SGD(parameters, lr=settings.learning_rate, weight_decay=decay)
+        on_card = parameters[0].device.type == "cuda"  # as torch would choose
+        rate = settings.learning_rate
+        optimizer = torch.optim.SGD(parameters, lr=rate, weight_decay=decay, foreach=on_card)
     elif settings.optim == "adamw":
         optimizer = torch.optim.AdamW(parameters, **options, fused=True)
     else:
@@ -185,7 +187,9 @@ def clip_gradients(
 ) -> Tensor:
     """Scale the gradients down to a norm, 0 for none; gives the norm they had, on the device."""
     state.scaler.unscale_(state.optimizer)
-    return torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or math.inf)
+    limit = max_grad_norm or math.inf
+    # As torch would choose by itself, which it does not for tensors of a rehearsal.
+    return torch.nn.utils.clip_grad_norm_(parameters.values(), limit, foreach=True)
 
 
 def _update(

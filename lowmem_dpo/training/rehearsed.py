@@ -263,7 +263,6 @@ def _step_optimizer(state: TrainingState) -> None:
 @contextmanager
 def _collected_by_hand() -> Iterator[None]:
     """Inside, nothing dies at a moment that Python's collector of cycles happens to choose."""
-    gc.collect()
     gc.disable()
     try:
         yield
