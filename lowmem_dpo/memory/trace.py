@@ -134,11 +134,13 @@ class Follower(TorchDispatchMode):
         """What follows is of another phase, or of another decoder layer."""
         self.sections.append(Section(phase, layer))
 
-    def note_resident(self, tensor: Tensor, component: str, layer: int | None) -> None:
+    def note_resident(
+        self, tensor: Tensor, component: str, layer: int | None, *, is_pinned: bool = False
+    ) -> None:
         """Note a tensor that is there already; `layer` is the decoder layer it belongs to."""
         number = tensor.untyped_storage()._cdata
         if number not in self._alive:
-            self._note_birth(tensor, component, "loading", layer)
+            self._note_birth(tensor, component, "loading", layer, is_pinned=is_pinned)
 
     def __exit__(self, *raised: Any) -> None:
         """What dies from now on is of no interest."""
@@ -167,7 +169,8 @@ class Follower(TorchDispatchMode):
                 layer = self.sections[-1].layer
                 if layer is None:  # of a list, for each of another list
                     layer = self._common_layer([sources[i]] if is_by_item else inputs)
-                self._note_birth(output, component, maker, layer)
+                is_pinned = bool(kwargs.get("pin_memory")) or func is _aten._pin_memory.default
+                self._note_birth(output, component, maker, layer, is_pinned=is_pinned)
         if func.overloadpacket not in _NO_WORK and (num_new or func._schema.is_mutable):
             self._note_work(func, args, kwargs, result, inputs, outputs)
         return result
@@ -202,12 +205,16 @@ class Follower(TorchDispatchMode):
         self._born[phase, layer] += 1
         return Key(phase, layer, number)
 
-    def _note_birth(self, tensor: Tensor, component: str, maker: str, layer: int | None) -> None:
+    def _note_birth(
+        self, tensor: Tensor, component: str, maker: str, layer: int | None, *, is_pinned: bool
+    ) -> None:
         held = tensor.untyped_storage()
-        number, section = held._cdata, self.sections[-1]
+        number, section, nbytes = held._cdata, self.sections[-1], held.nbytes()
+        if is_pinned:  # torch takes a power of two
+            nbytes = 1 << max(0, nbytes - 1).bit_length()
         storage = Storage(
             key=self._name(section.phase, layer),
-            nbytes=held.nbytes(),
+            nbytes=nbytes,
             on_card=tensor.device.type == self.device_type,
             component=component,
             maker=maker,

@@ -138,9 +138,7 @@ def new_state(
     }
     optimizer: torch.optim.Optimizer
     if settings.optim == "sgd":
-        on_card = parameters[0].device.type == "cuda"  # as torch would choose
-        rate = settings.learning_rate
-        optimizer = torch.optim.SGD(parameters, lr=rate, weight_decay=decay, foreach=on_card)
+        optimizer = torch.optim.SGD(parameters, lr=settings.learning_rate, weight_decay=decay)
     elif settings.optim == "adamw":
         optimizer = torch.optim.AdamW(parameters, **options, fused=True)
     else:
@@ -188,8 +186,9 @@ def clip_gradients(
     """Scale the gradients down to a norm, 0 for none; gives the norm they had, on the device."""
     state.scaler.unscale_(state.optimizer)
     limit = max_grad_norm or math.inf
-    # As torch would choose by itself, which it does not for tensors of a rehearsal.
-    return torch.nn.utils.clip_grad_norm_(parameters.values(), limit, foreach=True)
+    # What torch chooses by itself, but for tensors of a rehearsal.
+    foreach = True if state.device.type == "cpu" else None
+    return torch.nn.utils.clip_grad_norm_(parameters.values(), limit, foreach=foreach)
 
 
 def _update(

@@ -290,7 +290,7 @@ def _note_residents(follower: Follower, model: LanguageModel, state: TrainingSta
             elif tensor is not None:
                 follower.note_resident(tensor, component, place)
     if isinstance(head, HostHead):
-        follower.note_resident(head.host, "head", None)
+        follower.note_resident(head.host, "head", None, is_pinned=follower.device_type == "cuda")
     for parameter, place in adapter:
         follower.note_resident(parameter, "adapter", place)
     for parameter, place in adapter:

@@ -68,14 +68,41 @@ def both(folder, quantization="nf4", dtype=torch.float32, **changes):
 
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral-window", "gemma2", "gemma3", "phi3"]
+CASES = [
+    pytest.param(
+        family,
+        quantization,
+        dtype,
+        marks=() if (quantization == "nf4") == (dtype == torch.bfloat16) else pytest.mark.slow,
+    )
+    for family in FAMILIES
+    for quantization in ("nf4", "none")
+    for dtype in (torch.bfloat16, torch.float32)
+]
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_rehearsal_has_the_bytes_of_the_real_step(tiny_checkpoint, family, dtype, quantization):
+@pytest.mark.parametrize("family, quantization, dtype", CASES, ids=str)
+def test_a_rehearsal_has_the_bytes_of_the_real_step(tiny_checkpoint, family, quantization, dtype):
     folder, _ = tiny_checkpoint(family)
     real, rehearsed = both(folder, quantization, dtype)
     assert len(events(real)) > 1000
+    assert events(rehearsed) == events(real)
+    assert rehearsed.work == real.work
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dropout": 0.1},
+        {"optim": "adamw_8bit"},
+        {"optim": "sgd"},
+        {"head": "int8"},
+        {"trains": False},
+    ],
+    ids=str,
+)
+def test_a_rehearsal_has_the_bytes_of_the_real_step_with(tiny_checkpoint, changes):
+    folder, _ = tiny_checkpoint()
+    real, rehearsed = both(folder, **changes)
     assert events(rehearsed) == events(real)
     assert rehearsed.work == real.work
