@@ -60,6 +60,7 @@ from lowmem_dpo_kernels.triton_support import RehearsedCard, is_rehearsing, rehe
 _COMPONENTS: dict[Any, str] = {
     decoder_layer.AttentionHalf.forward: "attention half",
     decoder_layer._LayerFunction.backward: "attention half",
+    decoder_layer._to_host: "layer inputs",
     decoder_layer.TokenWiseHalf.forward: "token-wise half",
     decoder_layer.TokenWiseHalf.input_gradient: "token-wise half",
     Nf4Weight.dequantize: "dense copies of NF4 weights",
