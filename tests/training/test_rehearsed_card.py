@@ -109,16 +109,17 @@ def test_components_and_makers_add_up_to_the_peak():
 
 
 def test_layer_inputs_and_head_on_the_host_leave_the_card():
-    config = config_of(num_hidden_layers=7, hidden_size=512, vocab_size=8192)
+    config = config_of(num_hidden_layers=7, hidden_size=512, vocab_size=65536)
     here = rehearsal(config, length=400)
     there = rehearsal(config, length=400, layer_inputs="host", head_weight="host")
-    head_bytes, input_bytes = 2 * 8192 * 512, 2 * 512 * 1216
+    head_bytes, input_bytes = 2 * 65536 * 512, 2 * 512 * 1216
     assert "head" not in there.components
     assert there.host_components["head"] == head_bytes
     assert there.host_components["layer inputs"] == 7 * 2 ** (input_bytes - 1).bit_length()
     assert here.components["layer inputs"] >= 7 * input_bytes
     assert here.link_bytes < 2**20 < 2 * 7 * input_bytes < there.link_bytes
-    assert there.peak_allocated_bytes < here.peak_allocated_bytes - head_bytes
+    # Two slices of the head, of 8,192 rows, are on the card while it is read.
+    assert there.peak_allocated_bytes < here.peak_allocated_bytes - head_bytes / 2
 
 
 def test_scoring_alone_needs_less_and_computes_less():
