@@ -1,10 +1,11 @@
 """The settings of every verb: the groups that it needs, and what only it knows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from lowmem_dpo.losses.types import losses_of
-from lowmem_dpo.settings.fields import parse_config
+from lowmem_dpo.settings.fields import COUNT, Bounds, parse_config
 from lowmem_dpo.settings.groups import (
     AdapterSettings,
     DataSettings,
@@ -70,6 +71,32 @@ class TrainConfig(
                 value.
         """
         return parse_config(cls, ["--config", str(path)])
+
+
+@dataclass(frozen=True)
+class PlanConfig(ModelSettings, AdapterSettings, MemorySettings):
+    """What shall fit, and where."""
+
+    card: str | None = None
+    """A card by the name people use, such as RTX 3060; it need not be here. By default, it is."""
+    max_length: int = field(
+        default=1024, metadata=COUNT | {"must be at least 2": Bounds(at_least=2)}
+    )
+    """Longest sequence in tokens: half of it prompt, half completion."""
+    batch_size: int = field(default=16, metadata=COUNT)
+    """Pairs per optimizer step."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"] = "adamw"
+    """As for `train`."""
+    json: bool = False
+    """Print one JSON object in place of the table."""
+
+    def check(self) -> None:
+        """Refuse what a plan does not depend on."""
+        for name in ("device", "quantized_copy", "cache_dir"):
+            if getattr(self, name) != getattr(ModelSettings, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no effect on a plan; leave it out"
+                )
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ def load_policy(
     """
     memory = memory or MemorySettings()
     source = source or read_source(settings, memory, init_adapter=init_adapter)
-    spec = _adapter_of_source(adapter, source.init_adapter)
+    spec = adapter_spec(adapter, source.init_adapter)
     model = load_model(
         source.base,
         config=source.config,
@@ -281,23 +281,16 @@ def load_policy(
     return Policy(model, identity, source.tokenizer, spec, base, start, storage, chat_template)
 
 
-def adapter_spec(settings: AdapterSettings) -> AdapterSpec:
-    """A new adapter, as the settings say."""
-    return AdapterSpec(
+def adapter_spec(settings: AdapterSettings | None, init_adapter: str | None) -> AdapterSpec | None:
+    """The adapter as the settings say, or as the starting adapter is."""
+    settings_or_none, settings = settings, settings or AdapterSettings()
+    wanted = AdapterSpec(
         rank=settings.lora_r,
         alpha=settings.lora_alpha,
         dropout=settings.lora_dropout,
         targets=settings.lora_target_modules,
         rank_stabilised=settings.use_rslora,
     )
-
-
-def _adapter_of_source(
-    settings: AdapterSettings | None, init_adapter: str | None
-) -> AdapterSpec | None:
-    """The adapter as the settings say, or as the starting adapter is."""
-    settings_or_none, settings = settings, settings or AdapterSettings()
-    wanted = adapter_spec(settings)
     if init_adapter is None:
         return wanted if settings_or_none else None
     given = replace(read_adapter_config(Path(init_adapter)), dropout=wanted.dropout)

@@ -36,7 +36,7 @@ from lowmem_dpo.memory.trace import Follower
 from lowmem_dpo.model import layer as decoder_layer
 from lowmem_dpo.model.head import HostHead
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.lora import LoraLinear, lora_parameters
+from lowmem_dpo.model.lora import AdapterSpec, LoraLinear, lora_parameters
 from lowmem_dpo.model.nf4 import Nf4Weight
 from lowmem_dpo.model.scoring import head_logps, score
 from lowmem_dpo.model.surgery import prepare_model
@@ -44,7 +44,6 @@ from lowmem_dpo.packs.packing import Tree, build_tree, pack_trees
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.reference.fill import Reference
 from lowmem_dpo.settings.groups import (
-    AdapterSettings,
     MemorySettings,
     ModelSettings,
     OptimizerSettings,
@@ -52,7 +51,6 @@ from lowmem_dpo.settings.groups import (
 from lowmem_dpo.tokens.encoding import TokenPair
 from lowmem_dpo.training.gradients import accumulate
 from lowmem_dpo.training.loop import allocate_moments, clip_gradients, new_state
-from lowmem_dpo.training.policy import adapter_spec
 from lowmem_dpo.weights.loading import unfilled_model
 from lowmem_dpo_kernels.token_logps import _TokenLogpsFunction
 from lowmem_dpo_kernels.triton_support import RehearsedCard, is_rehearsing, rehearsing
@@ -82,10 +80,10 @@ class TreeShape(NamedTuple):
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The settings that a step's memory and time depend on, in their groups."""
+    """What a step's memory and time depend on, the model and the pairs aside."""
 
     model: ModelSettings
-    adapter: AdapterSettings
+    adapter: AdapterSpec
     memory: MemorySettings
     optimizer: OptimizerSettings
     loss: LossChoice
@@ -161,7 +159,7 @@ def _follow(
         with mode:
             model = prepare_model(
                 model,
-                adapter_spec(settings.adapter),
+                settings.adapter,
                 head_quantization=settings.model.head_quantization,
                 head_on_host=settings.memory.head_weight == "host",
                 head_kernel=settings.memory.head_kernel,

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from lowmem_dpo.machine.card_table import GIB, find_card
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training import rehearsed
+from lowmem_dpo.training.policy import adapter_spec
 from lowmem_dpo.training.rehearsed import StepSettings, TreeShape, rehearse
 from tests.tiny import FAMILIES, SIZES
 
@@ -31,7 +32,7 @@ def config_of(family="llama", **changes):
 
 def settings_of(**changes):
     config = dataclasses.replace(TrainConfig(), **changes)
-    return StepSettings(config, config, config, config, config)
+    return StepSettings(config, adapter_spec(config, None), config, config, config)
 
 
 def rehearsal(config, card="RTX 3060", *, pairs=2, length=20, trains=True, limit=None, **changes):
