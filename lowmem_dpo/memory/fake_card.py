@@ -34,14 +34,12 @@ class FakeCard(FakeTensorMode):
         return False
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         """Every operation comes here."""
         return self.dispatch(func, types, args, kwargs)
 
-    def dispatch(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> object:
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
         """Answer what FakeTensorMode answers for compilers only; leave it the rest."""
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:

@@ -26,6 +26,7 @@ from lowmem_dpo.settings.groups import LossSettings, OptimizerSettings, parse_by
 from lowmem_dpo.training.policy import adapter_spec
 from lowmem_dpo.training.rehearsed import StepSettings, TreeShape, rehearse, tree_of
 from lowmem_dpo.training.run import PACK_TOKENS_LIMIT
+from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
 from lowmem_dpo.weights.folders import load_config, resolve_source
 
 LENGTH_MULTIPLE = 64
@@ -69,6 +70,8 @@ def plan(config: PlanConfig) -> None:
     model = load_config(base, config.max_length)
     if model.tie_word_embeddings:
         check_tied_head(config.head_quantization, config.head_weight)
+    if getattr(model, "quantization_config", None):
+        check_kept_quantised(base, config.quantization)
     config = replace(config, init_adapter=init_adapter)
     note(f"rehearsing steps of {base} for {card.name}; this may take a minute")
     planned = plan_step(model, card, config)
@@ -124,12 +127,14 @@ def plan_step(model: PretrainedConfig, card: Card, config: PlanConfig) -> Planne
     pairs_a_pack = pack_tokens // tree.num_tokens
     num_packs = math.ceil(config.batch_size / pairs_a_pack)
     num_rehearsed = min(num_packs, 2)  # the second finds the gradients of the first
+    adapter = adapter_spec(config, config.init_adapter)
+    assert adapter is not None
     found = rehearse(
         model,
         card,
         StepSettings(
             config,
-            adapter_spec(config, config.init_adapter),
+            adapter,
             config,
             OptimizerSettings(optim=config.optim),
             LossSettings(),
@@ -262,7 +267,9 @@ def _findings(
     low, high = planned.seconds
     yield f"a step takes {duration(low)} to {duration(high)}, by the card's nominal rates"
     if longest is None:
-        yield "no max_length fits"
+        found, weights = planned.rehearsal.components, ("NF4 weights", "dense weights")
+        held = sum(found.get(name, 0) for name in (*weights, "embedding", "head"))
+        yield f"no max_length fits: the weights that stay on the card are {size(held)}"
     else:
         yield f"longest max_length that fits: {longest}"
     if remedy:

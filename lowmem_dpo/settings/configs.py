@@ -22,6 +22,15 @@ from lowmem_dpo.settings.groups import (
 )
 
 
+def _check_head(quantization: str, place: str) -> None:
+    """Refuse a quantised head in host memory."""
+    if quantization != "none" and place == "host":
+        raise ValueError(
+            f"head_quantization={quantization} keeps the head on the device; "
+            "leave it or head_weight host out"
+        )
+
+
 @dataclass(frozen=True)
 class TrainConfig(
     ModelSettings,
@@ -37,11 +46,7 @@ class TrainConfig(
 
     def check(self) -> None:
         """Refuse what has no effect, or no meaning, beside settings of other groups."""
-        if self.head_quantization != "none" and self.head_weight == "host":
-            raise ValueError(
-                f"head_quantization={self.head_quantization} keeps the head on the device; "
-                "leave it or head_weight host out"
-            )
+        _check_head(self.head_quantization, self.head_weight)
         evaluates = self.eval_data or self.eval_fraction
         for name in ("eval_steps", "early_stopping_patience"):
             if getattr(self, name) is not None and not evaluates:
@@ -91,7 +96,8 @@ class PlanConfig(ModelSettings, AdapterSettings, MemorySettings):
     """Print one JSON object in place of the table."""
 
     def check(self) -> None:
-        """Refuse what a plan does not depend on."""
+        """Refuse what a plan does not depend on, and what cannot be together."""
+        _check_head(self.head_quantization, self.head_weight)
         for name in ("device", "quantized_copy", "cache_dir"):
             if getattr(self, name) != getattr(ModelSettings, name):
                 raise ValueError(
