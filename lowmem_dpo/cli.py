@@ -13,7 +13,13 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem_dpo.settings.configs import CacheConfig, DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.settings.configs import (
+    CacheConfig,
+    DemoConfig,
+    GenerateConfig,
+    PlanConfig,
+    TrainConfig,
+)
 from lowmem_dpo.settings.fields import Faults, Settings, parse_config, to_yaml
 from lowmem_dpo.settings.help import full_help, short_help
 from lowmem_dpo.version import __version__
@@ -78,6 +84,13 @@ VERBS = {
         "lowmem_dpo.pipeline.generate:generate",
         ("model", "adapter", "prompt", "prompts", "compare", "max_new_tokens", "temperature")
         + ("seed", "system_prompt", "device"),
+    ),
+    "plan": Verb(
+        "say whether a model fits on a card that need not be here, from config.json alone",
+        PlanConfig,
+        "lowmem_dpo.pipeline.plan:plan",
+        ("model", "card", "max_length", "batch_size", "pack_tokens", "memory_limit", "layer_inputs")
+        + ("head_weight", "optim", "lora_r", "json"),
     ),
     "cache": Verb(
         "list what the cache holds, and remove what is of no use",

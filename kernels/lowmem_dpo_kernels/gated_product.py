@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lowmem_dpo_kernels.triton_support import launch
+
 ACTIVATIONS = ("silu", "gelu_tanh")  # the second is GELU's approximation by a hyperbolic tangent
 BLOCK = 1024  # columns of a program: 16 bytes of a half type for each of its threads
 
@@ -96,14 +98,15 @@ def _launch(
         for part in (part.reshape(-1, part.shape[-1]) for part in (gate, up))
     )
     num_rows, num_columns = gates.shape
-    with torch.cuda.device_of(out):  # Triton launches on the current device
-        kernel[(num_rows, triton.cdiv(num_columns, BLOCK))](
-            *(*before, gates, ups, out, gates.stride(0), ups.stride(0), num_columns),
-            IS_SILU=activation == "silu",
-            BLOCK=BLOCK,
-            num_warps=4,
-            enable_fp_fusion=True,  # Triton's default varies with its version and environment
-        )
+    launch(
+        kernel,
+        (num_rows, triton.cdiv(num_columns, BLOCK)),
+        *(*before, gates, ups, out, gates.stride(0), ups.stride(0), num_columns),
+        IS_SILU=activation == "silu",
+        BLOCK=BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,  # Triton's default varies with its version and environment
+    )
 
 
 class _GatedProduct(torch.autograd.Function):

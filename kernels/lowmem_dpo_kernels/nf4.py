@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowmem_dpo_kernels.triton_support import launch
 from lowmem_dpo_kernels.twins import NF4_BLOCK as BLOCK
 
 WORDS = 512  # of a program: 4,096 numbers
@@ -90,19 +91,20 @@ def nf4_dequantize(
     if not (out.is_contiguous() and packed.is_contiguous()):
         raise ValueError("packed and out must be contiguous; call .contiguous()")
     num_words = numel // 8
-    with torch.cuda.device_of(out):  # Triton launches on the current device
-        _nf4_dequantize_kernel[(triton.cdiv(num_words, WORDS),)](
-            packed.view(-1).view(torch.int32),
-            absmax,
-            absmax if absmax2 is None else absmax2,
-            absmax if offset is None else offset,
-            code,
-            levels,
-            out,
-            num_words,
-            IS_DOUBLE=absmax2 is not None,
-            WORDS=WORDS,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,  # scale's product is rounded before offset is added
-        )
+    launch(
+        _nf4_dequantize_kernel,
+        (triton.cdiv(num_words, WORDS),),
+        packed.view(-1).view(torch.int32),
+        absmax,
+        absmax if absmax2 is None else absmax2,
+        absmax if offset is None else offset,
+        code,
+        levels,
+        out,
+        num_words,
+        IS_DOUBLE=absmax2 is not None,
+        WORDS=WORDS,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,  # scale's product is rounded before offset is added
+    )
     return out

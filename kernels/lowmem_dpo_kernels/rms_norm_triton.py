@@ -5,12 +5,14 @@ move about 20 in fp32. Nothing is summed over rows, since the weight is frozen: 
 bits whatever the others are.
 """
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lowmem_dpo_kernels.rms_norm import NormKind
+from lowmem_dpo_kernels.triton_support import launch
 
 _TILE_NUMBERS = 1024  # of a program, where rows are shorter
 
@@ -82,9 +84,8 @@ def _rms_norm_bwd_kernel(
 def forward(x: Tensor, weight: Tensor, kind: NormKind, out: Tensor, rstd: Tensor) -> None:
     """Normalise rows: x [M, D] to out [M, D], both contiguous, and rstd [M] fp32; written."""
     grid, options = _options(x)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        arguments = (x, weight, out, rstd, len(x), kind.eps, kind.offset)
-        _rms_norm_fwd_kernel[grid](*arguments, ROUNDS_FIRST=kind.rounds_first, **options)
+    arguments = (x, weight, out, rstd, len(x), kind.eps, kind.offset)
+    launch(_rms_norm_fwd_kernel, grid, *arguments, ROUNDS_FIRST=kind.rounds_first, **options)
 
 
 def backward(
@@ -92,13 +93,11 @@ def backward(
 ) -> None:
     """Gradient of x, to grad_x; all [M, D] are contiguous, rstd is `forward`'s."""
     grid, options = _options(x)
-    with torch.cuda.device_of(x):
-        _rms_norm_bwd_kernel[grid](
-            grad_out, x, weight, rstd, grad_x, len(x), kind.offset, **options
-        )
+    arguments = (grad_out, x, weight, rstd, grad_x, len(x), kind.offset)
+    launch(_rms_norm_bwd_kernel, grid, *arguments, **options)
 
 
-def _options(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
+def _options(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and how the kernels are launched: by the row's length alone."""
     width = triton.next_power_of_2(x.shape[1])
     rows = max(1, _TILE_NUMBERS // width)

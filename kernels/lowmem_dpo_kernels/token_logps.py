@@ -34,7 +34,13 @@ from torch.autograd.function import once_differentiable
 
 from lowmem_dpo_kernels.heads import IGNORED, FrozenHead, Weight
 from lowmem_dpo_kernels.token_logps_pass import pass_numerics, run_pass
-from lowmem_dpo_kernels.triton_support import TRITON_CAPABILITY, runs_triton, triton_problem
+from lowmem_dpo_kernels.triton_support import (
+    TRITON_CAPABILITY,
+    capability_of,
+    is_rehearsing,
+    runs_triton,
+    triton_problem,
+)
 
 HEAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 logger = logging.getLogger(__name__)
@@ -58,7 +64,7 @@ class _TokenLogpsFunction(torch.autograd.Function):
         hidden_grad = grads.new_zeros(ctx.shape)
         # Repeated rows are summed in the order of t: on CUDA by index_put_, which sorts them, where
         # index_add_ uses atomics; on the CPU by index_add_, one by one, where index_put_ may not.
-        if hidden_grad.is_cuda:
+        if hidden_grad.device.type == "cuda":
             hidden_grad.index_put_((rows,), scaled, accumulate=True)
         else:
             hidden_grad.index_add_(0, rows, scaled)
@@ -107,15 +113,15 @@ def resolve_implementation(
         raise ValueError(
             f"implementation must be auto, torch, triton or fused, got {implementation!r}"
         )
-    if problem := triton_problem():
+    if not is_rehearsing() and (problem := triton_problem()):
         raise ValueError(f"implementation {implementation} cannot run: {problem}; or use auto")
     # Triton's interpreter runs kernels on the CPU, for tests.
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"implementation {implementation} needs CUDA, got {device}; use auto")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
+    if device.type == "cuda" and capability_of(device) < TRITON_CAPABILITY:
         raise ValueError(
             f"implementation {implementation} needs compute capability 8.0, got "
-            f"{torch.cuda.get_device_capability(device)}; use auto"
+            f"{capability_of(device)}; use auto"
         )
     if dtype == torch.float64:
         raise ValueError(f"implementation {implementation} has no float64; use auto")
@@ -153,8 +159,8 @@ def token_logps(
         [T] fp32 (float64 for float64 inputs), in nats.
 
     Raises:
-        ValueError: If shapes, dtypes, devices, indices or settings do not fit, or weight or bias
-            requires grad.
+        ValueError: If shapes, dtypes, devices or settings do not fit, or weight or bias requires
+            grad.
     """
     check_head_inputs(hidden, rows, weight, targets, bias)
     if logit_softcap is not None and not logit_softcap > 0:
@@ -170,12 +176,12 @@ def token_logps(
 def check_head_inputs(
     hidden: Tensor, rows: Tensor, weight: Weight, targets: Tensor, bias: Tensor | None
 ) -> None:
-    """Refuse shapes, dtypes, devices and indices that do not fit together, and a head that trains.
+    """Refuse shapes, dtypes and devices that do not fit together, and a head that trains.
 
     Arguments are those of `token_logps`.
 
     Raises:
-        ValueError: For the first that does not fit. Indices are looked at on the CPU only.
+        ValueError: For the first that does not fit.
     """
     if hidden.dtype not in HEAD_DTYPES:
         raise ValueError(
@@ -186,7 +192,7 @@ def check_head_inputs(
             f"hidden must be [N, D] and weight [V, D], V at least 2, got {list(hidden.shape)} and "
             f"{list(weight.shape)}; flatten the batch, and pass the head's own weight"
         )
-    (num_rows, dim), vocabulary, num_tokens = hidden.shape, weight.shape[0], targets.numel()
+    dim, vocabulary, num_tokens = hidden.shape[1], weight.shape[0], targets.numel()
     expected: list[tuple[str, Weight | None, tuple[int, ...], torch.dtype]] = [
         ("rows", rows, (num_tokens,), torch.int64),
         ("targets", targets, (num_tokens,), torch.int64),
@@ -213,10 +219,23 @@ def check_head_inputs(
             raise ValueError(
                 f"{name} must be frozen, got requires_grad=True; call {name}.requires_grad_(False)"
             )
-    # Looking at values would wait for a CUDA card. There PyTorch's own assertion catches a
-    # wrong row, and a wrong target gets a log-prob of NaN.
-    if hidden.device.type != "cpu":
-        return
+
+
+def check_indices(rows: Tensor, targets: Tensor, num_rows: int, vocabulary: int) -> None:
+    """Refuse indices that `token_logps` would not find.
+
+    It does not look at values itself, since that waits for a card: PyTorch's own assertion catches
+    a wrong row, and a wrong target gets a log-prob of NaN. Its caller asks where indices are made.
+
+    Args:
+        rows: As for `token_logps`, on the CPU.
+        targets: Likewise.
+        num_rows: N.
+        vocabulary: V.
+
+    Raises:
+        ValueError: For the first that does not fit.
+    """
     scored = targets[targets != IGNORED]
     for name, index, end in (("rows", rows, num_rows), ("targets", scored, vocabulary)):
         if ((index < 0) | (index >= end)).any():

@@ -34,6 +34,7 @@ from torch import Tensor
 from lowmem_dpo_kernels.heads import HeadSlice, ScoredRows
 from lowmem_dpo_kernels.token_logps_pass import LN2
 from lowmem_dpo_kernels.token_logps_triton import soft_capped
+from lowmem_dpo_kernels.triton_support import capability_of, launch
 
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run on the CPU, for tests
 _LN2 = tl.constexpr(LN2)
@@ -71,9 +72,9 @@ def sizes_for(capability: tuple[int, int], dtype: torch.dtype) -> LaunchSizes:
 
 def sizes_of(queries: Tensor) -> LaunchSizes:
     """Those for the card that holds `queries`; the interpreter has no card."""
-    if not queries.is_cuda:
+    if queries.device.type != "cuda":
         return FP32_SIZES
-    return sizes_for(torch.cuda.get_device_capability(queries.device), queries.dtype)
+    return sizes_for(capability_of(queries.device), queries.dtype)
 
 
 @triton.jit
@@ -266,62 +267,70 @@ def fold_slice(
         "num_stages": sizes.num_stages,
         "enable_fp_fusion": True,  # Triton's default varies with its version and environment
     }
-    with torch.cuda.device_of(queries):  # Triton launches on the current device
-        _score_tile_kernel[(row_tiles, num_tiles)](
-            queries,
-            keys,
-            rows.top if head_slice.bias is None else head_slice.bias,
-            rows.targets - head_slice.start,
-            weights,
-            tile_top,
-            tile_rest,
-            rows.target_logit,
-            queries.stride(0),
-            keys.stride(0),
-            weights.stride(0),
-            num_rows,
-            width,
-            dim,
-            int(values is not None),
-            head_slice.logit_scale,
-            1.0 if logit_softcap is None else logit_softcap,
-            # float16 needs its upper range too, or it loses the softmax's tail.
-            15.0 if queries.dtype == torch.float16 else 0.0,
-            HAS_BIAS=head_slice.bias is not None,
-            HAS_SOFTCAP=logit_softcap is not None,
-            STEP=sizes.score_step,
-            **shared,
-        )
-        _fold_tiles_kernel[(triton.cdiv(num_rows, FOLD_ROWS),)](
-            tile_top,
-            tile_rest,
-            rows.top,
-            rows.rest,
-            shrink,
-            num_rows,
-            num_tiles,
-            ROWS=FOLD_ROWS,
-            enable_fp_fusion=True,
-        )
-        if values is None:
-            return
-        _add_values_kernel[(row_tiles, triton.cdiv(dim, sizes.dims))](
-            weights,
-            keys,
-            tile_top,
-            rows.top,
-            shrink,
-            values,
-            weights.stride(0),
-            keys.stride(0),
-            values.stride(0),
-            num_rows,
-            width,
-            dim,
-            DIMS=sizes.dims,
-            STEP=sizes.value_step,
-            **shared,
-        )
+    product_flops = 2.0 * num_rows * width * dim
+    launch(
+        _score_tile_kernel,
+        (row_tiles, num_tiles),
+        queries,
+        keys,
+        rows.top if head_slice.bias is None else head_slice.bias,
+        rows.targets - head_slice.start,
+        weights,
+        tile_top,
+        tile_rest,
+        rows.target_logit,
+        queries.stride(0),
+        keys.stride(0),
+        weights.stride(0),
+        num_rows,
+        width,
+        dim,
+        int(values is not None),
+        head_slice.logit_scale,
+        1.0 if logit_softcap is None else logit_softcap,
+        # float16 needs its upper range too, or it loses the softmax's tail.
+        15.0 if queries.dtype == torch.float16 else 0.0,
+        HAS_BIAS=head_slice.bias is not None,
+        HAS_SOFTCAP=logit_softcap is not None,
+        STEP=sizes.score_step,
+        flops=product_flops,
+        **shared,
+    )
+    launch(
+        _fold_tiles_kernel,
+        (triton.cdiv(num_rows, FOLD_ROWS),),
+        tile_top,
+        tile_rest,
+        rows.top,
+        rows.rest,
+        shrink,
+        num_rows,
+        num_tiles,
+        ROWS=FOLD_ROWS,
+        enable_fp_fusion=True,
+    )
+    if values is None:
+        return
+    launch(
+        _add_values_kernel,
+        (row_tiles, triton.cdiv(dim, sizes.dims)),
+        weights,
+        keys,
+        tile_top,
+        rows.top,
+        shrink,
+        values,
+        weights.stride(0),
+        keys.stride(0),
+        values.stride(0),
+        num_rows,
+        width,
+        dim,
+        DIMS=sizes.dims,
+        STEP=sizes.value_step,
+        flops=product_flops,
+        **shared,
+    )
 
 
 def weights_numel(sizes: LaunchSizes, num_rows: int, width: int) -> int:

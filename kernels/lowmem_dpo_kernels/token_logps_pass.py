@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem_dpo_kernels.heads import EXPONENT_HEADROOM, IGNORED, FrozenHead, HeadSlice, ScoredRows
+from lowmem_dpo_kernels.triton_support import capability_of
 
 ALIGNMENT = 64
 LN2 = 0.6931471824645996  # rounded to fp32
@@ -39,7 +40,7 @@ def pass_numerics(device: torch.device, dtype: torch.dtype) -> tuple[int, int, t
     (bfloat16); elsewhere the head becomes fp32, slice by slice.
     """
     is_cuda, oldest = device.type == "cuda", _HALF_PRODUCTS_FROM.get(dtype)
-    if oldest and not (is_cuda and torch.cuda.get_device_capability(device) >= oldest):
+    if oldest and not (is_cuda and capability_of(device) >= oldest):
         dtype = torch.float32
     return (1024, 8192, dtype) if is_cuda else (256, 2048, dtype)
 

@@ -11,12 +11,12 @@ is compiled does not depend on which is wanted.
 Shapes: B rows of a block, S width of a slice.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lowmem_dpo_kernels.heads import EXPONENT_HEADROOM, HeadSlice, ScoredRows
+from lowmem_dpo_kernels.triton_support import launch
 
 NUM_WARPS = 8
 
@@ -94,28 +94,29 @@ def fold_slice(logits: Tensor, weights: Tensor, rows: ScoredRows, head_slice: He
     num_rows, padded_width = logits.shape
     bias, logit_softcap = head_slice.bias, head_slice.logit_softcap
     rescale = rows.top.new_empty(num_rows)
-    with torch.cuda.device_of(logits):  # Triton launches on the current device
-        _fold_slice_kernel[(num_rows,)](
-            logits,
-            weights,
-            logits if bias is None else bias,
-            rows.targets - head_slice.start,
-            rows.top,
-            rows.rest,
-            rows.target_logit,
-            rescale,
-            logits.stride(0),
-            weights.stride(0),
-            head_slice.width,
-            padded_width,
-            int(rows.values is not None),
-            head_slice.logit_scale,
-            1.0 if logit_softcap is None else logit_softcap,
-            EXPONENT_HEADROOM.get(weights.dtype, 0.0),
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=logit_softcap is not None,
-            BLOCK=triton.next_power_of_2(padded_width),
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,  # Triton's default varies with its version and environment
-        )
+    launch(
+        _fold_slice_kernel,
+        (num_rows,),
+        logits,
+        weights,
+        logits if bias is None else bias,
+        rows.targets - head_slice.start,
+        rows.top,
+        rows.rest,
+        rows.target_logit,
+        rescale,
+        logits.stride(0),
+        weights.stride(0),
+        head_slice.width,
+        padded_width,
+        int(rows.values is not None),
+        head_slice.logit_scale,
+        1.0 if logit_softcap is None else logit_softcap,
+        EXPONENT_HEADROOM.get(weights.dtype, 0.0),
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=logit_softcap is not None,
+        BLOCK=triton.next_power_of_2(padded_width),
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,  # Triton's default varies with its version and environment
+    )
     return rescale

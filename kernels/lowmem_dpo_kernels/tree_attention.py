@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowmem_dpo_kernels.tree_attention_plan import TreePlan
-from lowmem_dpo_kernels.triton_support import runs_triton
+from lowmem_dpo_kernels.triton_support import capability_of, runs_triton
 
 MAX_HEAD_SIZE = 256
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -64,7 +64,7 @@ class _TreeAttentionFunction(torch.autograd.Function):
 
 def _capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; elsewhere, where Triton only interprets, that of the smaller tiles."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 6)
+    return capability_of(device) if device.type == "cuda" else (8, 6)
 
 
 def tree_attention_path(device: torch.device | str, dtype: torch.dtype, head_size: int) -> str:

@@ -77,6 +77,19 @@ class TreePlan:
         self._end = end  # the first row behind the trees
         self._tables: dict[tuple[str, int, torch.device], Tensor] = {}
 
+    def num_pairs(self, window: int | None) -> int:
+        """Pairs of a query and a key that it sees, of one head.
+
+        Args:
+            window: Positions a query looks back, itself included; None for all.
+        """
+        pairs = 0
+        for _, trunk, chosen, rejected in self.layout:
+            before, *lengths = trunk, trunk + chosen, trunk + rejected
+            pairs += sum(_causal_pairs(length, window) for length in lengths)
+            pairs -= _causal_pairs(before, window)
+        return pairs
+
     def query_tiles(self, size: int, device: torch.device) -> Tensor:
         """Tiles of at most `size` queries, [C, 8] int32; columns are those of `QueryTile`."""
         place = ("query", size, device)
@@ -114,6 +127,12 @@ class TreePlan:
                 yield KeyTile(own + i, count, trunk + i, rejected - i, own, 0, trunk)
         for i, count in _cut(self.num_tokens - self._end, size):
             yield KeyTile(self._end + i, count, 0, 0, self._end, 0, 0)
+
+
+def _causal_pairs(length: int, window: int | None) -> int:
+    """Pairs of one plain sequence."""
+    short = length if window is None else min(length, window)
+    return short * (short + 1) // 2 + (length - short) * short
 
 
 def _cut(length: int, size: int) -> Iterator[tuple[int, int]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowmem_dpo_kernels import tree_attention_kernels
 from lowmem_dpo_kernels.tree_attention_plan import TreePlan
+from lowmem_dpo_kernels.triton_support import launch
 
 LOG2_E = math.log2(math.e)
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run on the CPU, for tests
@@ -118,18 +119,20 @@ def forward(
     out = query.new_empty(num_tokens, num_heads, head_size)
     lse = query.new_empty(num_heads, num_tokens, dtype=torch.float32)
     tiles = plan.query_tiles(size.queries, query.device)
-    with torch.cuda.device_of(query):  # Triton launches on the current device
-        tree_attention_kernels.forward_kernel[(len(tiles) * num_heads,)](
-            query,
-            key,
-            value,
-            out,
-            lse,
-            tiles,
-            *(stride for x in (query, key, value) for stride in x.stride()[:2]),
-            NUM_HEADS=num_heads,
-            **_settings(query, key, size, scale, sliding_window, softcap),
-        )
+    launch(
+        tree_attention_kernels.forward_kernel,
+        (len(tiles) * num_heads,),
+        query,
+        key,
+        value,
+        out,
+        lse,
+        tiles,
+        *(stride for x in (query, key, value) for stride in x.stride()[:2]),
+        NUM_HEADS=num_heads,
+        flops=4.0 * head_size * num_heads * plan.num_pairs(sliding_window),
+        **_settings(query, key, size, scale, sliding_window, softcap),
+    )
     return out, lse
 
 
@@ -159,36 +162,42 @@ def backward(
     views = (query, key, value, grad_out.transpose(0, 1))
     strides = [stride for x in views for stride in x.stride()[:2]]  # from head to head, row to row
     settings = (scale, sliding_window, softcap)
-    with torch.cuda.device_of(query):
-        tree_attention_kernels.query_gradient_kernel[(len(query_tiles) * num_heads,)](
-            query,
-            key,
-            value,
-            out,
-            grad_out,
-            lse,
-            delta,
-            grad_query,
-            query_tiles,
-            *strides,
-            scale=scale,
-            NUM_HEADS=num_heads,
-            **_settings(query, key, sizes.query_gradient, *settings),
-        )
-        tree_attention_kernels.key_gradient_kernel[(len(key_tiles) * num_key_heads,)](
-            query,
-            key,
-            value,
-            grad_out,
-            lse,
-            delta,
-            grad_key,
-            grad_value,
-            key_tiles,
-            *strides,
-            scale=scale,
-            NUM_KEY_HEADS=num_key_heads,
-            **_settings(query, key, sizes.key_gradient, *settings),
-        )
+    num_pairs = plan.num_pairs(sliding_window)
+    launch(
+        tree_attention_kernels.query_gradient_kernel,
+        (len(query_tiles) * num_heads,),
+        query,
+        key,
+        value,
+        out,
+        grad_out,
+        lse,
+        delta,
+        grad_query,
+        query_tiles,
+        *strides,
+        scale=scale,
+        NUM_HEADS=num_heads,
+        flops=6.0 * head_size * num_heads * num_pairs,
+        **_settings(query, key, sizes.query_gradient, *settings),
+    )
+    launch(
+        tree_attention_kernels.key_gradient_kernel,
+        (len(key_tiles) * num_key_heads,),
+        query,
+        key,
+        value,
+        grad_out,
+        lse,
+        delta,
+        grad_key,
+        grad_value,
+        key_tiles,
+        *strides,
+        scale=scale,
+        NUM_KEY_HEADS=num_key_heads,
+        flops=8.0 * head_size * num_heads * num_pairs,
+        **_settings(query, key, sizes.key_gradient, *settings),
+    )
     grads = (grad_query, grad_key, grad_value)
     return tuple(grad.transpose(0, 1) for grad in grads)  # type: ignore[return-value]

@@ -1,7 +1,11 @@
-"""Whether Triton can compile here: asked before the first kernel, not answered by its traceback.
+"""Where kernels are launched, what the card can do, and whether Triton can compile here.
 
 Triton compiles a small C module for every process's driver and kernels, on the machine that runs
-them. Without a C compiler or Python's headers it fails when the first kernel is launched.
+them. Without a C compiler or Python's headers it fails when the first kernel is launched, so that
+is asked before.
+
+A rehearsal runs host code on tensors without memory, for a card that need not be present. Inside
+`rehearsing` the card is the one that is named there, and a launch is noted instead of made.
 """
 
 import functools
@@ -10,13 +14,102 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 TRITON_CAPABILITY = (8, 0)
 """Compute capability of the first cards that Triton supports; they multiply every type here."""
+
+
+@dataclass(frozen=True)
+class RehearsedCard:
+    """The card of a rehearsal.
+
+    Attributes:
+        capability: Its compute capability.
+        note_launch: Called in place of a launch, with the kernel's name, the tensors that it is
+            given, and the floating-point operations of its products.
+        remembered: What `once_a_device` remembers of it.
+    """
+
+    capability: tuple[int, int]
+    note_launch: Callable[[str, list[Tensor], float], None]
+    remembered: dict[Any, Any] = field(default_factory=dict)
+
+
+_rehearsed: RehearsedCard | None = None
+
+
+@contextmanager
+def rehearsing(card: RehearsedCard) -> Iterator[None]:
+    """Inside, CUDA devices are `card`, and no kernel runs."""
+    global _rehearsed
+    assert _rehearsed is None, "a rehearsal within a rehearsal"
+    _rehearsed = card
+    try:
+        yield
+    finally:
+        _rehearsed = None
+
+
+def is_rehearsing() -> bool:
+    """Whether tensors have no content, so that there is nothing to try, compare or wait for."""
+    return _rehearsed is not None
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device: of the card that is there, or that is rehearsed."""
+    if _rehearsed is not None:
+        return _rehearsed.capability
+    return torch.cuda.get_device_capability(device)
+
+
+def once_a_device(function: Callable[..., Any], at_most: int | None = None) -> Any:
+    """Remember what a function of a device gave; a rehearsal, whose card is another, for itself.
+
+    Args:
+        function: Its arguments are hashable; `cache_clear` of the result forgets.
+        at_most: So many answers; the oldest goes first.
+    """
+    ours: dict[Any, Any] = {}
+
+    @functools.wraps(function)
+    def answer(*arguments: Any) -> Any:
+        known = ours if _rehearsed is None else _rehearsed.remembered.setdefault(function, {})
+        if arguments not in known:
+            known[arguments] = function(*arguments)
+            if at_most is not None and len(known) > at_most:
+                del known[next(iter(known))]
+        return known[arguments]
+
+    answer.cache_clear = ours.clear  # type: ignore[attr-defined]
+    return answer
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, flops: float = 0.0, **options: Any
+) -> None:
+    """Launch a Triton kernel on the device of its first argument; all launches come here.
+
+    Args:
+        kernel: Compiled on its first launch.
+        grid: Numbers of programs.
+        *arguments: The kernel's own; the first is a tensor.
+        flops: Floating-point operations of the kernel's products, for rehearsals.
+        **options: Constants that are compiled in, and how the kernel is compiled.
+    """
+    if _rehearsed is not None:
+        tensors = [each for each in arguments if isinstance(each, Tensor)]
+        _rehearsed.note_launch(kernel.fn.__name__.strip("_"), tensors, flops)
+        return
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+        kernel[grid](*arguments, **options)
 
 
 @functools.cache
@@ -34,11 +127,13 @@ def triton_problem() -> str | None:
 
 def runs_triton(device: torch.device) -> bool:
     """Whether kernels run on `device`: a CUDA card that is new enough, where Triton compiles."""
-    return (
-        device.type == "cuda"
-        and triton_problem() is None
-        and torch.cuda.get_device_capability(device) >= TRITON_CAPABILITY
-    )
+    if device.type != "cuda":
+        return False
+    if _rehearsed is not None:  # what this machine could compile does not matter
+        compiles = importlib.util.find_spec("triton") is not None
+    else:
+        compiles = triton_problem() is None
+    return compiles and capability_of(device) >= TRITON_CAPABILITY
 
 
 def missing_for_compiling(

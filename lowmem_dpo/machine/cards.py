@@ -36,7 +36,7 @@ class NvidiaCards:
 
 
 @dataclass(frozen=True)
-class Card:
+class UsableCard:
     """A card that torch can use.
 
     Attributes:
@@ -71,7 +71,7 @@ class Machine:
     cuda_build: str | None = None
     is_rocm_build: bool = False
     has_apple_gpu: bool = False
-    cards: tuple[Card, ...] = ()
+    cards: tuple[UsableCard, ...] = ()
     nvidia: NvidiaCards | None = None
     visible_devices: str | None = None
     problem: str = ""
@@ -94,7 +94,7 @@ def this_machine() -> Machine:
     )
 
 
-def _usable_cards() -> tuple[tuple[Card, ...], str]:
+def _usable_cards() -> tuple[tuple[UsableCard, ...], str]:
     """What torch can use, and what it says where it can use nothing."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -105,7 +105,9 @@ def _usable_cards() -> tuple[tuple[Card, ...], str]:
         except RuntimeError as error:
             return (), str(error).partition("\n")[0]
     cards = (
-        Card(each.name, (each.major, each.minor), has_kernels((each.major, each.minor), built_for))
+        UsableCard(
+            each.name, (each.major, each.minor), has_kernels((each.major, each.minor), built_for)
+        )
         for each in found
     )
     return tuple(cards), str(caught[-1].message).partition("\n")[0] if caught else ""

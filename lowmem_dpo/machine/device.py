@@ -6,6 +6,7 @@ which is to name the CPU.
 """
 
 import os
+import re
 import sys
 import time
 from functools import lru_cache
@@ -15,7 +16,7 @@ import torch
 
 from lowmem_dpo.machine.cards import Machine, NvidiaCards, this_machine
 from lowmem_dpo_kernels import triton_problem
-from lowmem_dpo_kernels.triton_support import TRITON_CAPABILITY
+from lowmem_dpo_kernels.triton_support import TRITON_CAPABILITY, capability_of, is_rehearsing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,6 +75,14 @@ def pin_workspaces() -> None:
     """Set cuBLAS's workspaces where the user did not; its first product in a process reads them."""
     for name, value in WORKSPACES.items():
         os.environ.setdefault(name, value)
+
+
+def workspace_bytes() -> int:
+    """What cuBLAS takes for its workspaces, under the user's values or ours."""
+    cublas, lt = (os.environ.get(name, ours) for name, ours in WORKSPACES.items())
+    numbers = [int(number) for number in re.findall(r"\d+", cublas)]
+    buffers = sum(size * count for size, count in zip(numbers[::2], numbers[1::2], strict=False))
+    return 1024 * (buffers + int(lt))
 
 
 def matmul_settings() -> dict[str, Any]:
@@ -228,19 +237,24 @@ def resolve_dtype(
                 "dtype float16 needs loss scaling on a CUDA card; on the CPU use float32"
             )
         return _dtype_for_this_cpu(shape) if name == "auto" else DTYPES[name]
-    has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    has_bfloat16 = capability_of(device) >= (8, 0)
     if name == "auto":
         return torch.bfloat16 if has_bfloat16 else torch.float16
     if name == "bfloat16" and not has_bfloat16:
-        raise ValueError(
-            f"{torch.cuda.get_device_name(device)} has no bfloat16; use dtype float16 or auto"
-        )
+        raise ValueError(f"{_name_of(device)} has no bfloat16; use dtype float16 or auto")
     return DTYPES[name]
 
 
+def _name_of(device: torch.device) -> str:
+    return "the card" if is_rehearsing() else torch.cuda.get_device_name(device)
+
+
 def cuda_devices(device: torch.device) -> list[torch.device]:
-    """The device for `torch.random.fork_rng`, whose list is of CUDA devices beside the CPU."""
-    return [device] if device.type == "cuda" else []
+    """The device for `torch.random.fork_rng`, whose list is of CUDA devices beside the CPU.
+
+    A rehearsed card has no random generator.
+    """
+    return [device] if device.type == "cuda" and not is_rehearsing() else []
 
 
 @lru_cache

@@ -1,6 +1,6 @@
 """Frozen weights that wait in host memory and pass through a few slots on the device.
 
-    host     [layer 0][layer 1][layer 2] ... [layer L-1]   one arena, a blob of bytes a layer
+    host     [layer 0][layer 1][layer 2] ... [layer L-1]   a blob of bytes each
     slots              [layer 1][layer 2]                  on the device, allocated once
 
 While a layer computes, its neighbour is uploaded. In training a pass turns at the last layer and
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_dpo.console import say, size
+from lowmem_dpo_kernels.triton_support import is_rehearsing
 
 ALIGNMENT = 256  # of a tensor in its blob
 PIECE_BYTES = 2**24  # of an upload: what else is to be sent waits for no more than one piece
@@ -143,8 +144,8 @@ class WeightSlots:
         lanes: By default those of the device.
 
     Attributes:
-        host_bytes: Of the arena.
-        device_bytes: Of the slots.
+        blobs: The bytes of each layer in host memory.
+        slots: What is on the device.
         num_uploads: So far.
     """
 
@@ -156,28 +157,47 @@ class WeightSlots:
         lanes: Lanes | None = None,
     ) -> None:
         assert num_slots >= 2, "a layer computes while another one is uploaded"
-        self._lanes = lanes or (CudaLanes(device) if device.type == "cuda" else Lanes())
+        on_card = device.type == "cuda" and not is_rehearsing()
+        self._lanes = lanes or (CudaLanes(device) if on_card else Lanes())
         self._layers = [_places(modules) for modules in layers]
         sizes = [sum(_aligned(place.nbytes) for place in places) for places in self._layers]
-        arena = _arena(sum(sizes), device)
-        self._blobs = arena.split(sizes)
-        for places, blob in zip(self._layers, self._blobs, strict=True):
+        self.blobs = []
+        for places, num_bytes in zip(self._layers, sizes, strict=True):
+            blob = torch.empty(num_bytes, dtype=torch.uint8)
             for place in places:
                 place.in_memory(blob).copy_(place.module.get_buffer(place.name))
                 place.module._buffers[place.name] = None  # freed before the next is copied
-        self._slots = [
+            self.blobs.append(blob)
+        if on_card:
+            self._pin()
+        self.slots = [
             Slot(torch.empty(max(sizes), dtype=torch.uint8, device=device))
             for _ in range(min(num_slots, len(layers)))
         ]
         # Their memory may still serve what was computed before.
         self._lanes.wait(UPLOAD, self._lanes.record(COMPUTE))
         self._direction, self._last = 1, -1
-        self.host_bytes, self.device_bytes = len(arena), len(self._slots) * max(sizes)
         self.num_uploads = 0
-        if device.type == "cuda":  # before the memory is given back
-            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, arena.data_ptr())
         for layer in range(len(layers)):
-            self._bind(layer, self._slots[0])
+            self._bind(layer, self.slots[0])
+
+    def _pin(self) -> None:
+        """Pin the blobs where the system lets us, each in its exact size.
+
+        torch's own allocator of pinned memory rounds up to powers of two.
+        """
+        runtime = torch.cuda.cudart()
+        for i, blob in enumerate(self.blobs):
+            code = int(runtime.cudaHostRegister(blob.data_ptr(), len(blob), 0))
+            if code:
+                rest = sum(map(len, self.blobs[i:]))
+                say(
+                    f"layer weights: {size(rest)} of host memory cannot be pinned (CUDA error "
+                    f"{code}); uploads are slower"
+                )
+                return
+            # Before the memory is given back.
+            weakref.finalize(self, runtime.cudaHostUnregister, blob.data_ptr())
 
     @contextmanager
     def hold(self, layer: int, *, returns: bool) -> Iterator[None]:
@@ -194,7 +214,7 @@ class WeightSlots:
             slot.uploaded = None
         self._bind(layer, slot)
         following = self._following(layer, returns)
-        if following is not None and not all(other.held for other in self._slots):
+        if following is not None and not all(other.held for other in self.slots):
             self._slot_with(following, self._direction, returns)
         try:
             yield
@@ -220,7 +240,7 @@ class WeightSlots:
 
     def _slot_with(self, layer: int, direction: int, returns: bool) -> Slot:
         """The slot that holds a layer, uploaded if none does."""
-        for slot in self._slots:
+        for slot in self.slots:
             if slot.owner == layer:
                 return slot
         last = len(self._layers) - 1
@@ -235,12 +255,12 @@ class WeightSlots:
             to_turn = last - layer if direction > 0 else layer
             return ahead if ahead > 0 else 2 * to_turn - ahead
 
-        slot = max((slot for slot in self._slots if not slot.held), key=distance)
+        slot = max((slot for slot in self.slots if not slot.held), key=distance)
         if slot.released is not None:
             self._lanes.wait(UPLOAD, slot.released)
             slot.released = None
         slot.owner = layer
-        self._lanes.upload(slot.memory[: len(self._blobs[layer])], self._blobs[layer])
+        self._lanes.upload(slot.memory[: len(self.blobs[layer])], self.blobs[layer])
         slot.uploaded = self._lanes.record(UPLOAD)
         self.num_uploads += 1
         return slot
@@ -265,19 +285,3 @@ def _places(modules: Sequence[nn.Module]) -> list[_Place]:
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def _arena(num_bytes: int, device: torch.device) -> Tensor:
-    """Bytes of host memory; for a card they are pinned, where the system lets us.
-
-    Not by torch's own allocator of pinned memory, which rounds up to powers of two.
-    """
-    arena = torch.empty(num_bytes, dtype=torch.uint8)
-    if device.type == "cuda":
-        code = int(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), num_bytes, 0))
-        if code:
-            say(
-                f"layer weights: {size(num_bytes)} of host memory cannot be pinned (CUDA error "
-                f"{code}); uploads are slower"
-            )
-    return arena

@@ -36,6 +36,7 @@ import lowmem_dpo_kernels
 from lowmem_dpo.machine.trial import check_error, passes_trial, value_and_gradients
 from lowmem_dpo.model.tiled_attention import tiled_attention
 from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path
+from lowmem_dpo_kernels.triton_support import capability_of, is_rehearsing, once_a_device
 
 # One family of kernels for both segments of a tree; cuDNN would plan anew for every length.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -146,7 +147,7 @@ def _kernel_path(device: torch.device, dtype: torch.dtype, variant: Variant) -> 
     return path if path and _kernels_agree(device, dtype, variant) else ""
 
 
-@functools.cache
+@once_a_device
 def _kernels_agree(device: torch.device, dtype: torch.dtype, variant: Variant) -> bool:
     trial = functools.partial(_try_kernels, device, dtype, variant)
     kernels = "the tree attention kernels"
@@ -196,7 +197,7 @@ def _by_kernel(
     return out[None]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.partial(once_a_device, at_most=8)
 def _plan(tree_layout: TreeLayout, num_tokens: int) -> TreePlan:
     """The tables of a pack, made for its first layer and read by all others, forth and back."""
     return TreePlan(tree_layout, num_tokens)
@@ -247,26 +248,48 @@ def _causal(
     window = kind.sliding_window
     if kind.softcap is not None or (window is not None and window < k.shape[2]):
         return tiled_attention(q, k, v, scaling=kind.scaling, window=window, softcap=kind.softcap)
-    if q.is_cuda and not _has_flash(q.device, q.dtype):
+    on_card = q.device.type == "cuda"
+    if on_card and not _has_flash(q.device, q.dtype):
         # Of torch's kernels without a [q, k] matrix only flash takes grouped heads.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    square = q.shape[2] == k.shape[2]
-    with sdpa_kernel(BACKENDS) if q.is_cuda else nullcontext():
+    if on_card and is_rehearsing():
+        return _without_memory(q, k, v, kind.scaling)
+    mask: Tensor | None = None
+    if not (square := q.shape[2] == k.shape[2]):
+        sizes = q.shape[2], k.shape[2]
+        # Elsewhere torch would make the same mask of it.
+        mask = (
+            causal_lower_right(*sizes)
+            if on_card
+            else q.new_ones(sizes, dtype=torch.bool).tril(sizes[1] - sizes[0])
+        )
+    with sdpa_kernel(BACKENDS) if on_card else nullcontext():
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=None if square else causal_lower_right(q.shape[2], k.shape[2]),
+            attn_mask=mask,
             is_causal=square,
             scale=kind.scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
 
 
-@functools.cache
+def _without_memory(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """The kernel that torch would choose on a card, which it does not choose for fake tensors."""
+    if _has_flash(q.device, q.dtype):
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, True, scale=scaling
+        )[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, True, scale=scaling
+    )[0]
+
+
+@once_a_device
 def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     is_half = dtype in (torch.float16, torch.bfloat16)
-    return is_half and torch.cuda.get_device_capability(device) >= (8, 0)
+    return is_half and capability_of(device) >= (8, 0)
 
 
 # transformers builds no mask for an attention function that has no mask function beside it.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lowmem_dpo.memory.weight_slots import WeightSlots
 from lowmem_dpo.model.families import FAMILIES, Family
 from lowmem_dpo_kernels.heads import Weight
 
@@ -44,6 +45,7 @@ class LanguageModel:
         logit_softcap: The c of c * tanh(logits / c), or None.
         storage: What is stored how, and how large.
         head_implementation: Of `token_logps`.
+        slots: Through which the layers' weights pass, if they are in host memory.
     """
 
     network: PreTrainedModel
@@ -60,6 +62,7 @@ class LanguageModel:
     logit_softcap: float | None
     storage: list[StorageRow] = field(default_factory=list)
     head_implementation: str = "auto"
+    slots: WeightSlots | None = None
 
     @classmethod
     def of(

@@ -39,6 +39,7 @@ from lowmem_dpo.model.families import Family
 from lowmem_dpo.model.lora import LoraLinear
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, round_up_tokens
 from lowmem_dpo_kernels import twins
+from lowmem_dpo_kernels.triton_support import once_a_device
 
 Keeps = Literal["nothing", "attention", "all"]
 
@@ -340,7 +341,7 @@ def mlp_path(backbone: nn.Module) -> str:
     return "triton" if any(mlp.by_kernel for mlp in mlps) else "torch"
 
 
-@functools.cache
+@once_a_device
 def _kernels_agree(
     device: torch.device, dtype: torch.dtype, width: int, activation: str, in_one: bool
 ) -> bool:
@@ -419,7 +420,7 @@ def _to_host(x: Tensor) -> Tensor:
 
 def _random_state(device: torch.device) -> tuple[torch.device, Tensor, Tensor | None]:
     """A device, and the states of the CPU's generator and, on a card, of the card's."""
-    on_card = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    on_card = torch.cuda.get_rng_state(device) if cuda_devices(device) else None
     return device, torch.get_rng_state(), on_card
 
 

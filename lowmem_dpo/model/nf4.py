@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lowmem_dpo.machine.trial import passes_trial
 from lowmem_dpo.memory.weight_slots import Lease
-from lowmem_dpo_kernels.triton_support import runs_triton
+from lowmem_dpo_kernels.triton_support import once_a_device, runs_triton
 from lowmem_dpo_kernels.twins import NF4_BLOCK
 
 QUANTISER_VERSION = 1
@@ -187,7 +187,24 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
     return Nf4Weight(packed, absmax_codes, state.absmax, offset, (weight.shape[0], weight.shape[1]))
 
 
-@functools.cache
+def unfilled_nf4(shape: tuple[int, int], device: torch.device) -> Nf4Weight:
+    """A weight of the sizes that `quantize_nf4` gives, of any content.
+
+    Args:
+        shape: (out, in).
+        device: Where it lies.
+    """
+    blocks = -(-shape[0] * shape[1] // BLOCK)
+    return Nf4Weight(
+        torch.empty(shape[0] * shape[1] // 2, dtype=torch.uint8, device=device),
+        torch.empty(blocks, dtype=torch.uint8, device=device),
+        torch.empty(-(-blocks // BLOCK2), dtype=torch.float32, device=device),
+        torch.empty((), dtype=torch.float32, device=device),
+        shape,
+    )
+
+
+@once_a_device
 def _has_kernel(device: torch.device, dtype: torch.dtype, is_double: bool) -> bool:
     """Whether a kernel of ours undoes one level here, or both, with the bits of bitsandbytes."""
     if dtype == torch.float64 or not runs_triton(device):
@@ -216,7 +233,7 @@ def _try_kernel(device: torch.device, dtype: torch.dtype, is_double: bool) -> No
         raise ValueError(f"other numbers than bitsandbytes' from scales of {levels}")
 
 
-@functools.cache
+@once_a_device
 def nf4_levels(device: torch.device) -> Tensor:
     """The 16 levels: [16] fp32."""
     from bitsandbytes import functional
@@ -224,7 +241,7 @@ def nf4_levels(device: torch.device) -> Tensor:
     return functional.get_4bit_type("nf4", device=str(device))
 
 
-@functools.cache
+@once_a_device
 def dynamic_code(device: torch.device) -> Tensor:
     """The 256 values of the second level's codes, signed and finest near zero: [256] fp32."""
     from bitsandbytes import functional

@@ -33,7 +33,7 @@ from lowmem_dpo.model.embedding import HostEmbedding
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.packs.packing import Pack
 from lowmem_dpo_kernels import token_logps
-from lowmem_dpo_kernels.token_logps import token_logps_path
+from lowmem_dpo_kernels.token_logps import check_indices, token_logps_path
 
 WIDTH = 2048  # a slice in fp32: 32 MiB at D = 4,096
 
@@ -200,6 +200,7 @@ def check_packing(model: LanguageModel, pack: Pack, sequences: Sequence[Sequence
     Raises:
         ValueError: If the model is not computed rightly; it must not be trained then.
     """
+    check_indices(pack.rows, pack.targets, len(pack.input_ids), model.head_weight.shape[0])
     callers: list[Any] = []
     packed = score(model, pack, on_tree_attention=callers.append).cpu()
     if len(callers) != len(model.layers) or len(set(map(id, callers))) != len(model.layers):

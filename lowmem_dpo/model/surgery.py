@@ -27,7 +27,7 @@ from lowmem_dpo.model.nf4 import Nf4Weight
 from lowmem_dpo.model.scoring import with_tried_head_kernels
 from lowmem_dpo.settings.groups import KERNELS
 from lowmem_dpo_kernels import NormKind, rms_norm, twins
-from lowmem_dpo_kernels.triton_support import runs_triton
+from lowmem_dpo_kernels.triton_support import once_a_device, runs_triton
 
 
 def prepare_model(
@@ -76,9 +76,8 @@ def prepare_model(
             HostEmbedding(model.backbone.get_input_embeddings(), model.device)
         )
         model = _with_storage(model, "embedding", ", in host memory")
-    slots = None
     if num_slots is not None:
-        model, slots = _with_slots(model, num_slots)
+        model = _with_slots(model, num_slots)
     if adapter is not None:
         add_lora(model.network, adapter, seed)
     head_kernel = head_kernel if "head" in kernels else "torch"
@@ -99,14 +98,14 @@ def prepare_model(
             has_dropout=has_dropout,
             mlp_kernels=(model.device, model.dtype) if may_use_mlp else None,
             keeps=keeps,
-            hold=stay if slots is None else functools.partial(slots.hold, i),
+            hold=stay if model.slots is None else functools.partial(model.slots.hold, i),
         )
     by_kernel = "attention" in kernels
     model.backbone.set_attn_implementation(TREE_ATTENTION if by_kernel else TREE_ATTENTION_BY_TORCH)
     return model
 
 
-def _with_slots(model: LanguageModel, num_slots: int) -> tuple[LanguageModel, WeightSlots]:
+def _with_slots(model: LanguageModel, num_slots: int) -> LanguageModel:
     """The NF4 weights of decoder layers in host memory, a few at a time on the device.
 
     Before adapters are added, which go where the weights are.
@@ -114,7 +113,7 @@ def _with_slots(model: LanguageModel, num_slots: int) -> tuple[LanguageModel, We
     layers = [[m for m in layer.modules() if isinstance(m, Nf4Weight)] for layer in model.layers]
     slots = WeightSlots(layers, model.device, num_slots)
     where = f", in host memory, {min(num_slots, len(layers))} layers at a time on the device"
-    return _with_storage(model, "linears", where), slots
+    return replace(_with_storage(model, "linears", where), slots=slots)
 
 
 def _with_storage(model: LanguageModel, kind: str, where: str) -> LanguageModel:
@@ -187,7 +186,7 @@ def norm_path(backbone: nn.Module) -> str:
     return ", ".join(sorted({norm.implementation for norm in norms})) or "torch"
 
 
-@functools.cache
+@once_a_device
 def norm_implementation(
     device: torch.device, dtype: torch.dtype, width: int, kind: NormKind
 ) -> str:

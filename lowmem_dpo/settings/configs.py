@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from lowmem_dpo.losses.types import losses_of
-from lowmem_dpo.settings.fields import COUNT_OR_NONE, Settings, parse_config
+from lowmem_dpo.settings.fields import COUNT, COUNT_OR_NONE, Bounds, Settings, parse_config
 from lowmem_dpo.settings.groups import (
     AdapterSettings,
     DataSettings,
@@ -19,6 +20,15 @@ from lowmem_dpo.settings.groups import (
     SeedSettings,
     TemplateSettings,
 )
+
+
+def _check_head(quantization: str, place: str) -> None:
+    """Refuse a quantised head in host memory."""
+    if quantization != "none" and place == "host":
+        raise ValueError(
+            f"head_quantization={quantization} keeps the head on the device; "
+            "leave it or head_weight host out"
+        )
 
 
 @dataclass(frozen=True)
@@ -36,11 +46,7 @@ class TrainConfig(
 
     def check(self) -> None:
         """Refuse what has no effect, or no meaning, beside settings of other groups."""
-        if self.head_quantization != "none" and self.head_weight == "host":
-            raise ValueError(
-                f"head_quantization={self.head_quantization} keeps the head on the device; "
-                "leave it or head_weight host out"
-            )
+        _check_head(self.head_quantization, self.head_weight)
         evaluates = self.eval_data or self.eval_fraction
         for name in ("eval_steps", "early_stopping_patience"):
             if getattr(self, name) is not None and not evaluates:
@@ -70,6 +76,33 @@ class TrainConfig(
                 value.
         """
         return parse_config(cls, ["--config", str(path)])
+
+
+@dataclass(frozen=True)
+class PlanConfig(ModelSettings, AdapterSettings, MemorySettings):
+    """What shall fit, and where."""
+
+    card: str | None = None
+    """A card by the name people use, such as RTX 3060; it need not be here. By default, it is."""
+    max_length: int = field(
+        default=1024, metadata=COUNT | {"must be at least 2": Bounds(at_least=2)}
+    )
+    """Longest sequence in tokens: half of it prompt, half completion."""
+    batch_size: int = field(default=16, metadata=COUNT)
+    """Pairs per optimizer step."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"] = "adamw"
+    """As for `train`."""
+    json: bool = False
+    """Print one JSON object in place of the table."""
+
+    def check(self) -> None:
+        """Refuse what a plan does not depend on, and what cannot be together."""
+        _check_head(self.head_quantization, self.head_weight)
+        for name in ("device", "quantized_copy", "cache_dir"):
+            if getattr(self, name) != getattr(ModelSettings, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no effect on a plan; leave it out"
+                )
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,17 @@ def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
                 init_state(group, parameter, group_index, index)
 
 
+def clip_gradients(
+    state: TrainingState, parameters: dict[str, nn.Parameter], max_grad_norm: float
+) -> Tensor:
+    """Scale the gradients down to a norm, 0 for none; gives the norm they had, on the device."""
+    state.scaler.unscale_(state.optimizer)
+    limit = max_grad_norm or math.inf
+    # What torch chooses by itself, but for tensors of a rehearsal.
+    foreach = True if state.device.type == "cpu" else None
+    return torch.nn.utils.clip_grad_norm_(parameters.values(), limit, foreach=foreach)
+
+
 def _update(
     state: TrainingState,
     parameters: dict[str, nn.Parameter],
@@ -205,9 +216,7 @@ def _update(
         bad_rows: Data rows of the pairs with a loss or log-prob that is not finite.
         rows: Of all pairs of the step.
     """
-    state.scaler.unscale_(state.optimizer)
-    limit = max_grad_norm or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), limit).item()
+    grad_norm = clip_gradients(state, parameters, max_grad_norm).item()
     usable = math.isfinite(loss) and not bad_rows
     overflowed = usable and state.scaler.is_enabled() and not math.isfinite(grad_norm)
     skipped = not overflowed and not (usable and math.isfinite(grad_norm))

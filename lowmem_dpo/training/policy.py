@@ -270,9 +270,8 @@ def load_policy(
     """
     memory = memory or MemorySettings()
     source = source or read_source(settings, memory, init_adapter=init_adapter)
-    spec = _adapter_spec(adapter, source.init_adapter)
-    places = {"layers": memory.layer_weights, "embedding": memory.embedding_weight}
-    on_host = {part for part, place in places.items() if place == "host"}
+    spec = adapter_spec(adapter, source.init_adapter)
+    on_host = parts_on_host(memory)
     model = prepare_model(
         load_model(  # without a name here, which would hold a dense head while kernels are tried
             source.base,
@@ -309,7 +308,13 @@ def load_policy(
     return Policy(model, identity, source.tokenizer, spec, base, start, storage, chat_template)
 
 
-def _adapter_spec(settings: AdapterSettings | None, init_adapter: str | None) -> AdapterSpec | None:
+def parts_on_host(memory: MemorySettings) -> set[str]:
+    """Of layers and embedding, what stays in host memory."""
+    places = {"layers": memory.layer_weights, "embedding": memory.embedding_weight}
+    return {part for part, place in places.items() if place == "host"}
+
+
+def adapter_spec(settings: AdapterSettings | None, init_adapter: str | None) -> AdapterSpec | None:
     """The adapter as the settings say, or as the starting adapter is."""
     settings_or_none, settings = settings, settings or AdapterSettings()
     wanted = AdapterSpec(

@@ -14,9 +14,9 @@ import copy
 import hashlib
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from lowmem_dpo.console import say, size
 from lowmem_dpo.files import in_use
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.lora import linear_layers, wrap_linears
-from lowmem_dpo.model.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4
+from lowmem_dpo.model.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4, unfilled_nf4
 from lowmem_dpo.weights.bitsandbytes_files import (
     StoredNf4,
     check_kept_quantised,
@@ -123,6 +123,43 @@ def load_model(
     if ends := answer_ends(folder):
         network.generation_config.eos_token_id = ends
     return LanguageModel.of(network.eval(), identity, storage_rows(network))
+
+
+def unfilled_model(
+    config: PretrainedConfig,
+    *,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    mode: AbstractContextManager[Any],
+    on_host: Collection[str] = (),
+) -> LanguageModel:
+    """The model that `load_model` would make, its tensors of the same sizes and of any content.
+
+    Args:
+        config: From config.json.
+        quantization: As for `load_model`.
+        dtype: As for `load_model`.
+        device: As for `load_model`.
+        mode: Entered where tensors are given memory; it may give them none.
+        on_host: As for `load_model`.
+    """
+    network = _empty_model(config, dtype)
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop(_HEAD)
+    linears = _linear_weights(network) if quantization == "nf4" else set()
+    host = torch.device("cpu")
+    with mode:
+        for name, shape in expected.items():
+            if name in linears:
+                place = host if "layers" in on_host else device
+                _put(network, name, unfilled_nf4((shape[0], shape[1]), place))
+            else:
+                place = host if name == _EMBEDDING and "embedding" in on_host else device
+                _put(network, name, torch.empty(shape, dtype=dtype, device=place))
+        _complete("config.json", network, device)
+        return LanguageModel.of(network.eval(), "unfilled", storage_rows(network))
 
 
 def _read_copied(
@@ -319,14 +356,19 @@ def _fill(
             tensors = {name: tensor if stays or writer is None else tensor.clone()}
         if writer is not None:
             writer.add(name, tensors)
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        if isinstance(value, Nf4Weight):
-            del module.weight  # torch puts no module where a parameter is registered
-            module.weight = value
-        else:
-            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        _put(model, name, value)
     _complete(source, model, device)
+
+
+def _put(model: PreTrainedModel, name: str, value: Tensor | Nf4Weight) -> None:
+    """Give a parameter of that name its value."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(value, Nf4Weight):
+        del module.weight  # torch puts no module where a parameter is registered
+        module.weight = value
+    else:
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _complete(source: str, model: PreTrainedModel, device: torch.device) -> None:
@@ -338,7 +380,7 @@ def _complete(source: str, model: PreTrainedModel, device: torch.device) -> None
     if hasattr(embedding, "embed_scale"):  # Gemma's
         embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    empty = {name for name, tensor in tensors if tensor.is_meta}
+    empty = {name for name, tensor in tensors if tensor.device.type == "meta"}
     if empty:
         raise ValueError(
             f"{source} cannot be loaded: {_first_and_count(empty)} is not filled from its files"

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lowmem_dpo_kernels.token_logps import check_head_inputs
+from lowmem_dpo_kernels.token_logps import check_head_inputs, check_indices
 
 
 def head_inputs():
@@ -35,17 +35,30 @@ def test_check_head_inputs_accepts_what_fits():
         ("bias", torch.zeros(5, requires_grad=True), "bias must be frozen"),
         ("rows", torch.tensor([0]), r"rows must have shape \[2\], got \[1\]"),
         ("rows", torch.tensor([0, 1], dtype=torch.int32), "rows must be torch.int64"),
-        ("rows", torch.tensor([0, 4]), r"rows must be in \[0, 4\), got 0 to 4"),
-        ("rows", torch.tensor([-1, 0]), r"rows must be in \[0, 4\), got -1 to 0"),
         ("targets", torch.zeros(2), "targets must be torch.int64"),
         ("targets", torch.tensor([[4, 0]]), r"targets must have shape \[2\], got \[1, 2\]"),
-        ("targets", torch.tensor([5, 0]), r"targets must be in \[0, 5\), got 0 to 5"),
-        ("targets", torch.tensor([-1, 0]), r"targets must be in \[0, 5\), got -1 to 0"),
     ],
 )
 def test_check_head_inputs_refuses_what_does_not_fit(name, value, message):
     with pytest.raises(ValueError, match=message) as error:
         check_head_inputs(**head_inputs() | {name: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("rows", torch.tensor([0, 4]), r"rows must be in \[0, 4\), got 0 to 4"),
+        ("rows", torch.tensor([-1, 0]), r"rows must be in \[0, 4\), got -1 to 0"),
+        ("targets", torch.tensor([5, 0]), r"targets must be in \[0, 5\), got 0 to 5"),
+        ("targets", torch.tensor([-1, 0]), r"targets must be in \[0, 5\), got -1 to 0"),
+    ],
+)
+def test_check_indices_refuses_what_is_not_there(name, value, message):
+    indices = {"rows": torch.tensor([0, 3]), "targets": torch.tensor([4, -100])}
+    check_indices(**indices, num_rows=4, vocabulary=5)
+    with pytest.raises(ValueError, match=message) as error:
+        check_indices(**indices | {name: value}, num_rows=4, vocabulary=5)
     assert "\n" not in str(error.value)
 
 

@@ -231,3 +231,9 @@ def test_tree_attention_on_cuda_matches_float64_and_repeats_to_the_bit(
     assert torch.equal(alone[0], found[0][519:883])
     for one, other in zip(alone[1:], found[1:], strict=True):
         assert torch.equal(one, other[:, 519:883])
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+def test_num_pairs_counts_what_queries_see(window):
+    seen = twins._visible(LAYOUT, 24, window)
+    assert TreePlan(LAYOUT, 24).num_pairs(window) == int(seen.sum())

@@ -1,10 +1,22 @@
+import functools
 import sys
+import types
 
 import pytest
 import torch
 
 from lowmem_dpo_kernels import token_logps_path, triton_support
-from lowmem_dpo_kernels.triton_support import missing_for_compiling, triton_problem
+from lowmem_dpo_kernels.triton_support import (
+    RehearsedCard,
+    capability_of,
+    is_rehearsing,
+    launch,
+    missing_for_compiling,
+    once_a_device,
+    rehearsing,
+    runs_triton,
+    triton_problem,
+)
 
 
 @pytest.fixture
@@ -54,3 +66,49 @@ def test_token_logps_path_is_torch_where_triton_cannot_compile(monkeypatch, prob
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(triton_support, "triton_problem", lambda: problem)
     assert token_logps_path("cuda").startswith(f"{path}, ")
+
+
+def test_a_rehearsal_notes_launches_and_has_a_card_of_its_own():
+    noted = []
+    card = RehearsedCard((8, 9), lambda name, tensors, flops: noted.append((name, tensors, flops)))
+    kernel = types.SimpleNamespace(fn=types.SimpleNamespace(__name__="_op_kernel"))
+    x = torch.ones(3)
+    with rehearsing(card):
+        assert is_rehearsing()
+        assert capability_of(torch.device("cuda", 0)) == (8, 9)
+        assert runs_triton(torch.device("cuda")) and not runs_triton(torch.device("cpu"))
+        launch(kernel, (1,), x, 7, flops=5.0, num_warps=4)
+    assert noted == [("op_kernel", [x], 5.0)]
+    assert not is_rehearsing()
+    with rehearsing(RehearsedCard((7, 5), lambda *_: None)):
+        assert not runs_triton(torch.device("cuda"))
+
+
+def test_once_a_device_forgets_what_a_rehearsal_found():
+    calls = []
+
+    @once_a_device
+    def found(number):
+        calls.append(number)
+        return [number]
+
+    assert found(1) is found(1)
+    with rehearsing(RehearsedCard((8, 6), lambda *_: None)):
+        there = found(1)
+        assert found(1) is there
+    assert found(1) is not there
+    assert calls == [1, 1]
+    found.cache_clear()
+    assert found(1) == [1] and calls == [1, 1, 1]
+
+
+def test_once_a_device_keeps_the_last_so_many():
+    calls = []
+
+    def found(number):
+        calls.append(number)
+
+    remembered = functools.partial(once_a_device, at_most=2)(found)
+    for number in (1, 2, 2, 3, 3, 1):
+        remembered(number)
+    assert calls == [1, 2, 3, 1]

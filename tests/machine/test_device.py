@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowmem_dpo.machine import device
-from lowmem_dpo.machine.cards import Card, Machine, NvidiaCards
+from lowmem_dpo.machine.cards import Machine, NvidiaCards, UsableCard
 from lowmem_dpo.machine.device import (
     matmul_rate,
     matmul_settings,
@@ -20,7 +20,7 @@ SHAPE = (2048, 5632)
 BARE = Machine(system="linux", torch_version="2.13.0+cu130", cuda_build="13.0")
 RTX = NvidiaCards(("NVIDIA GeForce RTX 3060",), "580.65.06")
 CPU_BUILD = Machine("win32", "2.13.0+cpu", nvidia=RTX)
-READY = dataclasses.replace(BARE, cards=(Card("RTX 3060", (8, 6)), Card("T4", (7, 5))))
+READY = dataclasses.replace(BARE, cards=(UsableCard("RTX 3060", (8, 6)), UsableCard("T4", (7, 5))))
 
 
 def machine(**changes) -> Machine:
@@ -93,18 +93,18 @@ UNREADY = {
         ["nvidia-smi"],
     ),
     "amd": (
-        machine(is_rocm_build=True, cuda_build=None, cards=(Card("RX 7900", (11, 0)),)),
+        machine(is_rocm_build=True, cuda_build=None, cards=(UsableCard("RX 7900", (11, 0)),)),
         ["RX 7900 is an AMD card, which is not supported"],
         [],
     ),
     "apple": (machine(system="darwin", has_apple_gpu=True), ["Apple's GPU is not supported"], []),
     "old card": (
-        machine(cards=(Card("GTX 1080", (6, 1)),)),
+        machine(cards=(UsableCard("GTX 1080", (6, 1)),)),
         ["GTX 1080 has compute capability 6.1"],
         ["7.5 (RTX 20, T4) or newer"],
     ),
     "card newer than torch": (
-        machine(cards=(Card("RTX 5090", (12, 0), has_kernels=False),)),
+        machine(cards=(UsableCard("RTX 5090", (12, 0), has_kernels=False),)),
         ["RTX 5090 has compute capability 12.0, for which torch 2.13.0+cu130 was not built"],
         ["get-started"],
     ),
@@ -141,14 +141,14 @@ def test_resolve_device_tells_a_container_how_to_get_the_card():
 
 
 def test_resolve_device_skips_a_card_that_is_too_old_unless_it_is_named():
-    mixed = machine(cards=(Card("GTX 1080", (6, 1)), Card("RTX 3060", (8, 6))))
+    mixed = machine(cards=(UsableCard("GTX 1080", (6, 1)), UsableCard("RTX 3060", (8, 6))))
     assert resolve_device("auto", mixed)[0] == torch.device("cuda", 1)
     assert "GTX 1080" in refusal("cuda:0", mixed)
 
 
 def test_resolve_device_refuses_cards_that_are_not_there():
     assert "there is no NVIDIA card" in refusal("cuda", machine())
-    assert "there is 1 card" in refusal("cuda:3", machine(cards=(Card("T4", (7, 5)),)))
+    assert "there is 1 card" in refusal("cuda:3", machine(cards=(UsableCard("T4", (7, 5)),)))
     for name in ("tpu", "cuda:x", "cpu:0", ""):
         assert "device must be auto, cpu, cuda or cuda:N" in refusal(name, READY)
 

@@ -177,5 +177,5 @@ def test_the_slot_is_free_again_after_an_error_inside():
 def test_sizes_are_those_of_the_blobs():
     stream = WeightSlots([[Weight(0)], [Weight(40)]], torch.device("cpu"))
     # 100 and 380 bytes and a float each, every tensor on 256 bytes
-    assert stream.host_bytes == (256 + 256) + (512 + 256)
-    assert stream.device_bytes == 2 * (512 + 256)
+    assert [len(blob) for blob in stream.blobs] == [256 + 256, 512 + 256]
+    assert [len(slot.memory) for slot in stream.slots] == [512 + 256] * 2

@@ -1,0 +1,354 @@
+"""A training step with its memory followed: on a model's own tensors, or rehearsed without any.
+
+A rehearsal runs the functions of this program, from the embedding to the optimizer, on tensors
+without memory (`memory.fake_card`), for a card that need not be present and from config.json alone.
+No formula says what a step needs, so none can be wrong of it: with real tensors the same follower
+sees the same bytes.
+"""
+
+import contextlib
+import copy
+import gc
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.losses.types import LossChoice
+from lowmem_dpo.machine.card_table import Card
+from lowmem_dpo.machine.device import resolve_dtype, workspace_bytes
+from lowmem_dpo.memory.extension import (
+    LayersDiffer,
+    extend,
+    happenings,
+    layers_to_rehearse,
+    period_of,
+)
+from lowmem_dpo.memory.fake_card import CARD, FakeCard
+from lowmem_dpo.memory.rehearsal import Rehearsal, rehearsal_of, totals_of
+from lowmem_dpo.memory.trace import Follower
+from lowmem_dpo.model import layer as decoder_layer
+from lowmem_dpo.model.embedding import HostEmbedding
+from lowmem_dpo.model.head import HostHead
+from lowmem_dpo.model.language_model import LanguageModel
+from lowmem_dpo.model.lora import AdapterSpec, LoraLinear, lora_parameters
+from lowmem_dpo.model.nf4 import Nf4Weight
+from lowmem_dpo.model.scoring import head_logps, score
+from lowmem_dpo.model.surgery import prepare_model
+from lowmem_dpo.packs.packing import pack_trees
+from lowmem_dpo.records.checkpoints import TrainingState
+from lowmem_dpo.reference.fill import Reference
+from lowmem_dpo.settings.groups import (
+    MemorySettings,
+    ModelSettings,
+    OptimizerSettings,
+)
+from lowmem_dpo.tokens.trees import TokenPair, Tree, build_tree
+from lowmem_dpo.training.gradients import accumulate
+from lowmem_dpo.training.loop import allocate_moments, clip_gradients, new_state
+from lowmem_dpo.training.policy import NUM_SLOTS, parts_on_host
+from lowmem_dpo.weights.loading import unfilled_model
+from lowmem_dpo_kernels.token_logps import _TokenLogpsFunction
+from lowmem_dpo_kernels.triton_support import RehearsedCard, is_rehearsing, rehearsing
+
+_COMPONENTS: dict[Any, str] = {
+    decoder_layer.AttentionHalf.forward: "attention half",
+    decoder_layer._LayerFunction.backward: "attention half",
+    decoder_layer._TokenWiseFunction.backward: "token-wise half",
+    decoder_layer._to_host: "layer inputs",
+    decoder_layer.TokenWiseHalf.forward: "token-wise half",
+    decoder_layer.TokenWiseHalf.input_gradient: "token-wise half",
+    Nf4Weight.dequantize: "dense copies of NF4 weights",
+    head_logps: "head pass",
+    _TokenLogpsFunction.backward: "head pass",
+    pack_trees: "data",
+}
+PLACES = {inspect.unwrap(place).__code__: name for place, name in _COMPONENTS.items()}
+"""What births in these functions, and in what they call, are for."""
+
+
+class TreeShape(NamedTuple):
+    """Lengths of a pair, in tokens."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step's memory and time depend on, the model and the pairs aside."""
+
+    model: ModelSettings
+    adapter: AdapterSpec
+    memory: MemorySettings
+    optimizer: OptimizerSettings
+    loss: LossChoice
+
+
+def rehearse(
+    config: PretrainedConfig,
+    card: Card,
+    settings: StepSettings,
+    shapes: Sequence[TreeShape],
+    *,
+    pack_tokens: int,
+    trains: bool = True,
+    limit_bytes: int | None = None,
+) -> Rehearsal:
+    """Rehearse an optimizer step.
+
+    Args:
+        config: The model's config.json.
+        card: The card, which need not be present.
+        settings: As for `train`.
+        shapes: The pairs of the step; two micro-batches are like any number of them.
+        pack_tokens: Tokens of a micro-batch.
+        trains: Whether a step is taken; False for scoring alone, as the reference is made.
+        limit_bytes: What may be reserved; by default what the card has.
+    """
+
+    def follow(num_layers: int) -> Follower:
+        return _follow(_shortened(config, num_layers), card, settings, shapes, pack_tokens, trains)
+
+    num_layers = config.num_hidden_layers
+    period = period_of(getattr(config, "layer_types", None) or ["alike"] * num_layers)
+    num_few = layers_to_rehearse(num_layers, period)
+    times = (num_layers - num_few) // period
+    if times > 1:
+        few, more = follow(num_few), follow(num_few + period)
+        with contextlib.suppress(LayersDiffer):
+            trace = extend(few.sections, more.sections, period, times)
+            totals = totals_of(few.work, card).extended(totals_of(more.work, card), times)
+            return rehearsal_of(trace, totals, card, limit_bytes=limit_bytes)
+    whole = follow(num_layers)
+    trace = [(each, each.storage.nbytes) for each in happenings(whole.sections)]
+    return rehearsal_of(trace, totals_of(whole.work, card), card, limit_bytes=limit_bytes)
+
+
+def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    """The same model with its first layers alone."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    return config
+
+
+def _follow(
+    config: PretrainedConfig,
+    card: Card,
+    settings: StepSettings,
+    shapes: Sequence[TreeShape],
+    pack_tokens: int,
+    trains: bool,
+) -> Follower:
+    """Follow a step of a whole model on tensors without memory."""
+    follower, mode = Follower(CARD.type, PLACES), FakeCard()
+    on_host = parts_on_host(settings.memory)
+    with rehearsing(RehearsedCard(card.capability, follower.note_launch)):
+        model = unfilled_model(
+            config,
+            quantization=settings.model.quantization,
+            dtype=resolve_dtype(settings.model.dtype, CARD),
+            device=CARD,
+            mode=mode,
+            on_host=on_host,
+        )
+        with mode:
+            model = prepare_model(
+                model,
+                settings.adapter,
+                head_quantization=settings.model.head_quantization,
+                head_on_host=settings.memory.head_weight == "host",
+                head_kernel=settings.memory.head_kernel,
+                kernels=settings.model.allowed_kernels,
+                layer_inputs_on_host=settings.memory.layer_inputs == "host",
+                keeps=settings.memory.keep_activations,
+                embedding_on_host="embedding" in on_host,
+                num_slots=NUM_SLOTS if "layers" in on_host else None,
+            )
+            follow_step(
+                model,
+                follower,
+                shapes,
+                pack_tokens=pack_tokens,
+                objective=Objective.of(settings.loss),
+                optimizer=settings.optimizer,
+                trains=trains,
+            )
+    return follower
+
+
+def tree_of(shape: TreeShape) -> Tree:
+    """A pair of that shape, whose answers differ from their first token on."""
+    prompt = [0] * shape.prompt
+    return build_tree(
+        TokenPair(
+            row=0,
+            chosen_ids=prompt + [1] * shape.chosen,
+            rejected_ids=prompt + [2] * shape.rejected,
+            chosen_start=shape.prompt,
+            rejected_start=shape.prompt,
+        )
+    )
+
+
+def follow_step(
+    model: LanguageModel,
+    follower: Follower,
+    shapes: Sequence[TreeShape],
+    *,
+    pack_tokens: int,
+    objective: Objective,
+    optimizer: OptimizerSettings,
+    trains: bool = True,
+) -> None:
+    """Take one optimizer step and follow it.
+
+    Args:
+        model: With an adapter, as `prepare_model` gives it.
+        follower: Has followed nothing yet.
+        shapes: The pairs of the step.
+        pack_tokens: Tokens of a micro-batch.
+        objective: What is minimised.
+        optimizer: Its settings.
+        trains: As for `rehearse`.
+    """
+    if optimizer.optim == "paged_adamw_8bit":  # whose pages stay on the card while they fit
+        optimizer = replace(optimizer, optim="adamw_8bit")
+    parameters = lora_parameters(model.network)
+    state = new_state(optimizer, list(parameters.values()), num_steps=1)
+    allocate_moments(state.optimizer)
+    _note_residents(follower, model, state)
+    with _collected_by_hand(), follower, _marked(follower, model):
+        if model.device.type == "cuda":
+            follower.note_storage(workspace_bytes(), "other", "workspaces of cuBLAS")
+        follower.enter_section("data")
+        trees = [tree_of(shape) for shape in shapes]
+        packs = pack_trees(trees, pack_tokens)
+        reference = _reference_of(trees) if objective.needs_reference else None
+        if not trains:
+            with torch.no_grad():
+                for pack in packs:
+                    score(model, pack)
+            return
+        stats = accumulate(model, objective, reference, packs, state.scaler)
+        follower.enter_section("update")
+        clip_gradients(state, parameters, optimizer.max_grad_norm)
+        _step_optimizer(state)
+        state.optimizer.zero_grad(set_to_none=True)
+        del stats, packs, reference
+
+
+def _reference_of(trees: Sequence[Tree]) -> Reference:
+    logps = {
+        tree.digest: torch.zeros(tree.num_chosen_tokens + tree.num_rejected_tokens)
+        for tree in trees
+    }
+    return Reference(logps, same_fingerprint=True, num_scored=0, recheck_rms=None)
+
+
+def _step_optimizer(state: TrainingState) -> None:
+    """Step it; bitsandbytes' own loop over the parameters would wait for a card after each."""
+    update: Any = getattr(state.optimizer, "update_step", None)
+    if update is None or not is_rehearsing():
+        state.scaler.step(state.optimizer)
+        return
+    with torch.no_grad():
+        for group_index, group in enumerate(state.optimizer.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                update(group, parameter, group_index, index)
+
+
+@contextmanager
+def _collected_by_hand() -> Iterator[None]:
+    """Inside, nothing dies at a moment that Python's collector of cycles happens to choose."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _note_residents(follower: Follower, model: LanguageModel, state: TrainingState) -> None:
+    """What is there before a step: weights, adapter, the optimizer's moments."""
+    if model.slots is not None:  # before the layers' views of them
+        for slot in model.slots.slots:
+            follower.note_resident(slot.memory, "slots of NF4 layers", None)
+    layers = {id(module): i for i, layer in enumerate(model.layers) for module in layer.modules()}
+    embedding, head = model.backbone.get_input_embeddings(), model.network.lm_head
+    adapter: list[tuple[nn.Parameter, int | None]] = []
+    for module in model.network.modules():
+        component = "norms and tables"
+        if isinstance(module, Nf4Weight):
+            component = "NF4 weights"
+        elif isinstance(module, LoraLinear):
+            component = "dense weights"
+        elif module is embedding or module is head:
+            component = "embedding" if module is embedding else "head"
+        place = layers.get(id(module))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                adapter.append((tensor, place))
+            elif tensor is not None:
+                follower.note_resident(tensor, component, place)
+    if isinstance(embedding, HostEmbedding):
+        follower.note_resident(embedding.host, "embedding", None)
+    if model.slots is not None:
+        for i, blob in enumerate(model.slots.blobs):
+            follower.note_resident(blob, "NF4 weights", i)
+    if isinstance(head, HostHead):
+        follower.note_resident(head.host, "head", None, is_pinned=follower.device_type == "cuda")
+    for parameter, place in adapter:
+        follower.note_resident(parameter, "adapter", place)
+    for parameter, place in adapter:
+        for value in state.optimizer.state[parameter].values():
+            if isinstance(value, Tensor):
+                follower.note_resident(value, "optimizer state", place)
+
+
+@contextmanager
+def _marked(follower: Follower, model: LanguageModel) -> Iterator[None]:
+    """Inside, a model's layers tell the follower where it is, and what their inputs are."""
+    num_passes = 0
+    last = len(model.layers) - 1
+    handles = []
+
+    def mark(module: nn.Module, index: int) -> None:
+        def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            nonlocal num_passes
+            num_passes += index == 0
+            follower.enter_section(f"forward {num_passes}", index)
+            follower.say_what_for(arguments[:1], "layer inputs")
+
+        def after(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            phase = f"backward {num_passes}"
+            if output.requires_grad:
+                output.register_hook(lambda _: follower.enter_section(phase, index))
+            if index == last:
+                follower.enter_section(f"head {num_passes}")
+
+        handles.append(module.register_forward_pre_hook(before))
+        handles.append(module.register_forward_hook(after))
+
+    for index, module in enumerate(model.layers):
+        mark(module, index)
+
+    def is_gradient(parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            follower.say_what_for([parameter.grad], "gradients")
+
+    for parameter in lora_parameters(model.network).values():
+        handles.append(parameter.register_post_accumulate_grad_hook(is_gradient))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

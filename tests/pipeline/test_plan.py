@@ -1,0 +1,110 @@
+import json
+
+import pytest
+
+from lowmem_dpo.cli import main
+from lowmem_dpo.pipeline.plan import find_longest
+from tests.errors import one_line_error
+from tests.tiny import save_tiny_model
+
+
+def plan(model, *words):
+    return main(["plan", "--model", str(model), *words])
+
+
+@pytest.fixture(scope="module")
+def config_only(tmp_path_factory):
+    """A model folder with nothing but config.json."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("m"), num_hidden_layers=3)
+    for path in folder.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    return folder
+
+
+def test_plan_prints_a_table_from_config_json_alone(config_only, capsys):
+    assert plan(config_only, "--card", "rtx 3060", "--max_length", "64") == 0
+    printed = capsys.readouterr().out
+    assert "on RTX 3060 12 GB (12.0 GiB): fits" in printed
+    assert "rehearsed on tensors without memory, not measured" in printed
+    assert "CUDA's context (assumed)" in printed and "│ all" in printed
+    assert "longest max_length that fits: 512" in printed  # all positions that it has
+    assert max(map(len, printed.splitlines()[2:])) <= 80
+
+
+def test_plan_as_json_is_one_object(config_only, capsys):
+    words = ["--card", "T4", "--max_length", "32", "--batch_size", "3", "--json", "true"]
+    assert plan(config_only, *words, "--optim", "adamw_8bit") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["card"] == "T4" and found["fits"] is True and found["is_measured"] is False
+    assert found["plan"]["optim"] == "adamw_8bit" and found["plan"]["max_length"] == 32
+    assert found["plan"]["pack_tokens"] % 128 == 0
+    low, high = found["seconds_per_step"]
+    assert 0 < low < high
+    assert 0 < found["peak_allocated_bytes"] <= found["peak_reserved_bytes"]
+    assert 0 < sum(found["components"].values()) <= found["peak_allocated_bytes"]
+    assert found["longest_max_length"] == 512
+
+
+@pytest.mark.slow
+def test_plan_says_what_would_make_a_step_fit(tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "m", vocab_size=200_000)
+    words = ["--card", "3090", "--max_length", "64", "--lora_r", "1", "--json", "true"]
+
+    def planned(*more):
+        assert plan(model, *words, *more) == 0
+        return json.loads(capsys.readouterr().out)
+
+    here, there = planned(), planned("--head_weight", "host")
+    assert here["fits"] and here["remedy"] is None
+    between = (here["peak_reserved_bytes"] + there["peak_reserved_bytes"]) // 2
+    too_little = planned("--memory_limit", f"{between}B")
+    assert not too_little["fits"] and too_little["remedy"] == {"head_weight": "host"}
+    nothing = planned("--memory_limit", "20MiB")
+    assert (nothing["fits"], nothing["remedy"], nothing["longest_max_length"]) == (
+        False,
+        None,
+        None,
+    )
+
+
+def test_plan_refuses_what_is_missing_or_without_effect(config_only, tmp_path, capsys):
+    for words, message in (
+        (["--card", "3080"], "may be RTX 3080 10 GB or RTX 3080 12 GB; say which"),
+        (["--card", "potato"], "card 'potato' is not known; near names:"),
+        (["--card", "3060", "--device", "cpu"], "device=cpu has no effect on a plan"),
+        (["--card", "3060", "--pack_tokens", "128"], "pack_tokens 128 is less than"),
+        (["--card", "3060", "--max_length", "1"], "max_length must be at least 2"),
+        (["--card", "T4", "--dtype", "bfloat16"], "the card has no bfloat16"),
+    ):
+        assert plan(config_only, *words) == 2
+        assert message in one_line_error(capsys)
+    assert main(["plan", "--card", "3060"]) == 2
+    assert "no model given" in one_line_error(capsys)
+    tied = save_tiny_model(tmp_path / "tied", "llama-tied")
+    assert plan(tied, "--card", "3060", "--head_weight", "host") == 2
+    assert "head_weight host cannot be" in one_line_error(capsys)
+
+
+@pytest.mark.parametrize("per_token", [1, 7, 1000])
+@pytest.mark.parametrize("base", [0, 5_000, 900_000])
+@pytest.mark.parametrize("start", [64, 1024, 3000])
+@pytest.mark.parametrize("step", [0, 3000])
+def test_find_longest_ends_below_the_limit_and_close_to_it(per_token, base, start, step):
+    """Memory that grows with the length, with jumps."""
+    limit, bound, asked = 1_000_000, 100_000, []
+
+    def needs(length):
+        asked.append(length)
+        nbytes = base + per_token * length + (length // 512) * step
+        return nbytes, nbytes <= limit
+
+    longest = find_longest(needs, (start, needs(start)), bound, limit)
+    assert len(asked) <= 10
+    lengths = range(64, bound + 1, 64)
+    exact = max((n for n in lengths if needs(n)[1]), default=None)
+    if exact is None:
+        assert longest is None
+    else:
+        assert longest is not None and needs(longest)[1]
+        assert exact - longest <= max(64, longest / 25)

@@ -1,0 +1,171 @@
+"""Rehearsals for cards that are not here."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from lowmem_dpo.machine.card_table import GIB, find_card
+from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.training import rehearsed
+from lowmem_dpo.training.policy import adapter_spec
+from lowmem_dpo.training.rehearsed import StepSettings, TreeShape, rehearse
+from tests.tiny import FAMILIES, SIZES
+
+SHAPE_8B = {
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+
+
+def config_of(family="llama", **changes):
+    return AutoConfig.for_model(**SIZES | {"vocab_size": 96} | FAMILIES[family] | changes)
+
+
+def settings_of(**changes):
+    config = dataclasses.replace(TrainConfig(), **changes)
+    return StepSettings(config, adapter_spec(config, None), config, config, config)
+
+
+def rehearsal(config, card="RTX 3060", *, pairs=2, length=20, trains=True, limit=None, **changes):
+    shapes = [TreeShape(length, length, length)] * pairs
+    return rehearse(
+        config,
+        find_card(card),
+        settings_of(**changes),
+        shapes,
+        pack_tokens=-(-3 * length // 64) * 64,
+        trains=trains,
+        limit_bytes=limit,
+    )
+
+
+THIRDS = ["sliding_attention", "sliding_attention", "full_attention"] * 5
+
+
+@pytest.mark.parametrize(
+    "family, changes, card",
+    [
+        ("llama", {"num_hidden_layers": 7}, "3060"),
+        *(
+            pytest.param(family, changes, card, marks=pytest.mark.slow)
+            for family, changes, card in (
+                ("llama", {"num_hidden_layers": 9}, "T4"),
+                ("gemma2", {"num_hidden_layers": 12}, "3060"),
+                ("gemma3", {"num_hidden_layers": 13, "layer_types": THIRDS[:13]}, "3060"),
+                ("gemma3", {"num_hidden_layers": 13, "layer_types": THIRDS[:13]}, "T4"),
+            )
+        ),
+    ],
+)
+def test_a_model_rehearsed_by_few_layers_is_the_whole_model_to_the_byte(
+    monkeypatch, family, changes, card
+):
+    config = config_of(family, **changes)
+    rehearsed_layers = []
+    follow = rehearsed._follow
+
+    def noting(config, *arguments):
+        rehearsed_layers.append(config.num_hidden_layers)
+        return follow(config, *arguments)
+
+    monkeypatch.setattr(rehearsed, "_follow", noting)
+    extended = rehearsal(config, card, pairs=2)
+    monkeypatch.setattr(rehearsed, "layers_to_rehearse", lambda num_layers, period: num_layers)
+    whole = rehearsal(config, card)
+    *few, all_layers = rehearsed_layers
+    assert max(few) < all_layers == config.num_hidden_layers
+    for name in ("flops", "bytes_moved", "link_bytes", "seconds"):
+        assert getattr(extended, name) == pytest.approx(getattr(whole, name), rel=1e-12), name
+    same = {
+        name: getattr(whole, name) for name in ("flops", "bytes_moved", "link_bytes", "seconds")
+    }
+    assert dataclasses.replace(extended, **same) == whole
+
+
+def test_layers_that_do_not_repeat_are_rehearsed_as_a_whole():
+    kinds = ["full_attention"] * 7 + ["sliding_attention"]
+    config = config_of("qwen2-window", num_hidden_layers=8, layer_types=kinds, max_window_layers=7)
+    assert rehearsal(config).launches > 1000
+
+
+def test_components_and_makers_add_up_to_the_peak():
+    config = config_of(num_hidden_layers=7, hidden_size=512, intermediate_size=1024, head_dim=128)
+    found = rehearsal(config, length=200)
+    assert sum(found.components.values()) == sum(found.makers.values())
+    # What tensors take, and what torch takes for them: each rounded up to 512 bytes.
+    assert 0 <= found.peak_allocated_bytes - sum(found.components.values()) < 2**20
+    assert found.peak_allocated_bytes <= found.peak_reserved_bytes
+    assert found.components["embedding"] == found.components["head"] == 2 * 96 * 512
+    targets = 7 * (4 * 512 + 2 * (512 + 256) + 3 * (512 + 1024))  # sizes in and out of adapters
+    assert found.components["adapter"] == 4 * TrainConfig().lora_r * targets
+
+
+def test_layer_inputs_and_head_on_the_host_leave_the_card():
+    config = config_of(num_hidden_layers=7, hidden_size=512, vocab_size=65536)
+    here = rehearsal(config, length=400)
+    there = rehearsal(config, length=400, layer_inputs="host", head_weight="host")
+    head_bytes, input_bytes = 2 * 65536 * 512, 2 * 512 * 1216
+    assert "head" not in there.components
+    assert there.host_components["head"] == head_bytes
+    assert there.host_components["layer inputs"] == 7 * 2 ** (input_bytes - 1).bit_length()
+    assert here.components["layer inputs"] >= 7 * input_bytes
+    assert here.link_bytes < 2**20 < 2 * 7 * input_bytes < there.link_bytes
+    # Two slices of the head, of 8,192 rows, are on the card while it is read.
+    assert there.peak_allocated_bytes < here.peak_allocated_bytes - head_bytes / 2
+
+
+def test_scoring_alone_needs_less_and_computes_less():
+    config = config_of(num_hidden_layers=7, hidden_size=256)
+    step, scoring = rehearsal(config, length=200), rehearsal(config, length=200, trains=False)
+    assert scoring.peak_allocated_bytes < step.peak_allocated_bytes
+    assert scoring.flops < step.flops / 2
+    assert "gradients" not in scoring.components
+
+
+@pytest.mark.parametrize("changes", [{}, {"optim": "adamw_8bit"}, {"lora_dropout": 0.1}], ids=str)
+def test_a_card_without_triton_takes_torch_and_float16(changes):
+    config = config_of(num_hidden_layers=6)
+    new, old = rehearsal(config, "RTX 3090", **changes), rehearsal(config, "RTX 2070", **changes)
+    assert not any("nf4_dequantize" in maker for maker in old.makers)
+    assert old.launches > new.launches
+    with pytest.raises(ValueError, match="the card has no bfloat16"):
+        rehearsal(config, "RTX 2070", dtype="bfloat16")
+
+
+def test_a_limit_decides_whether_a_step_fits():
+    config = config_of(num_hidden_layers=6, hidden_size=512, vocab_size=8192)
+    found = rehearsal(config, length=400)
+    assert found.fits
+    assert not rehearsal(config, length=400, limit=found.peak_allocated_bytes - 1).fits
+    assert rehearsal(config, length=400, limit=found.peak_reserved_bytes).fits
+
+
+def test_a_rehearsal_leaves_cuda_alone():
+    before = torch.cuda.is_initialized()
+    rehearsal(config_of(num_hidden_layers=2))
+    assert torch.cuda.is_initialized() == before
+
+
+@pytest.mark.slow
+def test_memory_of_8b_is_linear_in_tokens_and_no_matter_of_pairs_and_vocabulary():
+    config = AutoConfig.for_model(**SHAPE_8B)
+    at = {n: rehearsal(config, "H100", length=n, pairs=2) for n in (512, 1024, 2048)}
+    peaks = {n: found.peak_allocated_bytes for n, found in at.items()}
+    # Tiles of the MLP have up to 2,048 rows, so from there on what grows is linear.
+    per_token = (peaks[2048] - peaks[1024]) / (3 * 1024)
+    assert per_token < 2 * 4096 * 32 + 98_000  # layer inputs stay on the card
+    more = rehearsal(config, "H100", length=1024, pairs=5)
+    assert abs(more.peak_allocated_bytes - peaks[1024]) < 2**20
+    wider = AutoConfig.for_model(**SHAPE_8B | {"vocab_size": 2 * 128256})
+    grown = rehearsal(wider, "H100", length=1024).peak_allocated_bytes - peaks[1024]
+    assert grown == 2 * (2 * 128256 * 4096)
+    assert at[2048].peak_reserved_bytes < 9 * GIB
