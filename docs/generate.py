@@ -16,7 +16,13 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "kernels")]
 
 from lowmem_dpo.data.formats import FORMATS
 from lowmem_dpo.losses.types import LOSS_TYPES, span
-from lowmem_dpo.settings.configs import CacheConfig, DemoConfig, GenerateConfig, TrainConfig
+from lowmem_dpo.settings.configs import (
+    CacheConfig,
+    DemoConfig,
+    GenerateConfig,
+    PlanConfig,
+    TrainConfig,
+)
 from lowmem_dpo.settings.conversions import CONVERTED
 from lowmem_dpo.settings.fields import Settings, settings_by_group, type_name
 from lowmem_dpo.settings.help import default_text, field_docs, group_title
@@ -103,6 +109,7 @@ TABLES = {
     "train": lambda: settings_tables(TrainConfig),
     "generate": lambda: settings_tables(GenerateConfig),
     "cache": lambda: settings_tables(CacheConfig),
+    "plan": lambda: settings_tables(PlanConfig),
     "demo": lambda: settings_tables(DemoConfig),
     "losses": losses_table,
     "formats": formats_table,

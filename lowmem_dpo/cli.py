@@ -86,10 +86,10 @@ VERBS = {
         + ("seed", "system_prompt", "device"),
     ),
     "plan": Verb(
-        "say whether a model fits on a card that need not be here, from config.json alone",
+        "say whether training fits on a card, which need not be here",
         PlanConfig,
         "lowmem_dpo.pipeline.plan:plan",
-        ("model", "card", "max_length", "batch_size", "pack_tokens", "memory_limit", "layer_inputs")
+        ("model", "card", "max_length", "batch_size", "memory_limit", "layer_inputs")
         + ("head_weight", "optim", "lora_r", "json"),
     ),
     "cache": Verb(

@@ -177,9 +177,9 @@ def test_guide_names_every_key_that_a_run_writes(llama_dir, pairs_file, tmp_path
 
     clip, calls = torch.nn.utils.clip_grad_norm_, []
 
-    def one_without_end(parameters, limit):
+    def one_without_end(parameters, limit, **options):
         calls.append(1)
-        return torch.tensor(torch.inf) if len(calls) == 2 else clip(parameters, limit)
+        return torch.tensor(torch.inf) if len(calls) == 2 else clip(parameters, limit, **options)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", one_without_end)
     monkeypatch.setattr("lowmem_dpo.training.recorder.draw_plots", lambda *paths: [])

@@ -4,8 +4,8 @@ Triton compiles a small C module for every process's driver and kernels, on the 
 them. Without a C compiler or Python's headers it fails when the first kernel is launched, so that
 is asked before.
 
-A rehearsal runs host code on tensors without memory, for a card that need not be present. Inside
-`rehearsing` the card is the one that is named there, and a launch is noted instead of made.
+A rehearsal runs host code on tensors without memory, for a card that is named: inside `rehearsing`,
+launches are noted instead of made.
 """
 
 import functools
@@ -33,9 +33,8 @@ class RehearsedCard:
 
     Attributes:
         capability: Its compute capability.
-        note_launch: Called in place of a launch, with the kernel's name, the tensors that it is
-            given, and the floating-point operations of its products.
-        remembered: What `once_a_device` remembers of it.
+        note_launch: Takes a kernel's name, its tensors and its products' operations.
+        remembered: What was found out about it.
     """
 
     capability: tuple[int, int]
@@ -70,26 +69,9 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def once_a_device(function: Callable[..., Any], at_most: int | None = None) -> Any:
-    """Remember what a function of a device gave; a rehearsal, whose card is another, for itself.
-
-    Args:
-        function: Its arguments are hashable; `cache_clear` of the result forgets.
-        at_most: So many answers; the oldest goes first.
-    """
-    ours: dict[Any, Any] = {}
-
-    @functools.wraps(function)
-    def answer(*arguments: Any) -> Any:
-        known = ours if _rehearsed is None else _rehearsed.remembered.setdefault(function, {})
-        if arguments not in known:
-            known[arguments] = function(*arguments)
-            if at_most is not None and len(known) > at_most:
-                del known[next(iter(known))]
-        return known[arguments]
-
-    answer.cache_clear = ours.clear  # type: ignore[attr-defined]
-    return answer
+def remembered_in_rehearsal() -> dict[Any, Any] | None:
+    """What may be remembered of the rehearsed card; None outside of rehearsals."""
+    return None if _rehearsed is None else _rehearsed.remembered
 
 
 def launch(

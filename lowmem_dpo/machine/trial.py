@@ -4,6 +4,7 @@ What a compiler makes of a kernel differs from card to card, and a kernel that s
 reference alike would be wrong in both, so unseen at step zero.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,12 +15,35 @@ from torch import Tensor
 from lowmem_dpo.console import warn
 from lowmem_dpo.settings.groups import KERNELS
 from lowmem_dpo.stopping import RunStopped
-from lowmem_dpo_kernels.triton_support import is_rehearsing
+from lowmem_dpo_kernels.triton_support import is_rehearsing, remembered_in_rehearsal
 
 # Triton's driver, cuBLAS's handles and pinned memory raise a plain RuntimeError.
 _FULL = re.compile(
     r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|CUDA_ERROR_OUT_OF_MEMORY", re.I
 )
+
+
+def once_a_device(function: Callable[..., Any], at_most: int | None = None) -> Any:
+    """Remember what a function of a device gave; a rehearsal, whose card is another, for itself.
+
+    Args:
+        function: Its arguments are hashable; `cache_clear` of the result forgets.
+        at_most: So many answers; the oldest goes first.
+    """
+    ours: dict[Any, Any] = {}
+
+    @functools.wraps(function)
+    def answer(*arguments: Any) -> Any:
+        in_rehearsal = remembered_in_rehearsal()
+        known = ours if in_rehearsal is None else in_rehearsal.setdefault(function, {})
+        if arguments not in known:
+            known[arguments] = function(*arguments)
+            if at_most is not None and len(known) > at_most:
+                del known[next(iter(known))]
+        return known[arguments]
+
+    answer.cache_clear = ours.clear  # type: ignore[attr-defined]
+    return answer
 
 
 def passes_trial(

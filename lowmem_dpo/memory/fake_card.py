@@ -33,6 +33,11 @@ class FakeCard(FakeTensorMode):
         """As in `trace.Follower`."""
         return False
 
+    @property
+    def avoid_device_init(self) -> bool:
+        """Where there is a card, it is not asked for a context."""
+        return True
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:

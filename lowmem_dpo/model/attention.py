@@ -33,10 +33,10 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PretrainedConfig
 
 import lowmem_dpo_kernels
-from lowmem_dpo.machine.trial import check_error, passes_trial, value_and_gradients
+from lowmem_dpo.machine.trial import check_error, once_a_device, passes_trial, value_and_gradients
 from lowmem_dpo.model.tiled_attention import tiled_attention
 from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path
-from lowmem_dpo_kernels.triton_support import capability_of, is_rehearsing, once_a_device
+from lowmem_dpo_kernels.triton_support import capability_of, is_rehearsing
 
 # One family of kernels for both segments of a tree; cuDNN would plan anew for every length.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

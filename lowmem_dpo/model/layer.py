@@ -34,12 +34,11 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from lowmem_dpo.machine.device import cuda_devices
-from lowmem_dpo.machine.trial import check_error, passes_trial, value_and_gradients
+from lowmem_dpo.machine.trial import check_error, once_a_device, passes_trial, value_and_gradients
 from lowmem_dpo.model.families import Family
 from lowmem_dpo.model.lora import LoraLinear
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, round_up_tokens
 from lowmem_dpo_kernels import twins
-from lowmem_dpo_kernels.triton_support import once_a_device
 
 Keeps = Literal["nothing", "attention", "all"]
 

@@ -22,9 +22,9 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from lowmem_dpo.machine.trial import passes_trial
+from lowmem_dpo.machine.trial import once_a_device, passes_trial
 from lowmem_dpo.memory.weight_slots import Lease
-from lowmem_dpo_kernels.triton_support import once_a_device, runs_triton
+from lowmem_dpo_kernels.triton_support import runs_triton
 from lowmem_dpo_kernels.twins import NF4_BLOCK
 
 QUANTISER_VERSION = 1

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem_dpo.machine.trial import check_error, passes_trial, value_and_gradients
+from lowmem_dpo.machine.trial import check_error, once_a_device, passes_trial, value_and_gradients
 from lowmem_dpo.memory.weight_slots import WeightSlots
 from lowmem_dpo.model.attention import TREE_ATTENTION, TREE_ATTENTION_BY_TORCH
 from lowmem_dpo.model.embedding import HostEmbedding
@@ -27,7 +27,7 @@ from lowmem_dpo.model.nf4 import Nf4Weight
 from lowmem_dpo.model.scoring import with_tried_head_kernels
 from lowmem_dpo.settings.groups import KERNELS
 from lowmem_dpo_kernels import NormKind, rms_norm, twins
-from lowmem_dpo_kernels.triton_support import once_a_device, runs_triton
+from lowmem_dpo_kernels.triton_support import runs_triton
 
 
 def prepare_model(

@@ -1,4 +1,3 @@
-import functools
 import sys
 import types
 
@@ -12,7 +11,6 @@ from lowmem_dpo_kernels.triton_support import (
     is_rehearsing,
     launch,
     missing_for_compiling,
-    once_a_device,
     rehearsing,
     runs_triton,
     triton_problem,
@@ -82,33 +80,3 @@ def test_a_rehearsal_notes_launches_and_has_a_card_of_its_own():
     assert not is_rehearsing()
     with rehearsing(RehearsedCard((7, 5), lambda *_: None)):
         assert not runs_triton(torch.device("cuda"))
-
-
-def test_once_a_device_forgets_what_a_rehearsal_found():
-    calls = []
-
-    @once_a_device
-    def found(number):
-        calls.append(number)
-        return [number]
-
-    assert found(1) is found(1)
-    with rehearsing(RehearsedCard((8, 6), lambda *_: None)):
-        there = found(1)
-        assert found(1) is there
-    assert found(1) is not there
-    assert calls == [1, 1]
-    found.cache_clear()
-    assert found(1) == [1] and calls == [1, 1, 1]
-
-
-def test_once_a_device_keeps_the_last_so_many():
-    calls = []
-
-    def found(number):
-        calls.append(number)
-
-    remembered = functools.partial(once_a_device, at_most=2)(found)
-    for number in (1, 2, 2, 3, 3, 1):
-        remembered(number)
-    assert calls == [1, 2, 3, 1]

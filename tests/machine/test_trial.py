@@ -1,8 +1,16 @@
+import functools
+
 import pytest
 import torch
 
-from lowmem_dpo.machine.trial import check_error, passes_trial, value_and_gradients
+from lowmem_dpo.machine.trial import (
+    check_error,
+    once_a_device,
+    passes_trial,
+    value_and_gradients,
+)
 from lowmem_dpo.stopping import RunStopped
+from lowmem_dpo_kernels.triton_support import RehearsedCard, rehearsing
 
 CPU = torch.device("cpu")
 
@@ -90,3 +98,41 @@ def test_value_and_gradients_leaves_its_arguments_as_they_were():
         found = value_and_gradients(UsesUpItsGradient.apply, (left, right), upstream, 5.0)
     assert [tensor.item() for tensor in found] == [30.0, 150.0, 100.0]
     assert upstream.item() == 10.0 and not left.requires_grad and not found[0].requires_grad
+
+
+def test_in_a_rehearsal_every_trial_passes_without_being_run():
+    def crash():
+        raise RuntimeError("run")
+
+    with rehearsing(RehearsedCard((8, 6), lambda *_: None)):
+        assert passes_trial(crash, "norms", "the kernels", CPU, "PyTorch")
+
+
+def test_once_a_device_forgets_what_a_rehearsal_found():
+    calls = []
+
+    @once_a_device
+    def found(number):
+        calls.append(number)
+        return [number]
+
+    assert found(1) is found(1)
+    with rehearsing(RehearsedCard((8, 6), lambda *_: None)):
+        there = found(1)
+        assert found(1) is there
+    assert found(1) is not there
+    assert calls == [1, 1]
+    found.cache_clear()
+    assert found(1) == [1] and calls == [1, 1, 1]
+
+
+def test_once_a_device_keeps_the_last_so_many():
+    calls = []
+
+    def found(number):
+        calls.append(number)
+
+    remembered = functools.partial(once_a_device, at_most=2)(found)
+    for number in (1, 2, 2, 3, 3, 1):
+        remembered(number)
+    assert calls == [1, 2, 3, 1]

@@ -1,8 +1,13 @@
 import json
+import types
 
 import pytest
+import torch
 
 from lowmem_dpo.cli import main
+from lowmem_dpo.machine.card_table import find_card
+from lowmem_dpo.machine.cards import Machine, UsableCard
+from lowmem_dpo.pipeline import plan as plan_verb
 from lowmem_dpo.pipeline.plan import find_longest
 from tests.errors import one_line_error
 from tests.tiny import save_tiny_model
@@ -32,6 +37,7 @@ def test_plan_prints_a_table_from_config_json_alone(config_only, capsys):
     assert max(map(len, printed.splitlines()[2:])) <= 80
 
 
+@pytest.mark.slow
 def test_plan_as_json_is_one_object(config_only, capsys):
     words = ["--card", "T4", "--max_length", "32", "--batch_size", "3", "--json", "true"]
     assert plan(config_only, *words, "--optim", "adamw_8bit") == 0
@@ -108,3 +114,17 @@ def test_find_longest_ends_below_the_limit_and_close_to_it(per_token, base, star
     else:
         assert longest is not None and needs(longest)[1]
         assert exact - longest <= max(64, longest / 25)
+
+
+def test_the_card_of_this_machine_has_the_memory_that_its_driver_tells(monkeypatch):
+    machine = Machine("linux", "2.13", cards=(UsableCard("NVIDIA GeForce RTX 4090", (8, 9)),))
+    monkeypatch.setattr(plan_verb, "this_machine", lambda: machine)
+    memory = types.SimpleNamespace(total_memory=25_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: memory)
+    card = plan_verb._card_here()
+    assert (card.name, card.memory_bytes) == ("NVIDIA GeForce RTX 4090", 25_000_000_000)
+    assert card.flops == find_card("4090").flops
+    unknown = Machine("linux", "2.13", cards=(UsableCard("NVIDIA RTX 9999", (15, 0)),))
+    monkeypatch.setattr(plan_verb, "this_machine", lambda: unknown)
+    with pytest.raises(ValueError, match=r"is not known; near names: .*; or name one with --card"):
+        plan_verb._card_here()

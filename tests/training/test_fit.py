@@ -124,12 +124,12 @@ def test_a_non_finite_gradient_names_the_step_and_leaves_the_adapter(config, mon
     clip = torch.nn.utils.clip_grad_norm_
     calls = []
 
-    def poisoned(parameters, limit):
+    def poisoned(parameters, limit, **options):
         parameters = list(parameters)
         calls.append(1)
         if len(calls) == 2:
             parameters[0].grad[0] = math.inf
-        return clip(parameters, limit)
+        return clip(parameters, limit, **options)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     output = Trainer(config).fit().output_dir

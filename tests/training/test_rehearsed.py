@@ -68,12 +68,17 @@ def both(folder, quantization="nf4", dtype=torch.float32, **changes):
 
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral-window", "gemma2", "gemma3", "phi3"]
+QUICK = [
+    ("llama", "nf4", torch.bfloat16),
+    ("gemma2", "nf4", torch.bfloat16),
+    ("phi3", "none", torch.float32),
+]
 CASES = [
     pytest.param(
         family,
         quantization,
         dtype,
-        marks=() if (quantization == "nf4") == (dtype == torch.bfloat16) else pytest.mark.slow,
+        marks=() if (family, quantization, dtype) in QUICK else pytest.mark.slow,
     )
     for family in FAMILIES
     for quantization in ("nf4", "none")
@@ -94,9 +99,9 @@ def test_a_rehearsal_has_the_bytes_of_the_real_step(tiny_checkpoint, family, qua
     "changes",
     [
         {"dropout": 0.1},
-        {"optim": "adamw_8bit"},
-        {"optim": "sgd"},
-        {"head": "int8"},
+        pytest.param({"optim": "adamw_8bit"}, marks=pytest.mark.slow),
+        pytest.param({"optim": "sgd"}, marks=pytest.mark.slow),
+        pytest.param({"head": "int8"}, marks=pytest.mark.slow),
         {"trains": False},
     ],
     ids=str,

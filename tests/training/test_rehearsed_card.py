@@ -91,6 +91,7 @@ def test_a_model_rehearsed_by_few_layers_is_the_whole_model_to_the_byte(
     assert dataclasses.replace(extended, **same) == whole
 
 
+@pytest.mark.slow
 def test_layers_that_do_not_repeat_are_rehearsed_as_a_whole():
     kinds = ["full_attention"] * 7 + ["sliding_attention"]
     config = config_of("qwen2-window", num_hidden_layers=8, layer_types=kinds, max_window_layers=7)
@@ -109,6 +110,7 @@ def test_components_and_makers_add_up_to_the_peak():
     assert found.components["adapter"] == 4 * TrainConfig().lora_r * targets
 
 
+@pytest.mark.slow
 def test_layer_inputs_and_head_on_the_host_leave_the_card():
     config = config_of(num_hidden_layers=7, hidden_size=512, vocab_size=65536)
     here = rehearsal(config, length=400)
@@ -123,6 +125,7 @@ def test_layer_inputs_and_head_on_the_host_leave_the_card():
     assert there.peak_allocated_bytes < here.peak_allocated_bytes - head_bytes / 2
 
 
+@pytest.mark.slow
 def test_scoring_alone_needs_less_and_computes_less():
     config = config_of(num_hidden_layers=7, hidden_size=256)
     step, scoring = rehearsal(config, length=200), rehearsal(config, length=200, trains=False)
@@ -131,6 +134,7 @@ def test_scoring_alone_needs_less_and_computes_less():
     assert "gradients" not in scoring.components
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"optim": "adamw_8bit"}, {"lora_dropout": 0.1}], ids=str)
 def test_a_card_without_triton_takes_torch_and_float16(changes):
     config = config_of(num_hidden_layers=6)
@@ -141,6 +145,7 @@ def test_a_card_without_triton_takes_torch_and_float16(changes):
         rehearsal(config, "RTX 2070", dtype="bfloat16")
 
 
+@pytest.mark.slow
 def test_a_limit_decides_whether_a_step_fits():
     config = config_of(num_hidden_layers=6, hidden_size=512, vocab_size=8192)
     found = rehearsal(config, length=400)
