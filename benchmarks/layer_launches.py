@@ -1,7 +1,7 @@
 """Launches of one decoder layer on a card that need not be there, forth and back, by what they are.
 
     python benchmarks/layer_launches.py
-    python benchmarks/layer_launches.py --tokens 4096 --output benchmarks/results/layer_launches.json
+    python benchmarks/layer_launches.py --tokens 4096 --output /tmp/layer_launches.json
 
 The layer is the one that trains: NF4, an adapter on every linear, bf16, our kernels for all that
 has one, at the shape of Llama-3.1-8B. Its tensors are without memory (torch's FakeTensorMode), so
@@ -30,10 +30,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from triton.runtime.jit import JITFunction
 
-from lowmem_dpo.model import attention, layer, nf4, surgery
+from lowmem_dpo.model import attention, layer, lora, nf4, surgery
 from lowmem_dpo.model.families import FAMILIES
-from lowmem_dpo.model.lora import AdapterSpec, add_lora, linear_layers, wrap_linears
+from lowmem_dpo.model.lora import (
+    AdapterSpec,
+    add_lora,
+    casts_kept,
+    dropout_live,
+    linear_layers,
+    wrap_linears,
+)
 from lowmem_dpo_kernels import tree_attention
+from lowmem_dpo_kernels.rotary import rotary
 
 # type, hidden, intermediate, query heads, key heads, head size
 SHAPES = {
@@ -89,7 +97,7 @@ def quantise(layers: nn.Module) -> None:
         )
 
 
-def make_layer(shape: str, dropout: float) -> tuple[nn.Module, PreTrainedModel]:
+def make_layer(shape: str, dropout: float, tile_rows: int) -> tuple[nn.Module, PreTrainedModel]:
     """One decoder layer, prepared as for training, and the model it is from."""
     model_type, hidden, inner, heads, key_heads, head_size = SHAPES[shape]
     config = AutoConfig.for_model(
@@ -120,6 +128,7 @@ def make_layer(shape: str, dropout: float) -> tuple[nn.Module, PreTrainedModel]:
         inputs_on_host=False,
         has_dropout=False,
         mlp_kernels=(torch.device("cpu"), torch.bfloat16),
+        tile_rows=tile_rows,
     ), model
 
 
@@ -137,6 +146,9 @@ def pretended_card() -> Iterator[Launches]:
         (kernels, "_capability", lambda device: (8, 6)),
         (kernels, "tree_attention_path", lambda *_: "triton"),
         (attention, "_kernel_path", lambda *_: "triton"),
+        (attention, "_rotation", lambda *_: rotary),
+        (lora, "joins_products", lambda *_: True),
+        (layer, "joins_products", lambda *_: True),
         (layer, "_kernels_agree", lambda *_: True),
         (surgery, "norm_implementation", lambda *_: "triton"),
         (nf4, "_has_kernel", lambda *_: True),
@@ -160,10 +172,12 @@ class Counts:
     first: Counter[str]  # of the first micro-batch of a step, beyond those of a later one
 
 
-def count(shape: str, num_tokens: int, *, dropout: float = 0.0) -> Counts:
+def count(
+    shape: str, num_tokens: int, *, dropout: float = 0.0, tile_rows: int = layer.TILE_ROWS
+) -> Counts:
     """Launches of one layer for one micro-batch of one tree."""
     with pretended_card() as counter, counter:
-        module, model = make_layer(shape, dropout)
+        module, model = make_layer(shape, dropout, tile_rows)
         trunk, chosen = num_tokens // 2, num_tokens // 4
         positions = torch.arange(num_tokens)[None]
         hidden = torch.empty(1, num_tokens, model.config.hidden_size).bfloat16()
@@ -173,13 +187,14 @@ def count(shape: str, num_tokens: int, *, dropout: float = 0.0) -> Counts:
             "tree_layout": ((0, trunk, chosen, num_tokens - trunk - chosen),),
         }
         passes = []
-        for _ in range(2):
-            counter.found.clear()
-            y = module(hidden.detach().requires_grad_(), **arguments)
-            passes.append(counter.found.copy())
-            counter.found.clear()
-            torch.autograd.backward(y, torch.empty_like(y))
-            passes.append(counter.found.copy())
+        with casts_kept(model), dropout_live(model):
+            for _ in range(2):
+                counter.found.clear()
+                y = module(hidden.detach().requires_grad_(), **arguments)
+                passes.append(counter.found.copy())
+                counter.found.clear()
+                torch.autograd.backward(y, torch.empty_like(y))
+                passes.append(counter.found.copy())
     first = passes[0] + passes[1] - passes[2] - passes[3]
     return Counts(passes[2], passes[3], first)
 

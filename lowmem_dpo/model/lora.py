@@ -7,13 +7,19 @@ the backward pass, so that one dense weight is alive at a time. The backward pas
 A^T, which is narrow; x itself is shared by the layers that read it. Without an adapter nothing but
 the base is needed.
 
-A and B are fp32 and are cast to x's dtype for the products. B is zero at the start, so the layer
-begins as its base, to the bit.
+A and B are fp32 and are cast to x's dtype for the products; while `casts_kept`, once for all of
+them. B is zero at the start, so the layer begins as its base, to the bit.
+
+Layers that read one input, such as q, k and v, are one function on a card: x meets their A matrices
+in one product, their gradients of x are added up by the products that make them, and those of A and
+B are added to `.grad` in fp32 by products too, so they arrive through `.backward()` only. Sums in
+another order have other bits; elsewhere the order stays that of layers one by one.
 
 Shapes: N tokens (leading dimensions flattened), R rank.
 Source: Hu et al., LoRA (arXiv 2106.09685), section 4.1; Kalajdzievski, rsLoRA (arXiv 2312.03732).
 """
 
+import functools
 import hashlib
 import math
 import re
@@ -28,6 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowmem_dpo.model.nf4 import Nf4Weight
+from lowmem_dpo_kernels.token_logps_pass import pass_numerics
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ class LoraLinear(nn.Module):
         dropout: Probability that an element of the adapter's input is dropped while `dropout_live`.
         dropout_live: Whether dropout is on. `train()` and `eval()` do not touch it.
         enabled: Whether the adapter is on.
+        casts: A and B in other types, by type and matrices, while `casts_kept`; else None.
     """
 
     weight: Nf4Weight | nn.Parameter
@@ -104,6 +112,7 @@ class LoraLinear(nn.Module):
         self.dropout = 0.0
         self.dropout_live = False
         self.enabled = True
+        self.casts: dict[Any, Tensor] | None = None
 
     def add_adapter(self, rank: int, *, scaling: float, dropout: float, seed: int) -> None:
         """Give the layer a new adapter whose output is zero.
@@ -140,72 +149,162 @@ class LoraLinear(nn.Module):
                 no product with the weight in the forward pass, so it is left out; the values are
                 NaN then, in the memory of one number: whoever does read them will notice.
         """
-        if not self.enabled or self.lora_a is None:
-            return _LoraLinearFunction.apply(x, None, None, self, 0.0, needs_values)
-        drop = self.dropout if self.dropout_live else 0.0
-        return _LoraLinearFunction.apply(x, self.lora_a, self.lora_b, self, drop, needs_values)
+        return _apply((self,), x, needs_values)[0]
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
 
 
+def project(x: Tensor, layers: Sequence[LoraLinear]) -> Sequence[Tensor]:
+    """What each of several layers makes of one input, [..., in] to [..., out] each.
+
+    One function on a card, unless dropout gives each adapter an input of its own.
+    """
+    drops = any(layer.dropout and layer.dropout_live for layer in layers)
+    if drops or not joins_products(x.device, x.dtype):
+        return [layer(x) for layer in layers]
+    return _apply(layers, x, needs_values=True)
+
+
+@functools.cache
+def joins_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether layers of one input are one function here, and adapter gradients add up in place.
+
+    That takes products of half operands with an fp32 result, as the head does.
+    """
+    is_fit = dtype != torch.float64 and pass_numerics(device, dtype)[2] == dtype
+    return device.type == "cuda" and is_fit
+
+
+def _apply(layers: Sequence[LoraLinear], x: Tensor, needs_values: bool) -> tuple[Tensor, ...]:
+    adapted = [layer for layer in layers if layer.enabled and layer.lora_a is not None]
+    drop = layers[0].dropout if adapted and layers[0].dropout_live else 0.0
+    matrices = _matrices(adapted)
+    return _LoraLinearFunction.apply(x, layers, adapted, drop, needs_values, *matrices)
+
+
+def _matrices(layers: Sequence[LoraLinear]) -> list[Tensor]:
+    """The A of each, then the B of each."""
+    both = [*(layer.lora_a for layer in layers), *(layer.lora_b for layer in layers)]
+    return [matrix for matrix in both if matrix is not None]
+
+
+def _cast(matrices: Sequence[Tensor], dtype: torch.dtype, kept: dict[Any, Tensor] | None) -> Tensor:
+    """Matrices of as many columns, one below the other, in `dtype`; made once where it is kept."""
+    key = (dtype, *map(id, matrices))
+    if kept is not None and key in kept:
+        return kept[key]
+    parts = [matrix.detach().to(dtype) for matrix in matrices]
+    cast = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if kept is not None:
+        kept[key] = cast
+    return cast
+
+
 class _LoraLinearFunction(torch.autograd.Function):
-    """The whole layer, so that no dense weight and no copy of x waits for the backward pass."""
+    """Whole layers of one input, so that no dense weight and no copy of x waits for the backward.
+
+    After the layers stand those that have an adapter, and last of all their matrices.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        lora_a: Tensor | None,
-        lora_b: Tensor | None,
-        layer: LoraLinear,
+        layers: Sequence[LoraLinear],
+        adapted: Sequence[LoraLinear],
         drop: float,
         needs_values: bool,
-    ) -> Tensor:
-        y_shape = (*x.shape[:-1], layer.out_features)
-        rows = x.reshape(-1, layer.in_features)
-        if needs_values:
-            bias = None if layer.bias is None else layer.bias.to(x.dtype)
-            y = F.linear(rows, layer.dense_weight(x.dtype), bias)
-        else:
-            y = x.new_full((), torch.nan).expand(y_shape)
-        ctx.layer, ctx.x_shape, ctx.dtype = layer, x.shape, x.dtype
-        if lora_a is None or lora_b is None:
-            ctx.save_for_backward(None, None, None, None, None)
-            return y.view(y_shape)
-        # Dropped elements are at zero; the scaling holds the factor 1 / (1 - p).
-        keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - drop) if drop else None
-        ctx.scaling = layer.scaling / (1 - drop)
-        low = (rows if keep is None else rows * keep) @ lora_a.to(x.dtype).T  # [N, R]
-        trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        ctx.save_for_backward(x if trains else None, keep, low if trains else None, lora_a, lora_b)
-        if not needs_values:
-            return y
-        return y.addmm_(low, lora_b.to(x.dtype).T, alpha=ctx.scaling).view(y_shape)
+        *matrices: Tensor,
+    ) -> tuple[Tensor, ...]:
+        rows, outputs = x.reshape(-1, x.shape[-1]), []
+        for layer in layers:
+            if needs_values:
+                bias = None if layer.bias is None else layer.bias.to(x.dtype)
+                outputs.append(F.linear(rows, layer.dense_weight(x.dtype), bias))
+            else:
+                outputs.append(x.new_full((), torch.nan).expand(len(rows), layer.out_features))
+        ctx.layers, ctx.adapted, ctx.x_shape, ctx.dtype = layers, adapted, x.shape, x.dtype
+        keep = low = None
+        if adapted:
+            # Dropped elements are at zero; the scaling holds the factor 1 / (1 - p).
+            keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - drop) if drop else None
+            ctx.scalings = [layer.scaling / (1 - drop) for layer in adapted]
+            lora_a, lora_bs = _casts_of(adapted, x.dtype)
+            low = (rows if keep is None else rows * keep) @ lora_a.T  # [N, R], R of all of them
+            lows = low.split([layer.rank for layer in adapted], dim=1)
+            parts = zip(adapted, lows, lora_bs, ctx.scalings, strict=True)
+            for layer, part, lora_b, scaling in parts if needs_values else ():
+                outputs[layers.index(layer)].addmm_(part, lora_b.T, alpha=scaling)
+        trains = any(ctx.needs_input_grad[5:])
+        ctx.save_for_backward(x if trains else None, keep, low if trains else None, *matrices)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, keep, low, lora_a, lora_b = ctx.saved_tensors
-        grad_y = grad_y.reshape(-1, grad_y.shape[-1])
-        grad_x = grad_a = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ ctx.layer.dense_weight(ctx.dtype)
-        if lora_a is not None:
-            grad_low = (grad_y @ lora_b.to(ctx.dtype)).mul_(ctx.scaling)  # [N, R]
-            if ctx.needs_input_grad[1]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, keep, low, *matrices = ctx.saved_tensors
+        layers, adapted, grad_x = ctx.layers, ctx.adapted, None
+        grads_y = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        for layer, grad_y in zip(layers, grads_y, strict=True) if ctx.needs_input_grad[0] else ():
+            if grad_x is None:
+                grad_x = grad_y @ layer.dense_weight(ctx.dtype)
+            else:
+                grad_x.addmm_(grad_y, layer.dense_weight(ctx.dtype))
+        found: list[Tensor | None] = []
+        if adapted:
+            grads_y = [grads_y[layers.index(layer)] for layer in adapted]
+            joins = joins_products(grads_y[0].device, ctx.dtype)
+            lora_a, lora_bs = _casts_of(adapted, ctx.dtype)
+            grad_low = lora_a.new_empty(len(grads_y[0]), len(lora_a))  # [N, R], R of all of them
+            ranks = [layer.rank for layer in adapted]
+            grad_lows = grad_low.split(ranks, dim=1)
+            parts = zip(grads_y, grad_lows, lora_bs, ctx.scalings, strict=True)
+            for grad_y, part, lora_b, scaling in parts:
+                if joins:
+                    part.addmm_(grad_y, lora_b, beta=0, alpha=scaling)
+                else:  # the other has other bits unless the scaling is a power of two
+                    torch.mm(grad_y, lora_b, out=part).mul_(scaling)
+            if any(ctx.needs_input_grad[5:]):
                 rows = x.reshape(-1, x.shape[-1])
-                grad_a = (grad_low.T @ (rows if keep is None else rows * keep)).to(lora_a.dtype)
-            if ctx.needs_input_grad[2]:
-                grad_b = (grad_y.T @ low).to(lora_b.dtype).mul_(ctx.scaling)
+                rows = rows if keep is None else rows * keep
+                products = [(part, rows, 1.0) for part in grad_lows]
+                products += zip(grads_y, low.split(ranks, dim=1), ctx.scalings, strict=True)
+                needed = ctx.needs_input_grad[5:]
+                found = [
+                    _gradient(matrix, *product, in_place=joins) if needs else None
+                    for matrix, product, needs in zip(matrices, products, needed, strict=True)
+                ]
             if grad_x is not None and keep is None:
-                grad_x.addmm_(grad_low, lora_a.to(ctx.dtype))
+                grad_x.addmm_(grad_low, lora_a)
             elif grad_x is not None:
-                grad_x += (grad_low @ lora_a.to(ctx.dtype)) * keep
+                grad_x += (grad_low @ lora_a) * keep
         if grad_x is not None:
             grad_x = grad_x.view(ctx.x_shape)
-        return grad_x, grad_a, grad_b, None, None, None
+        found = found or [None] * len(matrices)
+        return grad_x, None, None, None, None, *found
+
+
+def _casts_of(layers: Sequence[LoraLinear], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """The A matrices one below the other, [R, in], and the B matrices."""
+    kept, matrices = layers[0].casts, _matrices(layers)
+    lora_bs = [_cast([matrix], dtype, kept) for matrix in matrices[len(layers) :]]
+    return _cast(matrices[: len(layers)], dtype, kept), lora_bs
+
+
+def _gradient(
+    matrix: Tensor, left: Tensor, right: Tensor, scaling: float, *, in_place: bool
+) -> Tensor | None:
+    """Scaling * left^T right, in the matrix's dtype; or None, and added to its gradient."""
+    if not in_place:
+        gradient = (left.T @ right).to(matrix.dtype)
+        return gradient if scaling == 1.0 else gradient.mul_(scaling)
+    if matrix.grad is None:
+        matrix.grad = torch.zeros_like(matrix)
+    options: Any = {} if left.dtype == matrix.dtype else {"out_dtype": matrix.dtype}
+    torch.addmm(matrix.grad, left.T, right, alpha=scaling, out=matrix.grad, **options)
+    return None
 
 
 def wrap_linears(layers: nn.Module, prefix: str) -> None:
@@ -307,3 +406,20 @@ def dropout_live(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.dropout_live = False
+
+
+@contextmanager
+def casts_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, A and B are cast once for each type, so nothing may change them there.
+
+    What changed could not be seen: fused AdamW and bitsandbytes' optimizers do not raise a tensor's
+    version.
+    """
+    layers = list(lora_layers(model).values())
+    for layer in layers:
+        layer.casts = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.casts = None
