@@ -146,7 +146,7 @@ def pretended_card() -> Iterator[Launches]:
         (kernels, "_capability", lambda device: (8, 6)),
         (kernels, "tree_attention_path", lambda *_: "triton"),
         (attention, "_kernel_path", lambda *_: "triton"),
-        (attention, "_rotation", lambda *_: rotary),
+        (attention, "rotation", lambda *_: rotary),
         (lora, "joins_products", lambda *_: True),
         (layer, "joins_products", lambda *_: True),
         (layer, "_kernels_agree", lambda *_: True),

@@ -12,9 +12,8 @@ plain sequence, and a layer's sliding window is counted there: a rejected token 
 rejected tokens within the window, whatever lies between them in the pack.
 
 On CUDA a Triton kernel does all of it at once and reads the trunk where it lies
-(`lowmem_dpo_kernels.tree_attention`); elsewhere PyTorch's attention does it call by call. There the
-module around it is ours too for most families (`joined_attention`); plain sequences always run
-through transformers' own, with which the check at load compares it.
+(`lowmem_dpo_kernels.tree_attention`); elsewhere PyTorch's attention does it call by call. There
+packs of most families pass through `joined_attention`, plain sequences through their own module.
 
 Nothing quadratic in the pack is ever built, and a tree's result has the same bits in any pack. The
 function is registered with transformers under `TREE_ATTENTION`; layers pass `tree_layout` on to it.
@@ -23,7 +22,7 @@ Shapes: N packed tokens, H query heads, K key heads, E head size.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -36,11 +35,11 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lowmem_dpo_kernels
+from lowmem_dpo.machine.rotation import rotation
 from lowmem_dpo.machine.trial import check_error, passes_trial, value_and_gradients
 from lowmem_dpo.model.lora import project
 from lowmem_dpo.model.tiled_attention import tiled_attention
 from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path, twins
-from lowmem_dpo_kernels.triton_support import runs_triton
 
 # One family of kernels for both segments of a tree; cuDNN would plan anew for every length.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -208,67 +207,31 @@ def _plan(tree_layout: TreeLayout, num_tokens: int) -> TreePlan:
 
 
 def joined_attention(
-    module: nn.Module,
+    module: Any,
     x: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: None = None,
     **arguments: Any,
 ) -> Tensor:
-    """An attention module of transformers on one pack: its linears joined, rotated by a kernel.
+    """An attention module on one pack, [1, N, D] to [1, N, D]: linears joined, one kernel rotates.
 
-    Args:
-        module: Of a family whose `attention_settings` are known.
-        x: [1, N, D].
-        position_embeddings: cos and sin, [1, N, E] each.
-        attention_mask: As for `tree_attention`.
-        **arguments: For the attention function: `tree_layout`, and the family's settings.
-
-    Returns:
-        [1, N, D].
+    The module is transformers', of a family that `is_joined`. cos and sin are [1, N, E]; arguments
+    are those of `tree_attention`, a soft-cap among them if there is one.
     """
-    parts: Any = module
-    heads = [
-        y.view(x.shape[1], -1, parts.head_dim)
-        for y in project(x, (parts.q_proj, parts.k_proj, parts.v_proj))
-    ]
-    if hasattr(parts, "q_norm"):
-        heads[:2] = parts.q_norm(heads[0]), parts.k_norm(heads[1])
+    config, shape = module.config, (x.shape[1], -1, module.head_dim)
+    projections = project(x, (module.q_proj, module.k_proj, module.v_proj))
+    query, key, value = (y.view(shape) for y in projections)
+    if hasattr(module, "q_norm"):
+        query, key = module.q_norm(query), module.k_norm(key)
+    by_torch = config._attn_implementation == TREE_ATTENTION_BY_TORCH
+    rotate = twins.rotary if by_torch else rotation(x.device, x.dtype, module.head_dim)
     cos, sin = (table.squeeze(0) for table in position_embeddings)
-    name = parts.config._attn_implementation
-    by_torch = name == TREE_ATTENTION_BY_TORCH
-    rotate = twins.rotary if by_torch else _rotation(x.device, x.dtype, parts.head_dim)
-    heads[:2] = (rotate(part, cos, sin) for part in heads[:2])
-    query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in heads)
-    arguments["scaling"] = parts.scaling
-    out = ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, attention_mask, **arguments)[0]
-    return parts.o_proj(out.flatten(2))
-
-
-@functools.cache
-def _rotation(
-    device: torch.device, dtype: torch.dtype, head_size: int
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The kernel where it runs and has the bits of PyTorch's operations, else these."""
-    if not runs_triton(device):
-        return twins.rotary
-    trial = functools.partial(_try_rotation, device, dtype, head_size)
-    if not passes_trial(trial, "attention", "the rotation's kernel", device, "PyTorch"):
-        return twins.rotary
-    from lowmem_dpo_kernels.rotary import rotary  # imports triton
-
-    return rotary
-
-
-def _try_rotation(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
-    """Compare values and gradients with the twin, of heads as projections and gradients lie."""
-    from lowmem_dpo_kernels.rotary import rotary  # imports triton
-
-    generator = torch.Generator().manual_seed(0)
-    x, upstream, *tables = torch.randn(4, 70, 3, head_size, generator=generator).to(device, dtype)
-    cos, sin = (table[:, 0, : head_size // 2].repeat(1, 2) for table in tables)
-    results = [value_and_gradients(f, [x], upstream, cos, sin) for f in (rotary, twins.rotary)]
-    if not all(map(torch.equal, *results)):
-        raise ValueError(f"other numbers than PyTorch's at head size {head_size}")
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    heads = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    arguments |= {"scaling": module.scaling, "sliding_window": window}
+    attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+    return module.o_proj(attend(module, *heads, attention_mask, **arguments)[0].flatten(2))
 
 
 def segment_attention(

@@ -111,7 +111,7 @@ class AttentionHalf(nn.Module):
         self.self_attn = layer.get_submodule("self_attn")
         self.residual_multiplier = residual_multiplier
         self.is_parallel = family.is_parallel
-        self.attention_settings = family.attention_settings
+        self.family = family
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Give h, and what the token-wise half reads: h, or norm(x) in a parallel layer."""
@@ -123,12 +123,13 @@ class AttentionHalf(nn.Module):
         return h, normed if self.is_parallel else h
 
     def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """Attention of norm(x); of a pack on a card, where that is known, by fewer launches."""
+        """Attention of norm(x); of a pack on a card by fewer launches, where the family allows."""
         is_pack = kwargs.get("tree_layout") is not None
-        if is_pack and self.attention_settings is not None and joins_products(x.device, x.dtype):
-            settings = self.attention_settings(self.self_attn)
-            return joined_attention(self.self_attn, x, **settings, **kwargs)
-        return self.self_attn(x, **kwargs)[0]
+        if not (is_pack and self.family.is_joined and joins_products(x.device, x.dtype)):
+            return self.self_attn(x, **kwargs)[0]
+        if self.family.has_softcap:
+            kwargs["softcap"] = self.self_attn.attn_logit_softcapping
+        return joined_attention(self.self_attn, x, **kwargs)
 
 
 class TokenWiseHalf(nn.Module):

@@ -7,19 +7,17 @@ the backward pass, so that one dense weight is alive at a time. The backward pas
 A^T, which is narrow; x itself is shared by the layers that read it. Without an adapter nothing but
 the base is needed.
 
-A and B are fp32 and are cast to x's dtype for the products; while `casts_kept`, once for all of
-them. B is zero at the start, so the layer begins as its base, to the bit.
+A and B are fp32 and are cast to x's dtype for the products; while `casts_kept`, once for all. B is
+zero at the start, so the layer begins as its base, to the bit.
 
-Layers that read one input, such as q, k and v, are one function on a card: x meets their A matrices
-in one product, their gradients of x are added up by the products that make them, and those of A and
-B are added to `.grad` in fp32 by products too, so they arrive through `.backward()` only. Sums in
-another order have other bits; elsewhere the order stays that of layers one by one.
+Layers of one input, such as q, k and v, are one function on a card: x meets their A matrices in one
+product, and products add up its gradient and, in fp32, those of A and B where they lie (`.grad`, so
+`.backward()` only). These are sums in another order; elsewhere layers are computed one by one.
 
 Shapes: N tokens (leading dimensions flattened), R rank.
 Source: Hu et al., LoRA (arXiv 2106.09685), section 4.1; Kalajdzievski, rsLoRA (arXiv 2312.03732).
 """
 
-import functools
 import hashlib
 import math
 import re
@@ -89,7 +87,7 @@ class LoraLinear(nn.Module):
         dropout: Probability that an element of the adapter's input is dropped while `dropout_live`.
         dropout_live: Whether dropout is on. `train()` and `eval()` do not touch it.
         enabled: Whether the adapter is on.
-        casts: A and B in other types, by type and matrices, while `casts_kept`; else None.
+        casts: A and B in other types, while `casts_kept`; else None.
     """
 
     weight: Nf4Weight | nn.Parameter
@@ -112,7 +110,7 @@ class LoraLinear(nn.Module):
         self.dropout = 0.0
         self.dropout_live = False
         self.enabled = True
-        self.casts: dict[Any, Tensor] | None = None
+        self.casts: dict[Any, Any] | None = None
 
     def add_adapter(self, rank: int, *, scaling: float, dropout: float, seed: int) -> None:
         """Give the layer a new adapter whose output is zero.
@@ -157,56 +155,43 @@ class LoraLinear(nn.Module):
 
 
 def project(x: Tensor, layers: Sequence[LoraLinear]) -> Sequence[Tensor]:
-    """What each of several layers makes of one input, [..., in] to [..., out] each.
-
-    One function on a card, unless dropout gives each adapter an input of its own.
-    """
+    """What each of some layers makes of one input; by itself where dropout changes that input."""
     drops = any(layer.dropout and layer.dropout_live for layer in layers)
     if drops or not joins_products(x.device, x.dtype):
         return [layer(x) for layer in layers]
     return _apply(layers, x, needs_values=True)
 
 
-@functools.cache
 def joins_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether layers of one input are one function here, and adapter gradients add up in place.
-
-    That takes products of half operands with an fp32 result, as the head does.
-    """
-    is_fit = dtype != torch.float64 and pass_numerics(device, dtype)[2] == dtype
-    return device.type == "cuda" and is_fit
+    """Whether layers of one input are one function: on cards whose products add up in fp32."""
+    is_fit = device.type == "cuda" and dtype != torch.float64
+    return is_fit and pass_numerics(device, dtype)[2] == dtype
 
 
 def _apply(layers: Sequence[LoraLinear], x: Tensor, needs_values: bool) -> tuple[Tensor, ...]:
     adapted = [layer for layer in layers if layer.enabled and layer.lora_a is not None]
     drop = layers[0].dropout if adapted and layers[0].dropout_live else 0.0
-    matrices = _matrices(adapted)
+    matrices = [*(layer.lora_a for layer in adapted), *(layer.lora_b for layer in adapted)]
     return _LoraLinearFunction.apply(x, layers, adapted, drop, needs_values, *matrices)
 
 
-def _matrices(layers: Sequence[LoraLinear]) -> list[Tensor]:
-    """The A of each, then the B of each."""
-    both = [*(layer.lora_a for layer in layers), *(layer.lora_b for layer in layers)]
-    return [matrix for matrix in both if matrix is not None]
-
-
-def _cast(matrices: Sequence[Tensor], dtype: torch.dtype, kept: dict[Any, Tensor] | None) -> Tensor:
-    """Matrices of as many columns, one below the other, in `dtype`; made once where it is kept."""
-    key = (dtype, *map(id, matrices))
-    if kept is not None and key in kept:
-        return kept[key]
-    parts = [matrix.detach().to(dtype) for matrix in matrices]
-    cast = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if kept is not None:
-        kept[key] = cast
-    return cast
+def _cast(
+    matrices: Sequence[Tensor], dtype: torch.dtype, kept: dict[Any, Any] | None
+) -> tuple[Tensor, list[Tensor]]:
+    """A matrices one below the other, [R, in], and as many B; made once where they are kept."""
+    key = (dtype, len(matrices))  # one set of layers, or one of them alone
+    if kept is None or key not in kept:
+        parts = [matrix.detach().to(dtype) for matrix in matrices]
+        num = len(parts) // 2
+        casts = (parts[0] if num == 1 else torch.cat(parts[:num]), parts[num:])
+        if kept is None:
+            return casts
+        kept[key] = casts
+    return kept[key]
 
 
 class _LoraLinearFunction(torch.autograd.Function):
-    """Whole layers of one input, so that no dense weight and no copy of x waits for the backward.
-
-    After the layers stand those that have an adapter, and last of all their matrices.
-    """
+    """Whole layers, so that no dense weight and no copy of x waits for the backward pass."""
 
     @staticmethod
     def forward(
@@ -218,7 +203,7 @@ class _LoraLinearFunction(torch.autograd.Function):
         needs_values: bool,
         *matrices: Tensor,
     ) -> tuple[Tensor, ...]:
-        rows, outputs = x.reshape(-1, x.shape[-1]), []
+        rows, outputs, keep, low = x.reshape(-1, x.shape[-1]), [], None, None
         for layer in layers:
             if needs_values:
                 bias = None if layer.bias is None else layer.bias.to(x.dtype)
@@ -226,12 +211,11 @@ class _LoraLinearFunction(torch.autograd.Function):
             else:
                 outputs.append(x.new_full((), torch.nan).expand(len(rows), layer.out_features))
         ctx.layers, ctx.adapted, ctx.x_shape, ctx.dtype = layers, adapted, x.shape, x.dtype
-        keep = low = None
         if adapted:
             # Dropped elements are at zero; the scaling holds the factor 1 / (1 - p).
             keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - drop) if drop else None
             ctx.scalings = [layer.scaling / (1 - drop) for layer in adapted]
-            lora_a, lora_bs = _casts_of(adapted, x.dtype)
+            lora_a, lora_bs = _cast(matrices, x.dtype, adapted[0].casts)
             low = (rows if keep is None else rows * keep) @ lora_a.T  # [N, R], R of all of them
             lows = low.split([layer.rank for layer in adapted], dim=1)
             parts = zip(adapted, lows, lora_bs, ctx.scalings, strict=True)
@@ -252,49 +236,38 @@ class _LoraLinearFunction(torch.autograd.Function):
                 grad_x = grad_y @ layer.dense_weight(ctx.dtype)
             else:
                 grad_x.addmm_(grad_y, layer.dense_weight(ctx.dtype))
-        found: list[Tensor | None] = []
+        found: list[Tensor | None] = [None] * len(matrices)
         if adapted:
             grads_y = [grads_y[layers.index(layer)] for layer in adapted]
             joins = joins_products(grads_y[0].device, ctx.dtype)
-            lora_a, lora_bs = _casts_of(adapted, ctx.dtype)
-            grad_low = lora_a.new_empty(len(grads_y[0]), len(lora_a))  # [N, R], R of all of them
+            lora_a, lora_bs = _cast(matrices, ctx.dtype, adapted[0].casts)
             ranks = [layer.rank for layer in adapted]
-            grad_lows = grad_low.split(ranks, dim=1)
-            parts = zip(grads_y, grad_lows, lora_bs, ctx.scalings, strict=True)
-            for grad_y, part, lora_b, scaling in parts:
+            grad_low = lora_a.new_empty(len(grads_y[0]), sum(ranks))  # [N, R], R of all of them
+            lefts = [*grad_low.split(ranks, dim=1), *grads_y]
+            for i, grad_y in enumerate(grads_y):
+                part, lora_b, scaling = lefts[i], lora_bs[i], ctx.scalings[i]
                 if joins:
                     part.addmm_(grad_y, lora_b, beta=0, alpha=scaling)
                 else:  # the other has other bits unless the scaling is a power of two
                     torch.mm(grad_y, lora_b, out=part).mul_(scaling)
-            if any(ctx.needs_input_grad[5:]):
+            if x is not None:
                 rows = x.reshape(-1, x.shape[-1])
                 rows = rows if keep is None else rows * keep
-                products = [(part, rows, 1.0) for part in grad_lows]
-                products += zip(grads_y, low.split(ranks, dim=1), ctx.scalings, strict=True)
-                needed = ctx.needs_input_grad[5:]
-                found = [
-                    _gradient(matrix, *product, in_place=joins) if needs else None
-                    for matrix, product, needs in zip(matrices, products, needed, strict=True)
-                ]
+                rights = [*[rows] * len(ranks), *low.split(ranks, dim=1)]
+                factors = [1.0] * len(ranks) + ctx.scalings
+                for i in range(len(matrices)):
+                    if ctx.needs_input_grad[5 + i]:
+                        found[i] = _gradient(matrices[i], lefts[i], rights[i], factors[i], joins)
             if grad_x is not None and keep is None:
                 grad_x.addmm_(grad_low, lora_a)
             elif grad_x is not None:
                 grad_x += (grad_low @ lora_a) * keep
-        if grad_x is not None:
-            grad_x = grad_x.view(ctx.x_shape)
-        found = found or [None] * len(matrices)
+        grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
         return grad_x, None, None, None, None, *found
 
 
-def _casts_of(layers: Sequence[LoraLinear], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """The A matrices one below the other, [R, in], and the B matrices."""
-    kept, matrices = layers[0].casts, _matrices(layers)
-    lora_bs = [_cast([matrix], dtype, kept) for matrix in matrices[len(layers) :]]
-    return _cast(matrices[: len(layers)], dtype, kept), lora_bs
-
-
 def _gradient(
-    matrix: Tensor, left: Tensor, right: Tensor, scaling: float, *, in_place: bool
+    matrix: Tensor, left: Tensor, right: Tensor, scaling: float, in_place: bool
 ) -> Tensor | None:
     """Scaling * left^T right, in the matrix's dtype; or None, and added to its gradient."""
     if not in_place:
@@ -412,10 +385,9 @@ def dropout_live(model: nn.Module) -> Iterator[None]:
 def casts_kept(model: nn.Module) -> Iterator[None]:
     """Inside, A and B are cast once for each type, so nothing may change them there.
 
-    What changed could not be seen: fused AdamW and bitsandbytes' optimizers do not raise a tensor's
-    version.
+    A change would not be seen: neither fused AdamW nor bitsandbytes raises a tensor's version.
     """
-    layers = list(lora_layers(model).values())
+    layers = lora_layers(model).values()
     for layer in layers:
         layer.casts = {}
     try:

@@ -33,8 +33,7 @@ BLOCK, BLOCK2 = NF4_BLOCK, 256
 
 # Numbers quantised at a time: bitsandbytes' temporaries are about 20 bytes a number on the CPU.
 # Larger ones left the C allocator's heap full of holes, which count as memory of the process. On a
-# card a chunk is a few kernels' launches, and these take more time than the work unless it is long:
-# one of 2^18 would be 30,000 of them for 8 billion numbers. There a number costs a byte and a half.
+# card, where they are a byte and a half, launches take more time than the work unless it is long.
 _CHUNK, _CARD_CHUNK = 2**16, 2**24
 
 
