@@ -209,6 +209,7 @@ def _plan(tree_layout: TreeLayout, num_tokens: int) -> TreePlan:
 def joined_attention(
     module: Any,
     x: Tensor,
+    has_softcap: bool,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: None = None,
     **arguments: Any,
@@ -216,7 +217,7 @@ def joined_attention(
     """An attention module on one pack, [1, N, D] to [1, N, D]: linears joined, one kernel rotates.
 
     The module is transformers', of a family that `is_joined`. cos and sin are [1, N, E]; arguments
-    are those of `tree_attention`, a soft-cap among them if there is one.
+    are those of `tree_attention`.
     """
     config, shape = module.config, (x.shape[1], -1, module.head_dim)
     projections = project(x, (module.q_proj, module.k_proj, module.v_proj))
@@ -230,6 +231,8 @@ def joined_attention(
     heads = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
     window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
     arguments |= {"scaling": module.scaling, "sliding_window": window}
+    if has_softcap:
+        arguments["softcap"] = module.attn_logit_softcapping
     attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
     return module.o_proj(attend(module, *heads, attention_mask, **arguments)[0].flatten(2))
 

@@ -110,26 +110,21 @@ class AttentionHalf(nn.Module):
         self.norm_after = layer.get_submodule(after) if after else nn.Identity()
         self.self_attn = layer.get_submodule("self_attn")
         self.residual_multiplier = residual_multiplier
-        self.is_parallel = family.is_parallel
         self.family = family
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Give h, and what the token-wise half reads: h, or norm(x) in a parallel layer."""
         normed = self.norm_before(x)
-        added = self.norm_after(self.attend(normed, **kwargs))
+        is_pack = kwargs.get("tree_layout") is not None
+        if is_pack and self.family.is_joined and joins_products(x.device, x.dtype):
+            added = joined_attention(self.self_attn, normed, self.family.has_softcap, **kwargs)
+        else:
+            added = self.self_attn(normed, **kwargs)[0]
+        added = self.norm_after(added)
         if self.residual_multiplier != 1.0:
             added = added * self.residual_multiplier
         h = x + added
-        return h, normed if self.is_parallel else h
-
-    def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """Attention of norm(x); of a pack on a card by fewer launches, where the family allows."""
-        is_pack = kwargs.get("tree_layout") is not None
-        if not (is_pack and self.family.is_joined and joins_products(x.device, x.dtype)):
-            return self.self_attn(x, **kwargs)[0]
-        if self.family.has_softcap:
-            kwargs["softcap"] = self.self_attn.attn_logit_softcapping
-        return joined_attention(self.self_attn, x, **kwargs)
+        return h, normed if self.family.is_parallel else h
 
 
 class TokenWiseHalf(nn.Module):

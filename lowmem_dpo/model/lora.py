@@ -60,13 +60,12 @@ class AdapterSpec:
 
     def rank_and_scaling(self, name: str) -> tuple[int, float]:
         """R of the layer of that name, and the factor on its adapter's output."""
-
-        def first(patterns: Mapping[str, Any], default: Any) -> Any:
-            matching = (patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", name))
-            return next(matching, default)
-
-        rank = first(self.rank_pattern, self.rank)
-        alpha = first(self.alpha_pattern, self.alpha)
+        choices: list[tuple[Mapping[str, Any], Any]]
+        choices = [(self.rank_pattern, self.rank), (self.alpha_pattern, self.alpha)]
+        rank, alpha = (
+            next((of[key] for key in of if re.match(rf"(.*\.)?({key})$", name)), default)
+            for of, default in choices
+        )
         return rank, alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
@@ -147,47 +146,30 @@ class LoraLinear(nn.Module):
                 no product with the weight in the forward pass, so it is left out; the values are
                 NaN then, in the memory of one number: whoever does read them will notice.
         """
-        return _apply((self,), x, needs_values)[0]
+        return project(x, (self,), needs_values=needs_values)[0]
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
 
 
-def project(x: Tensor, layers: Sequence[LoraLinear]) -> Sequence[Tensor]:
+def project(
+    x: Tensor, layers: Sequence[LoraLinear], *, needs_values: bool = True
+) -> Sequence[Tensor]:
     """What each of some layers makes of one input; by itself where dropout changes that input."""
     drops = any(layer.dropout and layer.dropout_live for layer in layers)
-    if drops or not joins_products(x.device, x.dtype):
+    if len(layers) > 1 and (drops or not joins_products(x.device, x.dtype)):
         return [layer(x) for layer in layers]
-    return _apply(layers, x, needs_values=True)
-
-
-def joins_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether layers of one input are one function: on cards whose products add up in fp32."""
-    is_fit = device.type == "cuda" and dtype != torch.float64
-    return is_fit and pass_numerics(device, dtype)[2] == dtype
-
-
-def _apply(layers: Sequence[LoraLinear], x: Tensor, needs_values: bool) -> tuple[Tensor, ...]:
     adapted = [layer for layer in layers if layer.enabled and layer.lora_a is not None]
     drop = layers[0].dropout if adapted and layers[0].dropout_live else 0.0
     matrices = [*(layer.lora_a for layer in adapted), *(layer.lora_b for layer in adapted)]
     return _LoraLinearFunction.apply(x, layers, adapted, drop, needs_values, *matrices)
 
 
-def _cast(
-    matrices: Sequence[Tensor], dtype: torch.dtype, kept: dict[Any, Any] | None
-) -> tuple[Tensor, list[Tensor]]:
-    """A matrices one below the other, [R, in], and as many B; made once where they are kept."""
-    key = (dtype, len(matrices))  # one set of layers, or one of them alone
-    if kept is None or key not in kept:
-        parts = [matrix.detach().to(dtype) for matrix in matrices]
-        num = len(parts) // 2
-        casts = (parts[0] if num == 1 else torch.cat(parts[:num]), parts[num:])
-        if kept is None:
-            return casts
-        kept[key] = casts
-    return kept[key]
+def joins_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether layers of one input are one function: on cards whose products add up in fp32."""
+    is_fit = device.type == "cuda" and dtype != torch.float64
+    return is_fit and pass_numerics(device, dtype)[2] == dtype
 
 
 class _LoraLinearFunction(torch.autograd.Function):
@@ -215,11 +197,18 @@ class _LoraLinearFunction(torch.autograd.Function):
             # Dropped elements are at zero; the scaling holds the factor 1 / (1 - p).
             keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - drop) if drop else None
             ctx.scalings = [layer.scaling / (1 - drop) for layer in adapted]
-            lora_a, lora_bs = _cast(matrices, x.dtype, adapted[0].casts)
+            kept, key = adapted[0].casts, (x.dtype, len(adapted))
+            if kept is None or key not in kept:
+                parts = [matrix.detach().to(x.dtype) for matrix in matrices]
+                lora_as, lora_bs = parts[: len(adapted)], parts[len(adapted) :]
+                lora_a = lora_as[0] if len(adapted) == 1 else torch.cat(lora_as)  # [R, in]
+                kept = {} if kept is None else kept
+                kept[key] = lora_a, lora_bs
+            ctx.casts = lora_a, lora_bs = kept[key]
             low = (rows if keep is None else rows * keep) @ lora_a.T  # [N, R], R of all of them
-            lows = low.split([layer.rank for layer in adapted], dim=1)
-            parts = zip(adapted, lows, lora_bs, ctx.scalings, strict=True)
-            for layer, part, lora_b, scaling in parts if needs_values else ():
+            lows = low.split([layer.rank for layer in adapted], dim=1) if needs_values else ()
+            for i, part in enumerate(lows):
+                layer, lora_b, scaling = adapted[i], lora_bs[i], ctx.scalings[i]
                 outputs[layers.index(layer)].addmm_(part, lora_b.T, alpha=scaling)
         trains = any(ctx.needs_input_grad[5:])
         ctx.save_for_backward(x if trains else None, keep, low if trains else None, *matrices)
@@ -240,7 +229,7 @@ class _LoraLinearFunction(torch.autograd.Function):
         if adapted:
             grads_y = [grads_y[layers.index(layer)] for layer in adapted]
             joins = joins_products(grads_y[0].device, ctx.dtype)
-            lora_a, lora_bs = _cast(matrices, ctx.dtype, adapted[0].casts)
+            lora_a, lora_bs = ctx.casts
             ranks = [layer.rank for layer in adapted]
             grad_low = lora_a.new_empty(len(grads_y[0]), sum(ranks))  # [N, R], R of all of them
             lefts = [*grad_low.split(ranks, dim=1), *grads_y]
@@ -255,9 +244,12 @@ class _LoraLinearFunction(torch.autograd.Function):
                 rows = rows if keep is None else rows * keep
                 rights = [*[rows] * len(ranks), *low.split(ranks, dim=1)]
                 factors = [1.0] * len(ranks) + ctx.scalings
-                for i in range(len(matrices)):
-                    if ctx.needs_input_grad[5 + i]:
-                        found[i] = _gradient(matrices[i], lefts[i], rights[i], factors[i], joins)
+                for i, (matrix, factor) in enumerate(zip(matrices, factors, strict=True)):
+                    if ctx.needs_input_grad[5 + i] and joins:
+                        _add_gradient(matrix, lefts[i], rights[i], factor)
+                    elif ctx.needs_input_grad[5 + i]:
+                        gradient = (lefts[i].T @ rights[i]).to(matrix.dtype)
+                        found[i] = gradient if factor == 1.0 else gradient.mul_(factor)
             if grad_x is not None and keep is None:
                 grad_x.addmm_(grad_low, lora_a)
             elif grad_x is not None:
@@ -266,18 +258,12 @@ class _LoraLinearFunction(torch.autograd.Function):
         return grad_x, None, None, None, None, *found
 
 
-def _gradient(
-    matrix: Tensor, left: Tensor, right: Tensor, scaling: float, in_place: bool
-) -> Tensor | None:
-    """Scaling * left^T right, in the matrix's dtype; or None, and added to its gradient."""
-    if not in_place:
-        gradient = (left.T @ right).to(matrix.dtype)
-        return gradient if scaling == 1.0 else gradient.mul_(scaling)
+def _add_gradient(matrix: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
+    """Add scaling * left^T right to the matrix's gradient, in its dtype."""
     if matrix.grad is None:
         matrix.grad = torch.zeros_like(matrix)
     options: Any = {} if left.dtype == matrix.dtype else {"out_dtype": matrix.dtype}
     torch.addmm(matrix.grad, left.T, right, alpha=scaling, out=matrix.grad, **options)
-    return None
 
 
 def wrap_linears(layers: nn.Module, prefix: str) -> None:
@@ -387,7 +373,7 @@ def casts_kept(model: nn.Module) -> Iterator[None]:
 
     A change would not be seen: neither fused AdamW nor bitsandbytes raises a tensor's version.
     """
-    layers = lora_layers(model).values()
+    layers = linear_layers(model).values()
     for layer in layers:
         layer.casts = {}
     try:

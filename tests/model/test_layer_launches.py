@@ -42,9 +42,8 @@ def test_two_tiles_run_the_token_wise_half_twice():
 
 def test_the_count_sees_what_is_not_joined(monkeypatch):
     joined = layer_launches.count("tiny", 128)
-    monkeypatch.setattr(layer_launches.lora, "project", lambda x, layers: [f(x) for f in layers])
-    monkeypatch.setattr(layer_launches.attention, "project", layer_launches.lora.project)
-    monkeypatch.setattr(layer_launches.layer, "project", layer_launches.lora.project)
+    for module in (layer_launches.attention, layer_launches.layer):
+        monkeypatch.setattr(module, "project", lambda x, layers: [each(x) for each in layers])
     apart = layer_launches.count("tiny", 128)
     assert apart.forward["mm"] == joined.forward["mm"] + 3  # x A^T of k, v and up by themselves
     assert apart.backward["add"] == joined.backward["add"] + 3  # sums of the gradients of x
