@@ -28,7 +28,13 @@ from lowmem_dpo.model.attention import attention_path
 from lowmem_dpo.model.head import check_tied_head
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.layer import TILE_ROWS, mlp_path
-from lowmem_dpo.model.lora import AdapterSpec, linear_layers, lora_layers, match_targets
+from lowmem_dpo.model.lora import (
+    AdapterSpec,
+    joins_products,
+    linear_layers,
+    lora_layers,
+    match_targets,
+)
 from lowmem_dpo.model.surgery import norm_path, prepare_model
 from lowmem_dpo.reference.cache import Fingerprint
 from lowmem_dpo.settings.groups import (
@@ -209,6 +215,7 @@ class Policy:
             "tile_rows": TILE_ROWS,
             "matmul_precision": torch.get_float32_matmul_precision(),
             **({"mlp": mlp_path(model.backbone)} | matmul_settings() if on_cuda else {}),
+            **({"joined_products": True} if joins_products(device, model.dtype) else {}),
             "torch": torch.__version__,
             "triton": _triton_version() if on_cuda else None,
             "transformers": importlib.metadata.version("transformers"),
