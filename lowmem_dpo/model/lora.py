@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lowmem_dpo.machine.products import add_product, joins_products
 from lowmem_dpo.model.nf4 import Nf4Weight
-from lowmem_dpo_kernels.token_logps_pass import pass_numerics
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,6 @@ def project(
     return _LoraLinearFunction.apply(x, layers, adapted, drop, needs_values, *matrices)
 
 
-def joins_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether layers of one input are one function: on cards whose products add up in fp32."""
-    is_fit = device.type == "cuda" and dtype != torch.float64
-    return is_fit and pass_numerics(device, dtype)[2] == dtype
-
-
 class _LoraLinearFunction(torch.autograd.Function):
     """Whole layers, so that no dense weight and no copy of x waits for the backward pass."""
 
@@ -246,7 +240,9 @@ class _LoraLinearFunction(torch.autograd.Function):
                 factors = [1.0] * len(ranks) + ctx.scalings
                 for i, (matrix, factor) in enumerate(zip(matrices, factors, strict=True)):
                     if ctx.needs_input_grad[5 + i] and joins:
-                        _add_gradient(matrix, lefts[i], rights[i], factor)
+                        if matrix.grad is None:
+                            matrix.grad = torch.zeros_like(matrix)
+                        add_product(matrix.grad, lefts[i], rights[i], factor)
                     elif ctx.needs_input_grad[5 + i]:
                         gradient = (lefts[i].T @ rights[i]).to(matrix.dtype)
                         found[i] = gradient if factor == 1.0 else gradient.mul_(factor)
@@ -256,14 +252,6 @@ class _LoraLinearFunction(torch.autograd.Function):
                 grad_x += (grad_low @ lora_a) * keep
         grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
         return grad_x, None, None, None, None, *found
-
-
-def _add_gradient(matrix: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
-    """Add scaling * left^T right to the matrix's gradient, in its dtype."""
-    if matrix.grad is None:
-        matrix.grad = torch.zeros_like(matrix)
-    options: Any = {} if left.dtype == matrix.dtype else {"out_dtype": matrix.dtype}
-    torch.addmm(matrix.grad, left.T, right, alpha=scaling, out=matrix.grad, **options)
 
 
 def wrap_linears(layers: nn.Module, prefix: str) -> None:
