@@ -14,11 +14,12 @@ from lowmem_dpo.model.lora import (
     project,
 )
 from lowmem_dpo.model.scoring import score
-from lowmem_dpo.packs.packing import build_tree, pack_trees
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.loop import new_state
 from tests.model.test_lora import IN, NUM_TOKENS, make_layer
 from tests.model.test_scoring import (
+    build_tree,
+    pack_trees,
     packed_loss,
     plain_loss,
     policy,  # noqa: F401 - a fixture
