@@ -15,6 +15,7 @@ from lowmem_dpo_kernels import (
     gated_product,
     nf4,
     rms_norm_triton,
+    rotary,
     token_logps_triton,
     tree_attention_triton,
 )
@@ -157,6 +158,24 @@ def gate(capability: tuple[int, int]) -> Iterator[Case]:
                 )
 
 
+def rotate(capability: tuple[int, int]) -> Iterator[Case]:
+    """Forth and back for the heads of some models; the same on all cards."""
+    for heads, head_size in ((32, 128), (8, 128), (16, 256), (14, 64), (9, 96)):
+        for name, dtype in HALF_DTYPES.items():
+            x = torch.zeros(3, heads, head_size, dtype=dtype, requires_grad=True)
+            yield Case(
+                f"H={heads}, E={head_size}, {name}",
+                ("forward", "backward"),
+                lambda x=x: _rotate(x),
+            )
+
+
+def _rotate(x: torch.Tensor) -> None:
+    table = torch.zeros_like(x[:, 0])
+    out = rotary.rotary(x, table, table)
+    torch.autograd.grad(out, x, torch.zeros_like(out))
+
+
 def _gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
     out = gated_product.gated_product(gate, up, activation)
     torch.autograd.grad(out, (gate, up), torch.zeros_like(out))
@@ -187,6 +206,7 @@ def _attend(
 LAUNCHES = {
     "rms_norm": rms_norm,
     "gated_product": gate,
+    "rotary": rotate,
     "token_logps": token_logps,
     "token_logps_fused": token_logps_fused,
     "nf4_dequantize": nf4_dequantize,

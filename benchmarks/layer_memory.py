@@ -40,6 +40,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lowmem_dpo.model import layer as layers
+from lowmem_dpo.model import lora
 from lowmem_dpo.model.families import FAMILIES
 from lowmem_dpo.model.layer import TILE_ROWS, DecoderLayer
 from lowmem_dpo.model.lora import AdapterSpec, add_lora, wrap_linears
@@ -169,6 +171,12 @@ class LiveTensors(TorchDispatchMode):
         return result
 
 
+def join_layers() -> None:
+    """Let layers of one input be one function as on a card; in fp32, a CPU has them too."""
+    for module in (lora, layers):
+        module.joins_products = lambda device, dtype: True  # type: ignore[attr-defined]
+
+
 def shrink_blocks() -> None:
     """Blocks of rows as small, beside these tokens, as they are beside those of a real pack."""
     sys.modules[rms_norm.__module__]._BLOCK_NUMBERS = 1  # type: ignore[attr-defined]
@@ -206,6 +214,8 @@ class Pass:
             "position_ids": positions,
             "attention_mask": None,
         }
+        if not self.is_plain:
+            self.arguments["tree_layout"] = ((0, num_tokens, 0, 0),)
 
     def run(self) -> None:
         """Forth and back; the output is gone by then, as in training, its gradient is there."""
@@ -288,10 +298,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--one_tile", action="store_true", help="memory of packs no longer than a tile"
     )
+    parser.add_argument("--joined", action="store_true", help="layers as on a card, in fp32")
     parser.add_argument("--causes", action="store_true", help="what the peak is made of")
     options = parser.parse_args(arguments)
     options.dtype = getattr(torch, options.dtype)
     options.tile_rows = TILE_ROWS
+    if options.joined:
+        options.dtype = torch.float32
+        join_layers()
     return options
 
 

@@ -58,6 +58,12 @@ def gated_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads [N, H, E] turned by the angles of their tokens, cos and sin [N, E]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
 def nf4_dequantize(
     packed: Tensor,
     absmax: Tensor,

@@ -12,7 +12,8 @@ plain sequence, and a layer's sliding window is counted there: a rejected token 
 rejected tokens within the window, whatever lies between them in the pack.
 
 On CUDA a Triton kernel does all of it at once and reads the trunk where it lies
-(`lowmem_dpo_kernels.tree_attention`); elsewhere PyTorch's attention does it call by call.
+(`lowmem_dpo_kernels.tree_attention`); elsewhere PyTorch's attention does it call by call. There
+packs of most families pass through `joined_attention`, plain sequences through their own module.
 
 Nothing quadratic in the pack is ever built, and a tree's result has the same bits in any pack. The
 function is registered with transformers under `TREE_ATTENTION`; layers pass `tree_layout` on to it.
@@ -31,11 +32,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lowmem_dpo_kernels
+from lowmem_dpo.machine.rotation import rotation
 from lowmem_dpo.machine.trial import check_error, once_a_device, passes_trial, value_and_gradients
+from lowmem_dpo.model.lora import project
 from lowmem_dpo.model.tiled_attention import tiled_attention
-from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path
+from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path, twins
 from lowmem_dpo_kernels.triton_support import capability_of, is_rehearsing
 
 # One family of kernels for both segments of a tree; cuDNN would plan anew for every length.
@@ -186,9 +190,9 @@ def _by_kernel(
 ) -> Tensor:
     """All trees at once; [1, N, H, E]."""
     out = lowmem_dpo_kernels.tree_attention(
-        query[0],
-        key[0],
-        value[0],
+        query.squeeze(0),  # a view; query[0] has zeros and a copy for a gradient
+        key.squeeze(0),
+        value.squeeze(0),
         _plan(tuple(tree_layout), query.shape[2]),
         scale=kind.scaling,
         sliding_window=kind.sliding_window,
@@ -201,6 +205,37 @@ def _by_kernel(
 def _plan(tree_layout: TreeLayout, num_tokens: int) -> TreePlan:
     """The tables of a pack, made for its first layer and read by all others, forth and back."""
     return TreePlan(tree_layout, num_tokens)
+
+
+def joined_attention(
+    module: Any,
+    x: Tensor,
+    has_softcap: bool,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: None = None,
+    **arguments: Any,
+) -> Tensor:
+    """An attention module on one pack, [1, N, D] to [1, N, D]: linears joined, one kernel rotates.
+
+    The module is transformers', of a family that `is_joined`. cos and sin are [1, N, E]; arguments
+    are those of `tree_attention`.
+    """
+    config, shape = module.config, (x.shape[1], -1, module.head_dim)
+    projections = project(x, (module.q_proj, module.k_proj, module.v_proj))
+    query, key, value = (y.view(shape) for y in projections)
+    if hasattr(module, "q_norm"):
+        query, key = module.q_norm(query), module.k_norm(key)
+    by_torch = config._attn_implementation == TREE_ATTENTION_BY_TORCH
+    rotate = twins.rotary if by_torch else rotation(x.device, x.dtype, module.head_dim)
+    cos, sin = (table.squeeze(0) for table in position_embeddings)
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    heads = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    arguments |= {"scaling": module.scaling, "sliding_window": window}
+    if has_softcap:
+        arguments["softcap"] = module.attn_logit_softcapping
+    attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+    return module.o_proj(attend(module, *heads, attention_mask, **arguments)[0].flatten(2))
 
 
 def segment_attention(

@@ -46,6 +46,8 @@ class Family:
         logit_scale: Factor on the logits, by config.json.
         logit_softcap: The c of c * tanh(logits / c) by config.json, or None.
         plain_attention: The attention function of transformers that computes it.
+        is_joined: Whether its attention module is q, k and v apart, norms of heads, a rotation by
+            halves, and o: such are joined on a card. With `has_softcap` there may be a soft-cap.
         adopted_code: What old checkpoints name in `auto_map` for code of their own, which
             transformers has under the same names by now.
     """
@@ -58,6 +60,8 @@ class Family:
     logit_scale: Callable[[Any], float] = lambda config: 1.0
     logit_softcap: Callable[[Any], float | None] = lambda config: None
     plain_attention: str = "sdpa"
+    is_joined: bool = False
+    has_softcap: bool = False
     adopted_code: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -80,20 +84,24 @@ FAMILIES: dict[str, Family] = {
         logit_softcap=lambda config: config.final_logit_softcapping,
         # sdpa has no soft-cap: transformers 5.17 leaves it out without a word, later ones refuse.
         plain_attention="eager",
+        is_joined=True,
+        has_softcap=True,
     ),
     "gemma3_text": Family(
         rms_norm=RmsNorm("Gemma3RMSNorm", offset=1.0, rounds_first=False),
         attention_norms=_GEMMA_ATTENTION_NORMS,
         mlp_norms=_GEMMA_MLP_NORMS,
         logit_softcap=lambda config: config.final_logit_softcapping,
+        is_joined=True,
     ),
     "granite": Family(
         rms_norm=RmsNorm("GraniteRMSNorm"),
         residual_multiplier=lambda config: config.residual_multiplier,
         logit_scale=lambda config: 1 / config.logits_scaling,
+        is_joined=True,
     ),
-    "llama": Family(rms_norm=RmsNorm("LlamaRMSNorm")),
-    "mistral": Family(rms_norm=RmsNorm("MistralRMSNorm")),
+    "llama": Family(rms_norm=RmsNorm("LlamaRMSNorm"), is_joined=True),
+    "mistral": Family(rms_norm=RmsNorm("MistralRMSNorm"), is_joined=True),
     "olmo2": Family(
         rms_norm=RmsNorm("Olmo2RMSNorm", rounds_first=False),
         attention_norms=(None, "post_attention_layernorm"),
@@ -103,7 +111,7 @@ FAMILIES: dict[str, Family] = {
         rms_norm=RmsNorm("Phi3RMSNorm"),
         adopted_code={"AutoConfig": "Phi3Config", "AutoModelForCausalLM": "Phi3ForCausalLM"},
     ),
-    "qwen2": Family(rms_norm=RmsNorm("Qwen2RMSNorm")),
-    "qwen3": Family(rms_norm=RmsNorm("Qwen3RMSNorm")),
+    "qwen2": Family(rms_norm=RmsNorm("Qwen2RMSNorm"), is_joined=True),
+    "qwen3": Family(rms_norm=RmsNorm("Qwen3RMSNorm"), is_joined=True),
 }
 """By the `model_type` of config.json."""

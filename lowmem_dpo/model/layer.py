@@ -34,9 +34,11 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from lowmem_dpo.machine.device import cuda_devices
+from lowmem_dpo.machine.products import joins_products
 from lowmem_dpo.machine.trial import check_error, once_a_device, passes_trial, value_and_gradients
+from lowmem_dpo.model.attention import joined_attention
 from lowmem_dpo.model.families import Family
-from lowmem_dpo.model.lora import LoraLinear
+from lowmem_dpo.model.lora import LoraLinear, project
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, round_up_tokens
 from lowmem_dpo_kernels import twins
 
@@ -130,16 +132,21 @@ class AttentionHalf(nn.Module):
         self.norm_after = layer.get_submodule(after) if after else nn.Identity()
         self.self_attn = layer.get_submodule("self_attn")
         self.residual_multiplier = residual_multiplier
-        self.is_parallel = family.is_parallel
+        self.family = family
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Give h, and what the token-wise half reads: h, or norm(x) in a parallel layer."""
         normed = self.norm_before(x)
-        added = self.norm_after(self.self_attn(normed, **kwargs)[0])
+        is_pack = kwargs.get("tree_layout") is not None
+        if is_pack and self.family.is_joined and joins_products(x.device, x.dtype):
+            added = joined_attention(self.self_attn, normed, self.family.has_softcap, **kwargs)
+        else:
+            added = self.self_attn(normed, **kwargs)[0]
+        added = self.norm_after(added)
         if self.residual_multiplier != 1.0:
             added = added * self.residual_multiplier
         h = x + added
-        return h, normed if self.is_parallel else h
+        return h, normed if self.family.is_parallel else h
 
 
 class TokenWiseHalf(nn.Module):
@@ -302,7 +309,7 @@ class GatedMlp(nn.Module):
         if self.in_one:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
+            gate, up = project(x, (self.gate_proj, self.up_proj))
         if self.activation is None:
             product = self.act_fn(gate) * up
         elif self.by_kernel:

@@ -7,8 +7,12 @@ the backward pass, so that one dense weight is alive at a time. The backward pas
 A^T, which is narrow; x itself is shared by the layers that read it. Without an adapter nothing but
 the base is needed.
 
-A and B are fp32 and are cast to x's dtype for the products. B is zero at the start, so the layer
-begins as its base, to the bit.
+A and B are fp32 and are cast to x's dtype for the products; while `casts_kept`, once for all. B is
+zero at the start, so the layer begins as its base, to the bit.
+
+Layers of one input, such as q, k and v, are one function on a card: x meets their A matrices in one
+product, and products add up its gradient and, in fp32, those of A and B where they lie (`.grad`, so
+`.backward()` only). These are sums in another order; elsewhere layers are computed one by one.
 
 Shapes: N tokens (leading dimensions flattened), R rank.
 Source: Hu et al., LoRA (arXiv 2106.09685), section 4.1; Kalajdzievski, rsLoRA (arXiv 2312.03732).
@@ -27,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lowmem_dpo.machine.products import add_product, joins_products
 from lowmem_dpo.model.nf4 import Nf4Weight
 
 
@@ -55,13 +60,12 @@ class AdapterSpec:
 
     def rank_and_scaling(self, name: str) -> tuple[int, float]:
         """R of the layer of that name, and the factor on its adapter's output."""
-
-        def first(patterns: Mapping[str, Any], default: Any) -> Any:
-            matching = (patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", name))
-            return next(matching, default)
-
-        rank = first(self.rank_pattern, self.rank)
-        alpha = first(self.alpha_pattern, self.alpha)
+        choices: list[tuple[Mapping[str, Any], Any]]
+        choices = [(self.rank_pattern, self.rank), (self.alpha_pattern, self.alpha)]
+        rank, alpha = (
+            next((of[key] for key in of if re.match(rf"(.*\.)?({key})$", name)), default)
+            for of, default in choices
+        )
         return rank, alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
@@ -82,6 +86,7 @@ class LoraLinear(nn.Module):
         dropout: Probability that an element of the adapter's input is dropped while `dropout_live`.
         dropout_live: Whether dropout is on. `train()` and `eval()` do not touch it.
         enabled: Whether the adapter is on.
+        casts: A and B in other types, while `casts_kept`; else None.
     """
 
     weight: Nf4Weight | nn.Parameter
@@ -104,6 +109,7 @@ class LoraLinear(nn.Module):
         self.dropout = 0.0
         self.dropout_live = False
         self.enabled = True
+        self.casts: dict[Any, Any] | None = None
 
     def add_adapter(self, rank: int, *, scaling: float, dropout: float, seed: int) -> None:
         """Give the layer a new adapter whose output is zero.
@@ -140,72 +146,112 @@ class LoraLinear(nn.Module):
                 no product with the weight in the forward pass, so it is left out; the values are
                 NaN then, in the memory of one number: whoever does read them will notice.
         """
-        if not self.enabled or self.lora_a is None:
-            return _LoraLinearFunction.apply(x, None, None, self, 0.0, needs_values)
-        drop = self.dropout if self.dropout_live else 0.0
-        return _LoraLinearFunction.apply(x, self.lora_a, self.lora_b, self, drop, needs_values)
+        return project(x, (self,), needs_values=needs_values)[0]
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
 
 
+def project(
+    x: Tensor, layers: Sequence[LoraLinear], *, needs_values: bool = True
+) -> Sequence[Tensor]:
+    """What each of some layers makes of one input; by itself where dropout changes that input."""
+    drops = any(layer.dropout and layer.dropout_live for layer in layers)
+    if len(layers) > 1 and (drops or not joins_products(x.device, x.dtype)):
+        return [layer(x) for layer in layers]
+    adapted = [layer for layer in layers if layer.enabled and layer.lora_a is not None]
+    drop = layers[0].dropout if adapted and layers[0].dropout_live else 0.0
+    matrices = [*(layer.lora_a for layer in adapted), *(layer.lora_b for layer in adapted)]
+    return _LoraLinearFunction.apply(x, layers, adapted, drop, needs_values, *matrices)
+
+
 class _LoraLinearFunction(torch.autograd.Function):
-    """The whole layer, so that no dense weight and no copy of x waits for the backward pass."""
+    """Whole layers, so that no dense weight and no copy of x waits for the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        lora_a: Tensor | None,
-        lora_b: Tensor | None,
-        layer: LoraLinear,
+        layers: Sequence[LoraLinear],
+        adapted: Sequence[LoraLinear],
         drop: float,
         needs_values: bool,
-    ) -> Tensor:
-        y_shape = (*x.shape[:-1], layer.out_features)
-        rows = x.reshape(-1, layer.in_features)
-        if needs_values:
-            bias = None if layer.bias is None else layer.bias.to(x.dtype)
-            y = F.linear(rows, layer.dense_weight(x.dtype), bias)
-        else:
-            y = x.new_full((), torch.nan).expand(y_shape)
-        ctx.layer, ctx.x_shape, ctx.dtype = layer, x.shape, x.dtype
-        if lora_a is None or lora_b is None:
-            ctx.save_for_backward(None, None, None, None, None)
-            return y.view(y_shape)
-        # Dropped elements are at zero; the scaling holds the factor 1 / (1 - p).
-        keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - drop) if drop else None
-        ctx.scaling = layer.scaling / (1 - drop)
-        low = (rows if keep is None else rows * keep) @ lora_a.to(x.dtype).T  # [N, R]
-        trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        ctx.save_for_backward(x if trains else None, keep, low if trains else None, lora_a, lora_b)
-        if not needs_values:
-            return y
-        return y.addmm_(low, lora_b.to(x.dtype).T, alpha=ctx.scaling).view(y_shape)
+        *matrices: Tensor,
+    ) -> tuple[Tensor, ...]:
+        rows, outputs, keep, low = x.reshape(-1, x.shape[-1]), [], None, None
+        for layer in layers:
+            if needs_values:
+                bias = None if layer.bias is None else layer.bias.to(x.dtype)
+                outputs.append(F.linear(rows, layer.dense_weight(x.dtype), bias))
+            else:
+                outputs.append(x.new_full((), torch.nan).expand(len(rows), layer.out_features))
+        ctx.layers, ctx.adapted, ctx.x_shape, ctx.dtype = layers, adapted, x.shape, x.dtype
+        if adapted:
+            # Dropped elements are at zero; the scaling holds the factor 1 / (1 - p).
+            keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - drop) if drop else None
+            ctx.scalings = [layer.scaling / (1 - drop) for layer in adapted]
+            kept, key = adapted[0].casts, (x.dtype, len(adapted))
+            if kept is None or key not in kept:
+                parts = [matrix.detach().to(x.dtype) for matrix in matrices]
+                lora_as, lora_bs = parts[: len(adapted)], parts[len(adapted) :]
+                lora_a = lora_as[0] if len(adapted) == 1 else torch.cat(lora_as)  # [R, in]
+                kept = {} if kept is None else kept
+                kept[key] = lora_a, lora_bs
+            ctx.casts = lora_a, lora_bs = kept[key]
+            low = (rows if keep is None else rows * keep) @ lora_a.T  # [N, R], R of all of them
+            lows = low.split([layer.rank for layer in adapted], dim=1) if needs_values else ()
+            for i, part in enumerate(lows):
+                layer, lora_b, scaling = adapted[i], lora_bs[i], ctx.scalings[i]
+                outputs[layers.index(layer)].addmm_(part, lora_b.T, alpha=scaling)
+        trains = any(ctx.needs_input_grad[5:])
+        ctx.save_for_backward(x if trains else None, keep, low if trains else None, *matrices)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, keep, low, lora_a, lora_b = ctx.saved_tensors
-        grad_y = grad_y.reshape(-1, grad_y.shape[-1])
-        grad_x = grad_a = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ ctx.layer.dense_weight(ctx.dtype)
-        if lora_a is not None:
-            grad_low = (grad_y @ lora_b.to(ctx.dtype)).mul_(ctx.scaling)  # [N, R]
-            if ctx.needs_input_grad[1]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, keep, low, *matrices = ctx.saved_tensors
+        layers, adapted, grad_x = ctx.layers, ctx.adapted, None
+        grads_y = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        for layer, grad_y in zip(layers, grads_y, strict=True) if ctx.needs_input_grad[0] else ():
+            if grad_x is None:
+                grad_x = grad_y @ layer.dense_weight(ctx.dtype)
+            else:
+                grad_x.addmm_(grad_y, layer.dense_weight(ctx.dtype))
+        found: list[Tensor | None] = [None] * len(matrices)
+        if adapted:
+            grads_y = [grads_y[layers.index(layer)] for layer in adapted]
+            joins = joins_products(grads_y[0].device, ctx.dtype)
+            lora_a, lora_bs = ctx.casts
+            ranks = [layer.rank for layer in adapted]
+            grad_low = lora_a.new_empty(len(grads_y[0]), sum(ranks))  # [N, R], R of all of them
+            lefts = [*grad_low.split(ranks, dim=1), *grads_y]
+            for i, grad_y in enumerate(grads_y):
+                part, lora_b, scaling = lefts[i], lora_bs[i], ctx.scalings[i]
+                if joins:
+                    part.addmm_(grad_y, lora_b, beta=0, alpha=scaling)
+                else:  # the other has other bits unless the scaling is a power of two
+                    torch.mm(grad_y, lora_b, out=part).mul_(scaling)
+            if x is not None:
                 rows = x.reshape(-1, x.shape[-1])
-                grad_a = (grad_low.T @ (rows if keep is None else rows * keep)).to(lora_a.dtype)
-            if ctx.needs_input_grad[2]:
-                grad_b = (grad_y.T @ low).to(lora_b.dtype).mul_(ctx.scaling)
+                rows = rows if keep is None else rows * keep
+                rights = [*[rows] * len(ranks), *low.split(ranks, dim=1)]
+                factors = [1.0] * len(ranks) + ctx.scalings
+                for i, (matrix, factor) in enumerate(zip(matrices, factors, strict=True)):
+                    if ctx.needs_input_grad[5 + i] and joins:
+                        if matrix.grad is None:
+                            matrix.grad = torch.zeros_like(matrix)
+                        add_product(matrix.grad, lefts[i], rights[i], factor)
+                    elif ctx.needs_input_grad[5 + i]:
+                        gradient = (lefts[i].T @ rights[i]).to(matrix.dtype)
+                        found[i] = gradient if factor == 1.0 else gradient.mul_(factor)
             if grad_x is not None and keep is None:
-                grad_x.addmm_(grad_low, lora_a.to(ctx.dtype))
+                grad_x.addmm_(grad_low, lora_a)
             elif grad_x is not None:
-                grad_x += (grad_low @ lora_a.to(ctx.dtype)) * keep
-        if grad_x is not None:
-            grad_x = grad_x.view(ctx.x_shape)
-        return grad_x, grad_a, grad_b, None, None, None
+                grad_x += (grad_low @ lora_a) * keep
+        grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
+        return grad_x, None, None, None, None, *found
 
 
 def wrap_linears(layers: nn.Module, prefix: str) -> None:
@@ -307,3 +353,19 @@ def dropout_live(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.dropout_live = False
+
+
+@contextmanager
+def casts_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, A and B are cast once for each type, so nothing may change them there.
+
+    A change would not be seen: neither fused AdamW nor bitsandbytes raises a tensor's version.
+    """
+    layers = linear_layers(model).values()
+    for layer in layers:
+        layer.casts = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.casts = None

@@ -34,8 +34,8 @@ BLOCK, BLOCK2 = NF4_BLOCK, 256
 
 # Numbers quantised at a time: bitsandbytes' temporaries are about 20 bytes a number on the CPU.
 # Larger ones left the C allocator's heap full of holes, which count as memory of the process. On a
-# card a chunk is a few kernels' launches, and four times as long.
-_CHUNK = 2**16
+# card, where they are a byte and a half, launches take more time than the work unless it is long.
+_CHUNK, _CARD_CHUNK = 2**16, 2**24
 
 
 class Nf4Weight(nn.Module):
@@ -168,7 +168,7 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
     packed = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32, device=weight.device)
     finite = torch.ones((), dtype=torch.bool, device=weight.device)
-    step = _CHUNK if weight.device.type == "cpu" else 4 * _CHUNK
+    step = _CHUNK if weight.device.type == "cpu" else _CARD_CHUNK
     for start in range(0, flat.numel(), step):
         chunk = flat[start : start + step]
         if chunk.dtype == torch.float64:

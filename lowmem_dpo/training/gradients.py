@@ -26,7 +26,7 @@ from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.pairs import PairLogps, join_pairs
 from lowmem_dpo.machine.device import cuda_devices
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.lora import dropout_live
+from lowmem_dpo.model.lora import casts_kept, dropout_live
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import Pack, sequence_logps
 from lowmem_dpo.reference.fill import Reference, rms_difference
@@ -143,23 +143,24 @@ def accumulate(
     stats = PairStats(objective)
     num_pairs = sum(len(pack.trees) for pack in packs)
     slopes = None
-    if objective.couples_pairs:
-        slopes = coupled_slopes(model, objective, reference, packs, stats)
-    for i, pack in enumerate(packs):
-        with dropout_live(model.network):
-            logps = score(model, pack)
-            pairs = pair_logps(logps, pack, objective, reference)
-            if slopes is None:
-                losses = objective.pair_losses(pairs)
-                stats.add(pairs, losses)
-                share = losses.sum() / num_pairs
-            else:
-                share = slopes[i].dot(pairs)
-            scaler.scale(share).backward()
-        if compares and reference is not None:
-            rms = rms_difference(logps.detach().cpu(), reference.of(pack))
-            stats.worst_rms = max(stats.worst_rms, rms)
-        del logps, pairs, share  # or their graph would live into the next micro-batch
+    with casts_kept(model.network):
+        if objective.couples_pairs:
+            slopes = coupled_slopes(model, objective, reference, packs, stats)
+        for i, pack in enumerate(packs):
+            with dropout_live(model.network):
+                logps = score(model, pack)
+                pairs = pair_logps(logps, pack, objective, reference)
+                if slopes is None:
+                    losses = objective.pair_losses(pairs)
+                    stats.add(pairs, losses)
+                    share = losses.sum() / num_pairs
+                else:
+                    share = slopes[i].dot(pairs)
+                scaler.scale(share).backward()
+            if compares and reference is not None:
+                rms = rms_difference(logps.detach().cpu(), reference.of(pack))
+                stats.worst_rms = max(stats.worst_rms, rms)
+            del logps, pairs, share  # or their graph would live into the next micro-batch
     return stats
 
 

@@ -24,7 +24,7 @@ from transformers import get_scheduler
 
 from lowmem_dpo.console import name_rows, say, warn
 from lowmem_dpo.losses.pairs import join_pairs
-from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.model.lora import casts_kept, lora_parameters
 from lowmem_dpo.model.scoring import LOGP_TOLERANCE, score
 from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.records.checkpoints import TrainingState
@@ -259,9 +259,10 @@ def evaluate(run: Run, trees: Sequence[Tree]) -> Metrics:
     stats = PairStats(run.objective)
     packs = pack_trees(trees, run.pack_tokens)
     blocks = []
-    for pack in packs:
-        logps = score(run.policy.model, pack)
-        blocks.append(pair_logps(logps, pack, run.objective, run.reference))
+    with casts_kept(run.policy.model.network):
+        for pack in packs:
+            logps = score(run.policy.model, pack)
+            blocks.append(pair_logps(logps, pack, run.objective, run.reference))
     pairs = join_pairs(blocks)
     stats.add(pairs, run.objective.pair_losses(pairs))
     metrics, bad_pairs = stats.summary()

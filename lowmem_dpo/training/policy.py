@@ -24,6 +24,7 @@ import lowmem_dpo_kernels
 from lowmem_dpo.console import say, warn
 from lowmem_dpo.files import cache_folder
 from lowmem_dpo.machine.device import matmul_settings, resolve_device, resolve_dtype
+from lowmem_dpo.machine.products import joins_products
 from lowmem_dpo.memory.limits import limit_memory
 from lowmem_dpo.model.attention import attention_path
 from lowmem_dpo.model.head import check_tied_head
@@ -232,6 +233,7 @@ class Policy:
             "tile_rows": TILE_ROWS,
             "matmul_precision": torch.get_float32_matmul_precision(),
             **({"mlp": mlp_path(model.backbone)} | matmul_settings() if on_cuda else {}),
+            **({"joined_products": True} if joins_products(device, model.dtype) else {}),
             "torch": torch.__version__,
             "triton": _triton_version() if on_cuda else None,
             "transformers": importlib.metadata.version("transformers"),

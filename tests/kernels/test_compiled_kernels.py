@@ -109,6 +109,11 @@ def test_rows_come_in_and_leave_16_bytes_at_a_time(capability):
         assert num_scalar <= 4 or "bias" in label  # of a row's statistics; a bias ends at width
     for launch in compile_launches("gated_product", capability, "silu, bf16, in one"):
         assert "st.global.v4" in launch.ptx and "ld.global.v4" in launch.ptx
+    forth, back = compile_launches("rotary", capability, "H=32, E=128, bf16")
+    assert "st.global.v4" in forth.ptx and "ld.global.v4" in forth.ptx
+    assert forth.code is back.code
+    # Or its bits would differ from PyTorch's. Before 9.0 an fma in bf16 is a product, or a sum.
+    assert "fma.rn.f32" not in forth.ptx
     (launch,) = compile_launches("nf4_dequantize", capability, "bf16")
     assert "st.global.v4" in launch.ptx
     assert "fma.rn" not in launch.ptx  # or NF4's bits would differ from bitsandbytes'
@@ -125,7 +130,8 @@ def launched_kernels() -> set[str]:
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 launched.add(ast.unparse(node.func.value).split(".")[-1])
             elif isinstance(node, ast.Call):  # to a function that launches what it is given
-                launched |= {each.id for each in node.args if isinstance(each, ast.Name)}
+                names = (each for each in node.args if isinstance(each, ast.Name | ast.Attribute))
+                launched |= {ast.unparse(each).split(".")[-1] for each in names}
     return compiled & launched
 
 
@@ -144,7 +150,7 @@ def test_every_launch_says_whether_multiply_and_add_are_fused():
         with kernel_resources.compiling_for((8, 6)) as launches:
             next(cases((8, 6))).launch()
         for launch in launches:
-            assert launch.arguments["enable_fp_fusion"] == (op != "nf4_dequantize")
+            assert launch.arguments["enable_fp_fusion"] == (op not in ("nf4_dequantize", "rotary"))
 
 
 def test_tree_attention_is_not_compiled_again_for_another_pack():

@@ -86,10 +86,13 @@ def test_dequantize_is_near_the_weight(shape):
     assert error.abs().max() < 0.6
 
 
-def test_quantize_nf4_does_not_depend_on_its_chunks(monkeypatch):
-    weight = random_weight((130, 36))
+@pytest.mark.parametrize(
+    "device, chunk", [("cpu", "_CHUNK"), pytest.param("cuda", "_CARD_CHUNK", marks=pytest.mark.gpu)]
+)
+def test_quantize_nf4_does_not_depend_on_its_chunks(device, chunk, monkeypatch):
+    weight = random_weight((130, 36)).to(device)
     whole = quantize_nf4(weight)
-    monkeypatch.setattr(nf4, "_CHUNK", 192)
+    monkeypatch.setattr(nf4, chunk, 192)
     pieces = quantize_nf4(weight)
     for name, buffer in whole.named_buffers():
         assert torch.equal(buffer, getattr(pieces, name)), name

@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.pairs import PairLogps, join_pairs
 from lowmem_dpo.losses.types import LOSS_TYPES
-from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.model.lora import lora_layers, lora_parameters
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import Pack, pack_trees
 from lowmem_dpo.settings.groups import LossSettings
@@ -164,3 +165,21 @@ def test_fit_trains_with_every_loss_from_an_exact_step_zero(llama_dir, tmp_path,
         rest = steps[0]["loss"] - steps[0]["nll_loss"]
         assert rest == pytest.approx(record["step_zero"]["loss"], rel=1e-6)
     assert ("log_odds_ratio" in steps[0]) == (loss_type == "orpo")
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "aot"])
+def test_casts_of_the_adapter_are_kept_for_a_step_and_no_longer(prepare, monkeypatch, loss_type):  # noqa: F811
+    """Without any the steps are the same: none is of matrices that an update has changed."""
+    found = []
+    for keeps in (True, False):
+        if not keeps:
+            monkeypatch.setattr(gradients, "casts_kept", lambda model: nullcontext())
+        settings = {"loss_type": loss_type, "dtype": "bfloat16", "max_steps": 3}
+        run = prepare(random_pairs(6), pack_tokens=SMALL_PACKS, **settings)
+        metrics = take_steps(run, learning_rate=0.01)
+        assert all(layer.casts is None for layer in lora_layers(run.policy.model.network).values())
+        parameters = lora_parameters(run.policy.model.network)
+        found.append(([step["loss"] for step in metrics], parameters))
+    assert len(found[0][0]) == 3 and found[0][0] == found[1][0]
+    for name, parameter in found[0][1].items():
+        assert torch.equal(parameter, found[1][1][name])
