@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lowmem_dpo.model.nf4 import BLOCK, BLOCK2, Nf4Weight
+from lowmem_dpo.linears.nf4 import BLOCK, BLOCK2, Nf4Weight
 
 _FIELDS = (
     "vocab_size",

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from lowmem_dpo.linears.lora import lora_parameters
 from lowmem_dpo.losses.objective import Objective
-from lowmem_dpo.model.lora import lora_parameters
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.groups import LossSettings, OptimizerSettings

@@ -10,8 +10,8 @@ from _random_models import random_model
 from _runs import run_on
 
 from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
+from lowmem_dpo.linears.lora import AdapterSpec, LoraLinear
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.lora import AdapterSpec, LoraLinear
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.surgery import prepare_model
 from lowmem_dpo.packs.packing import pack_trees

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
-from lowmem_dpo.model.lora import LoraLinear
-from lowmem_dpo.model.nf4 import BLOCK, BLOCK2, Nf4Weight
+from lowmem_dpo.linears.lora import LoraLinear
+from lowmem_dpo.linears.nf4 import BLOCK, BLOCK2, Nf4Weight
 from lowmem_dpo.tokens.trees import TokenPair
 
 

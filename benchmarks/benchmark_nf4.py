@@ -21,7 +21,7 @@ from _operations import Row, measure, parse_options, run_table
 from bitsandbytes import functional as bnb
 from torch import Tensor
 
-from lowmem_dpo.model.nf4 import Nf4Weight, quantize_nf4
+from lowmem_dpo.linears.nf4 import Nf4Weight, quantize_nf4
 from lowmem_dpo_kernels import twins
 
 SHAPES = {"quick": ["64x128"], "cpu": ["2048x2048"], "cuda": ["4096x4096", "14336x4096"]}

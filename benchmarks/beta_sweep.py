@@ -17,7 +17,7 @@ from _common import default_output, write_record
 
 from lowmem_dpo.demo.demo import answers_of, write_pairs
 from lowmem_dpo.demo.task import is_right, is_short, make_model
-from lowmem_dpo.model.lora import adapters_disabled
+from lowmem_dpo.linears.lora import adapters_disabled
 from lowmem_dpo.model.scoring import score_plain
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.groups import TemplateSettings

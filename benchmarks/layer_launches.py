@@ -30,9 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from triton.runtime.jit import JITFunction
 
-from lowmem_dpo.model import attention, layer, lora, nf4, surgery
-from lowmem_dpo.model.families import FAMILIES
-from lowmem_dpo.model.lora import (
+from lowmem_dpo.linears import lora, nf4
+from lowmem_dpo.linears.lora import (
     AdapterSpec,
     add_lora,
     casts_kept,
@@ -40,6 +39,8 @@ from lowmem_dpo.model.lora import (
     linear_layers,
     wrap_linears,
 )
+from lowmem_dpo.model import attention, layer, surgery
+from lowmem_dpo.model.families import FAMILIES
 from lowmem_dpo_kernels import tree_attention
 from lowmem_dpo_kernels.rotary import rotary
 

@@ -40,11 +40,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lowmem_dpo.linears import lora
+from lowmem_dpo.linears.lora import AdapterSpec, add_lora, wrap_linears
 from lowmem_dpo.model import layer as layers
-from lowmem_dpo.model import lora
 from lowmem_dpo.model.families import FAMILIES
 from lowmem_dpo.model.layer import TILE_ROWS, DecoderLayer
-from lowmem_dpo.model.lora import AdapterSpec, add_lora, wrap_linears
 from lowmem_dpo.model.surgery import replace_norms
 from lowmem_dpo_kernels import rms_norm
 

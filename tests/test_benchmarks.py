@@ -133,7 +133,7 @@ def test_parse_refuses_what_cannot_be_run(train_step, capsys, arguments):
 def test_random_model_draws_the_same_weights_for_both_wrappers(train_step):
     import _random_models as models
 
-    from lowmem_dpo.model.lora import LoraLinear
+    from lowmem_dpo.linears.lora import LoraLinear
 
     settings = {"dtype": torch.float32, "device": torch.device("cpu")}
     ours = models.random_model("tiny", LoraLinear, quantization="nf4", **settings)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowmem_dpo import TrainConfig, Trainer
-from lowmem_dpo.model.nf4 import quantize_nf4
+from lowmem_dpo.linears.nf4 import quantize_nf4
 
 pytestmark = pytest.mark.gpu
 

@@ -30,6 +30,7 @@ ORDER = [
     {"records"},
     {"weights"},
     {"model"},
+    {"linears"},
     {"reference", "memory"},
     {"machine", "packs"},
     {"tokens", "lowmem_dpo_kernels"},

@@ -14,10 +14,10 @@ from rich.table import Table
 
 from lowmem_dpo.console import duration, say
 from lowmem_dpo.demo.task import is_right, is_short, make_model, questions
+from lowmem_dpo.linears.lora import adapters_disabled
 from lowmem_dpo.machine.cards import this_machine
 from lowmem_dpo.machine.device import resolve_device, unusable_cards
 from lowmem_dpo.model.generation import generate_text
-from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.settings.configs import DemoConfig, TrainConfig
 from lowmem_dpo.settings.groups import ModelSettings, SamplingSettings, TemplateSettings
 from lowmem_dpo.tokens.encoding import render_prompt

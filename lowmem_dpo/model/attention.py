@@ -35,9 +35,9 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lowmem_dpo_kernels
+from lowmem_dpo.linears.lora import project
 from lowmem_dpo.machine.rotation import rotation
 from lowmem_dpo.machine.trial import check_error, once_a_device, passes_trial, value_and_gradients
-from lowmem_dpo.model.lora import project
 from lowmem_dpo.model.tiled_attention import tiled_attention
 from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path, twins
 from lowmem_dpo_kernels.triton_support import capability_of, is_rehearsing

@@ -33,12 +33,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
+from lowmem_dpo.linears.lora import LoraLinear, project
 from lowmem_dpo.machine.device import cuda_devices
 from lowmem_dpo.machine.products import joins_products
 from lowmem_dpo.machine.trial import check_error, once_a_device, passes_trial, value_and_gradients
 from lowmem_dpo.model.attention import joined_attention
 from lowmem_dpo.model.families import Family
-from lowmem_dpo.model.lora import LoraLinear, project
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, round_up_tokens
 from lowmem_dpo_kernels import twins
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_dpo.linears.lora import AdapterSpec, add_lora
+from lowmem_dpo.linears.nf4 import Nf4Weight
 from lowmem_dpo.machine.trial import check_error, once_a_device, passes_trial, value_and_gradients
 from lowmem_dpo.memory.weight_slots import WeightSlots
 from lowmem_dpo.model.attention import TREE_ATTENTION, TREE_ATTENTION_BY_TORCH
@@ -22,8 +24,6 @@ from lowmem_dpo.model.families import Family
 from lowmem_dpo.model.head import HeadQuantization, head_to_host, quantize_head
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.layer import DecoderLayer, Keeps, stay
-from lowmem_dpo.model.lora import AdapterSpec, add_lora
-from lowmem_dpo.model.nf4 import Nf4Weight
 from lowmem_dpo.model.scoring import with_tried_head_kernels
 from lowmem_dpo.settings.groups import KERNELS
 from lowmem_dpo_kernels import NormKind, rms_norm, twins

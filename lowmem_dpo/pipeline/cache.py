@@ -16,7 +16,7 @@ from typing import Any
 
 from lowmem_dpo.console import say, size, warn
 from lowmem_dpo.files import cache_folder, is_held, is_in_use, remove_folder
-from lowmem_dpo.model.nf4 import QUANTISER_VERSION
+from lowmem_dpo.linears.nf4 import QUANTISER_VERSION
 from lowmem_dpo.reference.cache import (
     REFERENCE_FOLDER,
     SCHEMA_VERSION,

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from lowmem_dpo.console import console, say, warn
 from lowmem_dpo.data.prompts import read_prompts
+from lowmem_dpo.linears.lora import adapters_disabled
 from lowmem_dpo.model.generation import check_prompts, generate_text, position_warning
-from lowmem_dpo.model.lora import adapters_disabled
 from lowmem_dpo.settings.configs import GenerateConfig
 from lowmem_dpo.tokens.encoding import render_prompts
 from lowmem_dpo.tokens.rendering import build_renderer

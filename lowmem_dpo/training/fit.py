@@ -14,9 +14,9 @@ import torch
 
 from lowmem_dpo.console import duration, progress, say, warn
 from lowmem_dpo.files import in_use
+from lowmem_dpo.linears.lora import lora_layers, lora_parameters
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import unusual_values
-from lowmem_dpo.model.lora import lora_layers, lora_parameters
 from lowmem_dpo.packs.packing import Pack, filled_share, pack_trees
 from lowmem_dpo.records.checkpoints import load_checkpoint, read_record
 from lowmem_dpo.records.folder import (

@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowmem_dpo.linears.lora import casts_kept, dropout_live
 from lowmem_dpo.losses.functions import log_odds_ratios
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.pairs import PairLogps, join_pairs
 from lowmem_dpo.machine.device import cuda_devices
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.lora import casts_kept, dropout_live
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import Pack, sequence_logps
 from lowmem_dpo.reference.fill import Reference, rms_difference

@@ -23,8 +23,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from lowmem_dpo.console import name_rows, say, warn
+from lowmem_dpo.linears.lora import casts_kept, lora_parameters
 from lowmem_dpo.losses.pairs import join_pairs
-from lowmem_dpo.model.lora import casts_kept, lora_parameters
 from lowmem_dpo.model.scoring import LOGP_TOLERANCE, score
 from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.records.checkpoints import TrainingState

@@ -23,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 import lowmem_dpo_kernels
 from lowmem_dpo.console import say, warn
 from lowmem_dpo.files import cache_folder
+from lowmem_dpo.linears.lora import AdapterSpec, linear_layers, lora_layers, match_targets
 from lowmem_dpo.machine.device import matmul_settings, resolve_device, resolve_dtype
 from lowmem_dpo.machine.products import joins_products
 from lowmem_dpo.memory.limits import limit_memory
@@ -30,7 +31,6 @@ from lowmem_dpo.model.attention import attention_path
 from lowmem_dpo.model.head import check_tied_head
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.layer import TILE_ROWS, mlp_path
-from lowmem_dpo.model.lora import AdapterSpec, linear_layers, lora_layers, match_targets
 from lowmem_dpo.model.surgery import norm_path, prepare_model
 from lowmem_dpo.reference.cache import Fingerprint
 from lowmem_dpo.settings.groups import (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lowmem_dpo.console import ProgressBar, say, size, speed, warn
 from lowmem_dpo.files import replace_folder
-from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.linears.lora import lora_parameters
 from lowmem_dpo.records.checkpoints import (
     TrainingState,
     prune_checkpoints,

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from lowmem_dpo.linears.lora import AdapterSpec, LoraLinear, lora_parameters
+from lowmem_dpo.linears.nf4 import Nf4Weight
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import LossChoice
 from lowmem_dpo.machine.card_table import Card
@@ -37,8 +39,6 @@ from lowmem_dpo.model import layer as decoder_layer
 from lowmem_dpo.model.embedding import HostEmbedding
 from lowmem_dpo.model.head import HostHead
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.lora import AdapterSpec, LoraLinear, lora_parameters
-from lowmem_dpo.model.nf4 import Nf4Weight
 from lowmem_dpo.model.scoring import head_logps, score
 from lowmem_dpo.model.surgery import prepare_model
 from lowmem_dpo.packs.packing import pack_trees

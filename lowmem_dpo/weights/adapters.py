@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lowmem_dpo.files import replace_file
-from lowmem_dpo.model.lora import AdapterSpec, lora_layers, lora_parameters
+from lowmem_dpo.linears.lora import AdapterSpec, lora_layers, lora_parameters
 from lowmem_dpo.weights.folders import ADAPTER_CONFIG_FILE, absolute, read_json
 from lowmem_dpo.weights.safetensors_files import StoredTensor, file_digest, read_header
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_dpo.model.nf4 import BLOCK, BLOCK2, Nf4Weight, dynamic_code, nf4_levels
+from lowmem_dpo.linears.nf4 import BLOCK, BLOCK2, Nf4Weight, dynamic_code, nf4_levels
 from lowmem_dpo.weights.safetensors_files import StoredTensor
 
 _STATE = ".quant_state.bitsandbytes__"

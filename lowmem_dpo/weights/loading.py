@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowmem_dpo.console import say, size
 from lowmem_dpo.files import in_use
+from lowmem_dpo.linears.lora import linear_layers, wrap_linears
+from lowmem_dpo.linears.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4, unfilled_nf4
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.lora import linear_layers, wrap_linears
-from lowmem_dpo.model.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4, unfilled_nf4
 from lowmem_dpo.weights.bitsandbytes_files import (
     StoredNf4,
     check_kept_quantised,

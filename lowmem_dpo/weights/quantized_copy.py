@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowmem_dpo.files import lock_file, recover, unlock_file
-from lowmem_dpo.model.nf4 import QUANTISER_VERSION
+from lowmem_dpo.linears.nf4 import QUANTISER_VERSION
 from lowmem_dpo.weights.bitsandbytes_files import nf4_config
 from lowmem_dpo.weights.folders import GENERATION_CONFIG_FILE, absolute, read_json
 from lowmem_dpo.weights.safetensors_files import (

@@ -7,9 +7,9 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lowmem_dpo.linears.lora import LoraLinear
+from lowmem_dpo.linears.nf4 import Nf4Weight
 from lowmem_dpo.model.language_model import StorageRow
-from lowmem_dpo.model.lora import LoraLinear
-from lowmem_dpo.model.nf4 import Nf4Weight
 
 LARGE_FOR_A_CPU = 1_000_000_000
 # Half a byte a code, and the scales of its block, rounded up.

@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from lowmem_dpo.model import nf4 as model_nf4
+from lowmem_dpo.linears import nf4 as model_nf4
 from lowmem_dpo_kernels import nf4, twins
 from tests.kernels.test_nf4 import make_state
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 
-from lowmem_dpo.model.nf4 import quantize_nf4
+from lowmem_dpo.linears.nf4 import quantize_nf4
 from lowmem_dpo_kernels import twins
 from tests.interpreter import assert_passes_in_the_interpreter
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lowmem_dpo.model.attention as model_attention
-from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.linears.lora import lora_parameters
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.tokens.trees import build_tree
 from tests.model.test_scoring import packed_loss, take_gradients, token_pairs

@@ -5,9 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem_dpo.model.families import FAMILIES as RECORDS
-from lowmem_dpo.model.layer import DecoderLayer
-from lowmem_dpo.model.lora import (
+from lowmem_dpo.linears.lora import (
     AdapterSpec,
     LoraLinear,
     add_lora,
@@ -15,6 +13,8 @@ from lowmem_dpo.model.lora import (
     lora_parameters,
     wrap_linears,
 )
+from lowmem_dpo.model.families import FAMILIES as RECORDS
+from lowmem_dpo.model.layer import DecoderLayer
 from lowmem_dpo.model.surgery import replace_norms
 from tests.tiny import FAMILIES, tiny_model
 

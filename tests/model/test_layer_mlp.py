@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from lowmem_dpo.linears.lora import AdapterSpec, LoraLinear, add_lora, lora_parameters, wrap_linears
 from lowmem_dpo.model import layer
 from lowmem_dpo.model.layer import GatedMlp, mlp_path
-from lowmem_dpo.model.lora import AdapterSpec, LoraLinear, add_lora, lora_parameters, wrap_linears
 from lowmem_dpo_kernels import twins
 
 HIDDEN, INNER, NUM_TOKENS = 24, 40, 6

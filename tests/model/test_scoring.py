@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowmem_dpo.linears.lora import linear_layers, lora_parameters
 from lowmem_dpo.losses.functions import LOSSES
 from lowmem_dpo.losses.pairs import LossParameters, PairLogps
-from lowmem_dpo.model.lora import linear_layers, lora_parameters
 from lowmem_dpo.model.scoring import other_attention, score, score_plain
 from lowmem_dpo.packs.packing import pack_trees, sequence_logps
 from lowmem_dpo.settings.configs import TrainConfig

@@ -4,10 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem_dpo.memory.weight_slots import Lanes
-from lowmem_dpo.model.embedding import HostEmbedding
-from lowmem_dpo.model.language_model import LanguageModel, StorageRow
-from lowmem_dpo.model.lora import (
+from lowmem_dpo.linears.lora import (
     AdapterSpec,
     dropout_live,
     linear_layers,
@@ -15,7 +12,10 @@ from lowmem_dpo.model.lora import (
     lora_parameters,
     wrap_linears,
 )
-from lowmem_dpo.model.nf4 import quantize_nf4
+from lowmem_dpo.linears.nf4 import quantize_nf4
+from lowmem_dpo.memory.weight_slots import Lanes
+from lowmem_dpo.model.embedding import HostEmbedding
+from lowmem_dpo.model.language_model import LanguageModel, StorageRow
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.surgery import prepare_model
 from lowmem_dpo.packs.packing import pack_trees

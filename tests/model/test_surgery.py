@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem_dpo.linears.lora import AdapterSpec, lora_layers, wrap_linears
+from lowmem_dpo.linears.nf4 import quantize_nf4
 from lowmem_dpo.model import surgery
 from lowmem_dpo.model.attention import TREE_ATTENTION
 from lowmem_dpo.model.head import HostHead, Int8Head
 from lowmem_dpo.model.language_model import LanguageModel, StorageRow
 from lowmem_dpo.model.layer import DecoderLayer, mlp_path
-from lowmem_dpo.model.lora import AdapterSpec, lora_layers, wrap_linears
-from lowmem_dpo.model.nf4 import quantize_nf4
 from lowmem_dpo.model.scoring import other_attention
 from lowmem_dpo.model.surgery import FusedRmsNorm, norm_path, prepare_model
 from tests.tiny import FAMILIES, tiny_model

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem_dpo.model.lora import linear_layers, lora_parameters
-from lowmem_dpo.model.nf4 import Nf4Weight
+from lowmem_dpo.linears.lora import linear_layers, lora_parameters
+from lowmem_dpo.linears.nf4 import Nf4Weight
 from lowmem_dpo.reference import fill
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.configs import TrainConfig

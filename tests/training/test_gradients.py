@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from lowmem_dpo.linears.lora import lora_layers, lora_parameters
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.pairs import PairLogps, join_pairs
 from lowmem_dpo.losses.types import LOSS_TYPES
-from lowmem_dpo.model.lora import lora_layers, lora_parameters
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import Pack, pack_trees
 from lowmem_dpo.settings.groups import LossSettings

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowmem_dpo.linears.lora import LoraLinear, lora_layers, lora_parameters
 from lowmem_dpo.losses.functions import LOSSES
 from lowmem_dpo.losses.pairs import LossParameters, PairLogps
-from lowmem_dpo.model.lora import LoraLinear, lora_layers, lora_parameters
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import pack_trees, scored_tokens, sequence_logps
 from lowmem_dpo.records.checkpoints import TrainingState

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.linears.lora import lora_parameters
 from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.training.loop import evaluate

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from lowmem_dpo.linears.lora import AdapterSpec
+from lowmem_dpo.linears.nf4 import dynamic_code, nf4_levels
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.memory.fake_card import FakeCard
 from lowmem_dpo.memory.trace import Follower
-from lowmem_dpo.model.lora import AdapterSpec
-from lowmem_dpo.model.nf4 import dynamic_code, nf4_levels
 from lowmem_dpo.model.surgery import prepare_model
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.rehearsed import PLACES, TreeShape, follow_step

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lowmem_dpo import TrainConfig, Trainer
 from lowmem_dpo.cli import main
-from lowmem_dpo.model.lora import adapters_disabled
+from lowmem_dpo.linears.lora import adapters_disabled
 from lowmem_dpo.settings.groups import TemplateSettings
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.tokens.encoding import render_prompt

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowmem_dpo.model.lora import lora_parameters
+from lowmem_dpo.linears.lora import lora_parameters
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.weights.adapters import ADAPTER_WEIGHTS_FILE, save_adapter

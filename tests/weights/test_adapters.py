@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lowmem_dpo.model.lora import add_lora, lora_layers, lora_parameters
+from lowmem_dpo.linears.lora import add_lora, lora_layers, lora_parameters
 from lowmem_dpo.weights.adapters import (
     AdapterSpec,
     adapter_digest,

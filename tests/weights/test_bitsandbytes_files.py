@@ -7,8 +7,8 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lowmem_dpo.model.lora import AdapterSpec, add_lora, linear_layers
-from lowmem_dpo.model.nf4 import Nf4Weight
+from lowmem_dpo.linears.lora import AdapterSpec, add_lora, linear_layers
+from lowmem_dpo.linears.nf4 import Nf4Weight
 from lowmem_dpo.weights import loading
 from lowmem_dpo.weights.bitsandbytes_files import check_quantization_config, group_nf4
 from lowmem_dpo.weights.safetensors_files import read_header

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from lowmem_dpo.linears.lora import LoraLinear, linear_layers, lora_parameters
+from lowmem_dpo.linears.nf4 import Nf4Weight, quantize_nf4
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.lora import LoraLinear, linear_layers, lora_parameters
-from lowmem_dpo.model.nf4 import Nf4Weight, quantize_nf4
 from lowmem_dpo.weights import loading
 from lowmem_dpo.weights.folders import load_config
 from lowmem_dpo.weights.safetensors_files import StoredTensor
@@ -344,7 +344,7 @@ MEASURE = """
     from pathlib import Path
     from lowmem_dpo.weights.loading import load_model
     from lowmem_dpo.weights.folders import load_config
-    from lowmem_dpo.model.nf4 import quantize_nf4
+    from lowmem_dpo.linears.nf4 import quantize_nf4
 
     def status(key):
         line = next(line for line in open("/proc/self/status") if line.startswith(key))

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lowmem_dpo.linears.nf4 import Nf4Weight
 from lowmem_dpo.machine.products import add_product, joins_products
-from lowmem_dpo.model.nf4 import Nf4Weight
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from lowmem_dpo.model import nf4
-from lowmem_dpo.model.nf4 import Nf4Weight, quantize_nf4
+from lowmem_dpo.linears import nf4
+from lowmem_dpo.linears.nf4 import Nf4Weight, quantize_nf4
 
 ROOT = Path(__file__).parents[2]
 SHAPES = [(64, 128), (96, 80), (33, 20), (7, 10), (3, 256)]
@@ -174,8 +174,8 @@ def test_nf4_is_imported_without_bitsandbytes():
     code = """
 import sys
 sys.modules["bitsandbytes"] = None
-from lowmem_dpo.model.lora import LoraLinear
-from lowmem_dpo.model.nf4 import BLOCK, Nf4Weight
+from lowmem_dpo.linears.lora import LoraLinear
+from lowmem_dpo.linears.nf4 import BLOCK, Nf4Weight
 """
     paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "kernels"))
     environment = {**os.environ, "PYTHONPATH": paths}

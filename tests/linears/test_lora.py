@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowmem_dpo.model.lora import (
+from lowmem_dpo.linears.lora import (
     AdapterSpec,
     LoraLinear,
     adapters_disabled,
@@ -19,7 +19,7 @@ from lowmem_dpo.model.lora import (
     lora_parameters,
     wrap_linears,
 )
-from lowmem_dpo.model.nf4 import quantize_nf4
+from lowmem_dpo.linears.nf4 import quantize_nf4
 
 NUM_TOKENS, IN, OUT, RANK = 5, 32, 24, 3
 ADAPTER = AdapterSpec(RANK, alpha=6.0, dropout=0.0, targets="all", rank_stabilised=False)

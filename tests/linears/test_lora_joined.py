@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem_dpo.model import attention, layer, lora
-from lowmem_dpo.model.lora import (
+from lowmem_dpo.linears import lora
+from lowmem_dpo.linears.lora import (
     adapters_disabled,
     casts_kept,
     dropout_live,
@@ -13,10 +13,11 @@ from lowmem_dpo.model.lora import (
     lora_parameters,
     project,
 )
+from lowmem_dpo.model import attention, layer
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.loop import new_state
-from tests.model.test_lora import IN, NUM_TOKENS, make_layer
+from tests.linears.test_lora import IN, NUM_TOKENS, make_layer
 from tests.model.test_scoring import (
     build_tree,
     pack_trees,
