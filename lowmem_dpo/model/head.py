@@ -23,6 +23,7 @@ from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo_kernels.triton_support import is_rehearsing
 
 HeadQuantization = Literal["none", "int8"]
+Place = Literal["device", "host"]
 
 CHUNK_ROWS = 8192  # the width of a slice on CUDA
 INT8_VERSION = 1
@@ -193,12 +194,15 @@ def _with_head(model: LanguageModel, head: SlicedHead, text: str, nbytes: int) -
     return replace(model, head_weight=head, head_bias=head.bias, storage=rows)
 
 
-def check_tied_head(quantization: HeadQuantization, place: Literal["device", "host"]) -> None:
+def check_tied_head(
+    quantization: HeadQuantization, place: Place, embedding: Place = "device"
+) -> None:
     """Refuse settings that do not fit a head which is the embedding.
 
     Args:
         quantization: The setting head_quantization.
         place: The setting head_weight.
+        embedding: The setting embedding_weight.
 
     Raises:
         ValueError: Naming the setting to leave out.
@@ -206,6 +210,7 @@ def check_tied_head(quantization: HeadQuantization, place: Literal["device", "ho
     for setting, wanted in (
         (f"head_quantization {quantization}", quantization != "none"),
         (f"head_weight {place}", place != "device"),
+        (f"embedding_weight {embedding}", embedding != "device"),
     ):
         if wanted:
             raise ValueError(

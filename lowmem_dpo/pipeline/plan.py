@@ -32,11 +32,17 @@ from lowmem_dpo.weights.folders import load_config, resolve_source
 LENGTH_MULTIPLE = 64
 MAX_REHEARSALS = 9
 # What is tried where a step does not fit: what costs the least time first.
+LEAST: dict[str, Any] = {
+    "optim": "adamw_8bit",
+    "embedding_weight": "host",
+    "head_weight": "host",
+    "layer_inputs": "host",
+    "layer_weights": "host",
+}
 REMEDIES: tuple[dict[str, Any], ...] = (
-    {"optim": "adamw_8bit"},
-    {"head_weight": "host"},
-    {"layer_inputs": "host"},
-    {"layer_inputs": "host", "head_weight": "host", "optim": "adamw_8bit"},
+    *({name: value} for name, value in LEAST.items()),
+    {name: value for name, value in LEAST.items() if name != "layer_weights"},
+    LEAST,
 )
 
 
@@ -69,7 +75,7 @@ def plan(config: PlanConfig) -> None:
     base, init_adapter, _ = resolve_source(config.model, config.init_adapter)
     model = load_config(base, config.max_length)
     if model.tie_word_embeddings:
-        check_tied_head(config.head_quantization, config.head_weight)
+        check_tied_head(config.head_quantization, config.head_weight, config.embedding_weight)
     if getattr(model, "quantization_config", None):
         check_kept_quantised(base, config.quantization)
     config = replace(config, init_adapter=init_adapter)
@@ -156,9 +162,14 @@ def _limit_bytes(card: Card, config: PlanConfig) -> int:
 def _remedies_that_fit(
     model: PretrainedConfig, card: Card, config: PlanConfig
 ) -> Iterator[dict[str, Any]]:
+    unfit = {"head_weight"} if config.head_quantization != "none" else set()
+    if model.tie_word_embeddings:
+        unfit |= {"head_weight", "embedding_weight"}
+    if config.quantization == "none":
+        unfit.add("layer_weights")
+    config = replace(config, keep_activations="nothing")
     for remedy in REMEDIES:
-        if model.tie_word_embeddings or config.head_quantization != "none":
-            remedy = {name: value for name, value in remedy.items() if name != "head_weight"}
+        remedy = {name: value for name, value in remedy.items() if name not in unfit}
         changed = {name: value for name, value in remedy.items() if getattr(config, name) != value}
         if changed and plan_step(model, card, replace(config, **changed)).rehearsal.fits:
             yield changed
@@ -283,7 +294,7 @@ def _as_json(
     planned: Planned, config: PlanConfig, longest: int | None, remedy: dict[str, Any] | None
 ) -> dict[str, Any]:
     found = planned.rehearsal
-    levers = ("quantization", "head_quantization", "layer_inputs", "head_weight", "optim")
+    levers = ("quantization", "head_quantization", "keep_activations", *LEAST)
     return {
         "card": found.card.name,
         "fits": found.fits,

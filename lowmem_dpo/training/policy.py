@@ -132,11 +132,6 @@ def read_source(
     if comes_quantised:
         check_kept_quantised(base, settings.quantization)
     _check_head(base, config, settings, memory)
-    if config.tie_word_embeddings and memory.embedding_weight == "host":
-        raise ValueError(
-            "embedding_weight host cannot be: this model's head is its embedding, which stays on "
-            "the device; leave embedding_weight out"
-        )
     cache_dir = cache_folder(settings.cache_dir)
     if Path(base).is_dir():
         weight_files(Path(base))  # that they are there, before the data is read
@@ -157,12 +152,13 @@ def _check_head(
     base: str, config: PretrainedConfig, settings: ModelSettings, memory: MemorySettings
 ) -> None:
     """Refuse settings of the head that do not fit one which is the embedding."""
-    is_usual = (settings.head_quantization, memory.head_weight) == ("none", "device")
+    wanted = settings.head_quantization, memory.head_weight, memory.embedding_weight
+    is_usual = wanted == ("none", "device", "device")
     folder = Path(base) if Path(base).is_dir() else None
     if is_usual or not config.tie_word_embeddings or (folder and has_own_head(folder, config)):
         return
     try:
-        check_tied_head(settings.head_quantization, memory.head_weight)
+        check_tied_head(*wanted)
     except ValueError as error:
         hint = "" if folder else f"; where {base} stores one of its own, download and name a folder"
         raise ValueError(f"{error}{hint}") from None

@@ -327,6 +327,10 @@ def _marked(follower: Follower, model: LanguageModel) -> Iterator[None]:
             num_passes += index == 0
             follower.enter_section(f"forward {num_passes}", index)
             follower.say_what_for(arguments[:1], "layer inputs")
+            if index == 0 and arguments[0].requires_grad:
+                # What is let go of behind the last backward pass is of all layers, not of this one.
+                end = f"end {num_passes}"
+                arguments[0].register_hook(lambda _: follower.enter_section(end))
 
         def after(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             phase = f"backward {num_passes}"

@@ -137,6 +137,8 @@ def test_head_to_host_changes_no_number_and_no_identity(loaded):
 def test_check_tied_head_refuses_what_the_embedding_cannot_be(quantization, place, setting):
     with pytest.raises(ValueError, match=rf"^{setting} .* leave {setting} out$"):
         check_tied_head(quantization, place)
+    with pytest.raises(ValueError, match="embedding_weight host cannot be"):
+        check_tied_head("none", "device", "host")
     check_tied_head("none", "device")
 
 
