@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lowmem_dpo.console import say, size
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.lora import linear_layers, wrap_linears
-from lowmem_dpo.model.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4, unfilled_nf4
+from lowmem_dpo.model.nf4 import BLOCK, BLOCK2, QUANTISER_VERSION, Nf4Weight, quantize_nf4
 from lowmem_dpo.weights.bitsandbytes_files import (
     StoredNf4,
     check_kept_quantised,
@@ -138,11 +138,28 @@ def unfilled_model(
     with mode:
         for name, shape in expected.items():
             if name in linears:
-                _put(network, name, unfilled_nf4((shape[0], shape[1]), device))
+                _put(network, name, _unfilled_nf4((shape[0], shape[1]), device))
             else:
                 _put(network, name, torch.empty(shape, dtype=dtype, device=device))
         _complete("config.json", network, device)
         return LanguageModel.of(network.eval(), "unfilled", storage_rows(network))
+
+
+def _unfilled_nf4(shape: tuple[int, int], device: torch.device) -> Nf4Weight:
+    """A weight of the sizes that `quantize_nf4` gives, of any content.
+
+    Args:
+        shape: (out, in).
+        device: Where it lies.
+    """
+    blocks = -(-shape[0] * shape[1] // BLOCK)
+    return Nf4Weight(
+        torch.empty(shape[0] * shape[1] // 2, dtype=torch.uint8, device=device),
+        torch.empty(blocks, dtype=torch.uint8, device=device),
+        torch.empty(-(-blocks // BLOCK2), dtype=torch.float32, device=device),
+        torch.empty((), dtype=torch.float32, device=device),
+        shape,
+    )
 
 
 def _read_copied(
