@@ -255,7 +255,8 @@ def _causal(
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if on_card and is_rehearsing():
         return fake_attention(q, k, v, kind.scaling, _has_flash(q.device, q.dtype))
-    sizes, mask = (q.shape[2], k.shape[2]), None
+    sizes = q.shape[2], k.shape[2]
+    mask: Tensor | None = None
     square = sizes[0] == sizes[1]
     if not square and on_card:
         mask = causal_lower_right(*sizes)
