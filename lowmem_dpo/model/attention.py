@@ -255,13 +255,12 @@ def _causal(
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if on_card and is_rehearsing():
         return fake_attention(q, k, v, kind.scaling, _has_flash(q.device, q.dtype))
-    sizes = q.shape[2], k.shape[2]
     mask: Tensor | None = None
-    square = sizes[0] == sizes[1]
+    square = q.shape[2] == k.shape[2]
     if not square and on_card:
-        mask = causal_lower_right(*sizes)
+        mask = causal_lower_right(q.shape[2], k.shape[2])
     elif not square:  # elsewhere torch would make the same of it
-        mask = q.new_ones(sizes, dtype=torch.bool).tril(sizes[1] - sizes[0])
+        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
     with sdpa_kernel(BACKENDS) if on_card else nullcontext():
         return F.scaled_dot_product_attention(
             q,
