@@ -187,23 +187,6 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
     return Nf4Weight(packed, absmax_codes, state.absmax, offset, (weight.shape[0], weight.shape[1]))
 
 
-def unfilled_nf4(shape: tuple[int, int], device: torch.device) -> Nf4Weight:
-    """A weight of the sizes that `quantize_nf4` gives, of any content.
-
-    Args:
-        shape: (out, in).
-        device: Where it lies.
-    """
-    blocks = -(-shape[0] * shape[1] // BLOCK)
-    return Nf4Weight(
-        torch.empty(shape[0] * shape[1] // 2, dtype=torch.uint8, device=device),
-        torch.empty(blocks, dtype=torch.uint8, device=device),
-        torch.empty(-(-blocks // BLOCK2), dtype=torch.float32, device=device),
-        torch.empty((), dtype=torch.float32, device=device),
-        shape,
-    )
-
-
 @once_a_device
 def _has_kernel(device: torch.device, dtype: torch.dtype, is_double: bool) -> bool:
     """Whether a kernel of ours undoes one level here, or both, with the bits of bitsandbytes."""

@@ -16,6 +16,7 @@ make that possible, on every machine alike, so that a rehearsal leaves a real ca
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 CARD = torch.device("cuda", 0)
@@ -23,6 +24,23 @@ CARD = torch.device("cuda", 0)
 
 _META = torch.device("meta")
 _aten = torch.ops.aten
+
+
+def fake_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, has_flash: bool) -> Tensor:
+    """Causal attention by the kernel that torch would choose on a card, as it does not here.
+
+    Args:
+        q: [1, H, Q, E] on the card.
+        k: [1, K, S, E].
+        v: [1, K, S, E].
+        scaling: Factor on the scores.
+        has_flash: Which kernel that is.
+    """
+    if has_flash:
+        flash = _aten._scaled_dot_product_flash_attention
+        return flash(q, k, v, 0.0, True, scale=scaling)[0]
+    efficient = _aten._scaled_dot_product_efficient_attention
+    return efficient(q, k, v, None, True, 0.0, True, scale=scaling)[0]
 
 
 class FakeCard(FakeTensorMode):

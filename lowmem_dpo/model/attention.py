@@ -38,6 +38,7 @@ import lowmem_dpo_kernels
 from lowmem_dpo.linears.lora import project
 from lowmem_dpo.machine.rotation import rotation
 from lowmem_dpo.machine.trial import check_error, once_a_device, passes_trial, value_and_gradients
+from lowmem_dpo.memory.fake_card import fake_attention
 from lowmem_dpo.model.tiled_attention import tiled_attention
 from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path, twins
 from lowmem_dpo_kernels.triton_support import capability_of, is_rehearsing
@@ -288,16 +289,13 @@ def _causal(
         # Of torch's kernels without a [q, k] matrix only flash takes grouped heads.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if on_card and is_rehearsing():
-        return _without_memory(q, k, v, kind.scaling)
+        return fake_attention(q, k, v, kind.scaling, _has_flash(q.device, q.dtype))
     mask: Tensor | None = None
-    if not (square := q.shape[2] == k.shape[2]):
-        sizes = q.shape[2], k.shape[2]
-        # Elsewhere torch would make the same mask of it.
-        mask = (
-            causal_lower_right(*sizes)
-            if on_card
-            else q.new_ones(sizes, dtype=torch.bool).tril(sizes[1] - sizes[0])
-        )
+    square = q.shape[2] == k.shape[2]
+    if not square and on_card:
+        mask = causal_lower_right(q.shape[2], k.shape[2])
+    elif not square:  # elsewhere torch would make the same of it
+        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
     with sdpa_kernel(BACKENDS) if on_card else nullcontext():
         return F.scaled_dot_product_attention(
             q,
@@ -308,17 +306,6 @@ def _causal(
             scale=kind.scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-
-
-def _without_memory(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-    """The kernel that torch would choose on a card, which it does not choose for fake tensors."""
-    if _has_flash(q.device, q.dtype):
-        return torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, True, scale=scaling
-        )[0]
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, True, 0.0, True, scale=scaling
-    )[0]
 
 
 @once_a_device

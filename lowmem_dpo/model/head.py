@@ -125,8 +125,7 @@ class HostHead(SlicedHead):
             return
         buffers = [torch.empty_like(parts[0], device=self.device) for _ in range(2)]
         if is_rehearsing():  # without streams: what is taken and copied is the same
-            for i, part in enumerate(parts):
-                yield buffers[i % 2][: len(part)].copy_(part, non_blocking=True)
+            yield from (buffers[i % 2][: len(part)].copy_(part) for i, part in enumerate(parts))
             return
         uploaded, used = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
         compute, uploads = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)

@@ -178,7 +178,7 @@ def _remedies_that_fit(
 def longest_length(
     model: PretrainedConfig, card: Card, config: PlanConfig, first: Rehearsal
 ) -> int | None:
-    """The longest max_length that fits, a multiple of 64; None if none does.
+    """The longest max_length that fits; None if none does.
 
     Memory grows about linearly with it, so each next length to rehearse is where a line through
     the last two meets the limit.
@@ -207,7 +207,7 @@ def find_longest(
     bound: int,
     limit_bytes: int,
 ) -> int | None:
-    """The longest length that fits, a multiple of 64, within 64 tokens or 3 %; None if none does.
+    """The longest length that fits, within 64 tokens or 3 %; None if none does.
 
     Args:
         needs: The bytes that a length needs, and whether it fits.
@@ -223,12 +223,15 @@ def find_longest(
             (-(-n // LENGTH_MULTIPLE) for n, (_, fits) in points.items() if not fits),
             default=highest + 1,
         )
-        if high - low <= max(1, low // 32):
-            break
         guess = _where_a_line_meets(points, limit_bytes) // LENGTH_MULTIPLE
-        guess = min(max(guess, low + 1), high - 1)
+        no_more = min(high, guess) if len(points) > 1 else high
+        if (low and no_more - low <= max(1, low // 32)) or high - low <= 1:
+            break
+        # A little below, since what is a little above says less.
+        guess = min(max(guess - guess // 64, low + 1), high - 1)
         points[guess * LENGTH_MULTIPLE] = needs(guess * LENGTH_MULTIPLE)
-    return low * LENGTH_MULTIPLE or None
+    longest = max(low * LENGTH_MULTIPLE, known[0] if known[1][1] else 0)
+    return longest or None
 
 
 def _where_a_line_meets(points: dict[int, tuple[int, bool]], limit_bytes: int) -> int:

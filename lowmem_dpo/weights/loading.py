@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lowmem_dpo.console import say, size
 from lowmem_dpo.files import in_use
 from lowmem_dpo.linears.lora import linear_layers, wrap_linears
-from lowmem_dpo.linears.nf4 import QUANTISER_VERSION, Nf4Weight, quantize_nf4, unfilled_nf4
+from lowmem_dpo.linears.nf4 import BLOCK, BLOCK2, QUANTISER_VERSION, Nf4Weight, quantize_nf4
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.weights.bitsandbytes_files import (
     StoredNf4,
@@ -154,12 +154,29 @@ def unfilled_model(
         for name, shape in expected.items():
             if name in linears:
                 place = host if "layers" in on_host else device
-                _put(network, name, unfilled_nf4((shape[0], shape[1]), place))
+                _put(network, name, _unfilled_nf4((shape[0], shape[1]), place))
             else:
                 place = host if name == _EMBEDDING and "embedding" in on_host else device
                 _put(network, name, torch.empty(shape, dtype=dtype, device=place))
         _complete("config.json", network, device)
         return LanguageModel.of(network.eval(), "unfilled", storage_rows(network))
+
+
+def _unfilled_nf4(shape: tuple[int, int], device: torch.device) -> Nf4Weight:
+    """A weight of the sizes that `quantize_nf4` gives, of any content.
+
+    Args:
+        shape: (out, in).
+        device: Where it lies.
+    """
+    blocks = -(-shape[0] * shape[1] // BLOCK)
+    return Nf4Weight(
+        torch.empty(shape[0] * shape[1] // 2, dtype=torch.uint8, device=device),
+        torch.empty(blocks, dtype=torch.uint8, device=device),
+        torch.empty(-(-blocks // BLOCK2), dtype=torch.float32, device=device),
+        torch.empty((), dtype=torch.float32, device=device),
+        shape,
+    )
 
 
 def _read_copied(
