@@ -58,6 +58,7 @@ def entry_path(
     if not tokenizer.is_fast:
         return None
     tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
+    tokens.append(getattr(tokenizer, "split_special_tokens", False))
     text = json.dumps([what, tokens, code_digest()], sort_keys=True, default=str)
     return cache_dir / PAIRS_FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 

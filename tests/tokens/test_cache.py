@@ -82,14 +82,17 @@ def test_the_key_is_of_the_tokenizer_and_all_that_is_named(tmp_path, build_token
     assert first == entry_path(tmp_path, build_tokenizer(), dict(what))
     larger = build_tokenizer()
     larger.add_tokens(["xyz"])
+    splitting = build_tokenizer()
+    splitting.split_special_tokens = True
     others = [
         entry_path(tmp_path, build_tokenizer(eos_token="<|im_end|>"), what),
         entry_path(tmp_path, build_tokenizer(bos=True), what),
         entry_path(tmp_path, larger, what),
+        entry_path(tmp_path, splitting, what),
         entry_path(tmp_path, build_tokenizer(), what | {"source": "b"}),
         entry_path(tmp_path, build_tokenizer(), what | {"encoding": {"max_length": 6}}),
     ]
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 7
 
 
 def test_the_key_is_of_the_code_too(tmp_path, build_tokenizer, monkeypatch):

@@ -75,6 +75,29 @@ def test_an_edited_file_is_encoded_again(load, pairs_file):
     assert num_tokenised == len(found.train) == 11
 
 
+def test_bad_rows_are_named_in_the_file_that_is_read_now(load, pairs_file, tmp_path):
+    path = pairs_file(12)
+    path.write_bytes(path.read_bytes() + b"{}\n")
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(path.read_bytes())
+    for each in (path, other, path):
+        found, num_tokenised = load(each, on_bad_row="skip")
+        assert found.facts["faults"][0].startswith(f"{each}, line 13: ")
+    assert num_tokenised == 0
+
+
+def test_a_source_that_is_gone_when_it_was_read_costs_a_line(load, pairs_file, monkeypatch, capsys):
+    read = rows.READERS[".jsonl"]
+
+    def moved_meanwhile(path, *rest):
+        yield from read(path, *rest)
+        path.unlink()
+
+    monkeypatch.setitem(rows.READERS, ".jsonl", moved_meanwhile)
+    assert load(pairs_file(12))[1] == 12
+    assert "cannot keep the encoded pairs" in capsys.readouterr().out
+
+
 def test_a_small_file_leaves_nothing_behind(load, pairs_file, tmp_path):
     assert load(pairs_file(4))[1] == load(pairs_file(4))[1] == 4
     assert not (tmp_path / "cache").exists()
