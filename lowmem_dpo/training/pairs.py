@@ -111,7 +111,7 @@ def _encode(
         what |= {"columns": data.columns, "max_samples": data.max_samples, "source": digest}
         what |= {"template": [template.sources, template.date], "versions": text_versions()}
         if encoding.on_bad_row == "skip":  # the reports name files
-            what["names"] = [name, str(source.origin)]
+            what["names"] = [name, str(source.files)]
         entry = entry_path(cache_dir, template.tokenizer, what)
     if entry and (kept := read_entry(entry)):
         trees, reports = kept

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import datasets
 import pytest
 from transformers import AutoTokenizer
 
@@ -111,6 +112,20 @@ def test_eval_data_and_folders_are_cached_too(load, pairs_file, tmp_path):
     first = load(folder, **settings)
     assert first[1] == 14
     assert load(folder, **settings) == (first[0], 0)
+
+
+def test_a_saved_data_set_is_told_by_its_content_too(load, tmp_path, monkeypatch):
+    """Answers that a model draws anew come with the fingerprint of those before."""
+    folder = tmp_path / "saved"
+    monkeypatch.setattr(pairs, "CACHED_FROM_PAIRS", 2)
+    tokenised = []
+    for answer in ("yes", "yes", "no"):
+        rows = [{"prompt": f"p{i}", "chosen": answer, "rejected": "never"} for i in range(3)]
+        datasets.Dataset.from_list(rows).save_to_disk(folder)
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | {"_fingerprint": "one"}))
+        tokenised.append(load(folder)[1])
+    assert tokenised == [3, 0, 3]
 
 
 def test_a_cache_that_cannot_be_written_costs_a_line(load, pairs_file, tmp_path, capsys):
