@@ -135,8 +135,10 @@ def _encode(
             try:
                 reports = {"found": vars(found), "encoded": vars(report)}
                 reports |= {"source": str(Path(name).absolute() if Path(name).exists() else name)}
-                if source.digest() == digest:  # not edited meanwhile
+                if source.digest() == digest:
                     write_entry(entry, trees, reports | {"code": code_digest()})
+                else:
+                    warn(f"{name} changed while it was read; its encoded pairs are not kept")
             except OSError as error:
                 warn(f"cannot keep the encoded pairs in {entry.parent}: {error.strerror}")
     for line in report.lines():

@@ -135,7 +135,7 @@ def test_a_cache_that_cannot_be_written_costs_a_line(load, pairs_file, tmp_path,
 
 
 def test_a_source_that_changes_while_it_is_read_is_not_kept_as_the_old_one(
-    load, pairs_file, monkeypatch
+    load, pairs_file, monkeypatch, capsys
 ):
     path = pairs_file(12)
     old = path.read_bytes()
@@ -148,5 +148,6 @@ def test_a_source_that_changes_while_it_is_read_is_not_kept_as_the_old_one(
     with monkeypatch.context() as patch:
         patch.setitem(rows.READERS, ".jsonl", edited_meanwhile)
         assert load(path)[1] == 8
+    assert "changed while it was read; its encoded pairs are not kept" in capsys.readouterr().out
     path.write_bytes(old)
     assert load(path)[1] == 12
