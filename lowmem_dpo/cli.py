@@ -194,6 +194,15 @@ def _run(function: str, config: Any, again: str) -> int:
     except RunStopped as error:
         note(f"stopped: {error}")
         return 1
+    except Exception as error:
+        from lowmem_dpo.machine.trial import is_out_of_memory
+
+        if os.environ.get("LOWMEM_DPO_DEBUG") or not is_out_of_memory(error):
+            raise
+        why = " ".join(str(error).split())[:200]
+        help_ = "free some, see docs/dpo-in-practice.md for what needs less"
+        note(f"stopped: out of memory{why and f' ({why})'}; {help_}, and {again}")
+        return 1
 
 
 def _os_error(error: OSError, again: str) -> str:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lowmem_dpo.cli import VERBS, _os_error, main
@@ -29,6 +30,35 @@ def train(llama_dir, pairs_file, tmp_path):
         return main(["train", *given, "--batch_size", "4", "--lora_r", "4", *words])
 
     return run
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_is_out_anywhere_is_one_line(train, monkeypatch, capsys, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr("lowmem_dpo.training.fit.prepare", full)
+    assert train() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lowmem_dpo: stopped: out of memory") and str(error) in line
+    assert "run again with --resume auto" in line
+
+
+def test_other_faults_of_the_program_are_not_taken_for_memory(train, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("lowmem_dpo.training.fit.prepare", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train()
 
 
 def test_version(capsys):

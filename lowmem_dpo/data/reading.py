@@ -89,24 +89,25 @@ class Source:
     Attributes:
         name: A path or an id, as the user wrote it.
         rows: In the source's order.
-        origin: The files they are read from, or the fingerprint of a data set of the library
-            `datasets`, empty where it has none.
+        files: The files they are read from.
+        fingerprint: Of a data set of the library `datasets`; empty elsewhere.
     """
 
     name: str
     rows: Iterator[Row]
-    origin: list[Path] | str
+    files: list[Path]
+    fingerprint: str = ""
 
     def num_bytes(self) -> int:
-        """Size of the files; 0 where it is not known."""
-        return 0 if isinstance(self.origin, str) else sum(p.stat().st_size for p in self.origin)
+        """Size of the files; 0 where there are none."""
+        return sum(path.stat().st_size for path in self.files)
 
     def digest(self) -> str:
         """SHA-256 (hex) of what the rows are read from; empty where that is not known."""
-        if isinstance(self.origin, str):
-            return self.origin
-        digest = hashlib.sha256()
-        for path in self.origin:
+        if not (self.files or self.fingerprint):
+            return ""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for path in self.files:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()

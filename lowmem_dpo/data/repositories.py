@@ -20,7 +20,7 @@ SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 
 def read_dataset(
     name: str, config: str | None, split: str | None, purpose: str = "train"
-) -> tuple[Iterator[Row], list[Path] | str]:
+) -> tuple[Iterator[Row], list[Path], str]:
     """Find the rows of one split.
 
     Args:
@@ -30,8 +30,9 @@ def read_dataset(
         purpose: train or test.
 
     Returns:
-        The rows in the split's order, numbered through, and what they are read from: files, or a
-        data set of the library by its fingerprint.
+        The rows in the split's order, numbered through; the files they are read from; and the
+        fingerprint of a data set of the library, which tells how they are read. It is of what the
+        user's program did, so the same for answers that were drawn anew.
 
     Raises:
         ValueError: There is no such data set, configuration or split, or it cannot be read.
@@ -49,9 +50,10 @@ def read_dataset(
     chosen = _choose_split(name, list(map(str, splits)), split, purpose)
     content = splits[chosen]
     if isinstance(content, list):
-        return _file_rows(content), content
+        return _file_rows(content), content, ""
     rows = _dataset_rows(f"{name}, split {chosen}", name, content)
-    return rows, str(getattr(content, "_fingerprint", ""))
+    files = [Path(file["filename"]) for file in getattr(content, "cache_files", [])]
+    return rows, files, str(getattr(content, "_fingerprint", ""))
 
 
 def _check_is_id(path: Path) -> None:

@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
 PAIRS_FOLDER = "pairs"
 CHUNK_TREES = 4096
 KEY_DIGITS = 32  # of a prompt's key
-# What reading a damaged entry raises.
-DAMAGE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
+# What reading a damaged entry raises, or another file under its name.
+DAMAGE = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 # Rooms whose code makes token ids of rows.
 ROOMS = ("data", "tokens")
 
@@ -54,6 +58,7 @@ def entry_path(
     if not tokenizer.is_fast:
         return None
     tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
+    tokens.append(getattr(tokenizer, "split_special_tokens", False))
     text = json.dumps([what, tokens, code_digest()], sort_keys=True, default=str)
     return cache_dir / PAIRS_FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 
@@ -131,9 +136,9 @@ def _arrays(
 
 def _trees(archive: Any) -> Iterator[Tree]:
     """Yield the trees of an entry."""
-    keys = archive["prompt_keys"].tobytes().hex()
-    rows = enumerate(archive["table"].tolist())
-    for number in range(sum(name.startswith("ids_") for name in archive.files)):
+    keys, table = archive["prompt_keys"].tobytes().hex(), archive["table"].tolist()
+    rows = enumerate(table)
+    for number in range(ceil(len(table) / CHUNK_TREES)):
         content, place = memoryview(archive[f"ids_{number}"].tobytes()), 0
         for i, (row, *lengths, chosen_start, rejected_start) in islice(rows, CHUNK_TREES):
             end = place + 4 * sum(lengths)

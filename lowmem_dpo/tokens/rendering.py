@@ -213,6 +213,9 @@ class Renderer:
         for text, prompt in zip(texts, prompts, strict=True):
             place = next((i for i in reversed(range(len(prompt))) if prompt[i] in self.seams), 0)
             seam = self.seams.get(prompt[place], "") if prompt else ""
+            if not seam or text.prompt.count(seam) != prompt.count(prompt[place]):
+                # Its id for other text too: what is unknown, or becomes the token by normalisation.
+                place, seam = 0, ""
             begin = text.prompt.rindex(seam) if seam else 0
             places.append(place)
             tails += [text.chosen[begin:], text.rejected[begin:]]
@@ -307,18 +310,20 @@ def _seams(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
     The library `tokenizers` looks for added tokens first, in the text as it stands, and takes what
     is between them apart from the rest. That is true of a token that takes no white space in front
     of it, needs no border of words, is looked for before the text is normalised, is no part of
-    another one and cannot overlap itself. Tokenizers written in Python promise nothing.
+    another one and cannot begin in one, itself included. Tokenizers written in Python promise
+    nothing.
     """
     if not tokenizer.is_fast or getattr(tokenizer, "split_special_tokens", False):
         return {}
     added = tokenizer.added_tokens_decoder
     texts = [token.content for token in added.values()]
+    endings = {text[n:] for text in texts for n in range(1, len(text))}
     return {
         i: text
         for (i, token), text in zip(added.items(), texts, strict=True)
         if token.special and not (token.lstrip or token.single_word or token.normalized)
         if sum(text in other for other in texts) == 1
-        if not any(text.startswith(text[n:]) for n in range(1, len(text)))
+        if not any(text[:n] in endings for n in range(1, len(text)))
     }
 
 

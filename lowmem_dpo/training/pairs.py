@@ -110,6 +110,8 @@ def _encode(
         what: dict[str, Any] = {f.name: getattr(encoding, f.name) for f in fields(EncodingSettings)}
         what |= {"columns": data.columns, "max_samples": data.max_samples, "source": digest}
         what |= {"template": [template.sources, template.date], "versions": text_versions()}
+        if encoding.on_bad_row == "skip":  # the reports name files
+            what["names"] = [name, str(source.files)]
         entry = entry_path(cache_dir, template.tokenizer, what)
     if entry and (kept := read_entry(entry)):
         trees, reports = kept
@@ -129,11 +131,14 @@ def _encode(
         _say_found(found, data, name, title)
         trees, report = encode_pairs(preferences, template.tokenizer, encoding)
         takes_long = len(preferences) >= CACHED_FROM_PAIRS
-        if entry and takes_long and source.digest() == digest:  # not edited meanwhile
+        if entry and takes_long:
             try:
                 reports = {"found": vars(found), "encoded": vars(report)}
                 reports |= {"source": str(Path(name).absolute() if Path(name).exists() else name)}
-                write_entry(entry, trees, reports | {"code": code_digest()})
+                if source.digest() == digest:
+                    write_entry(entry, trees, reports | {"code": code_digest()})
+                else:
+                    warn(f"{name} changed while it was read; its encoded pairs are not kept")
             except OSError as error:
                 warn(f"cannot keep the encoded pairs in {entry.parent}: {error.strerror}")
     for line in report.lines():

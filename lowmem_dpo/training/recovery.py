@@ -68,8 +68,8 @@ def accumulate_in_memory(
         if change is None:
             raise RunStopped(
                 "out of memory, and the layers keep nothing any more that they could do without: "
-                "lower max_length, see docs/dpo-in-practice.md for what else helps, and run again "
-                "with --resume auto"
+                "free some and run again with --resume auto, or begin anew with a lower max_length "
+                "(docs/dpo-in-practice.md tells what else helps)"
             )
         warn(f"out of memory; the step is taken again: {change}")
         is_again = True

@@ -1,6 +1,7 @@
 """Encoded pairs on disk: equal when read, absent when damaged, under another key when anything
 that makes token ids is another."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,6 +47,26 @@ def test_a_damaged_entry_is_said_and_absent(tmp_path, capsys, place):
     assert "entry.npz is left out: damaged" in capsys.readouterr().out
 
 
+def test_damage_to_any_byte_of_the_archives_directory_loses_no_pair(tmp_path, monkeypatch):
+    path = tmp_path / "entry.npz"
+    monkeypatch.setattr(cache, "CHUNK_TREES", 2)
+    monkeypatch.setattr(cache, "warn", lambda line: None)
+    trees = [tree(i, [1, 2, i], [1, 3, i]) for i in range(3)]
+    write_entry(path, trees, {})
+    content = path.read_bytes()
+    for place in range(content.index(b"PK\1\2"), len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert read_entry(path) in (None, (trees, {})), place
+
+
+def test_an_array_in_the_place_of_an_entry_is_absent(tmp_path, capsys):
+    path = tmp_path / "entry.npz"
+    with path.open("wb") as file:
+        np.save(file, np.arange(3))
+    assert read_entry(path) is None
+    assert "entry.npz is left out: damaged" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("length", [0, 1, 100, 1000])
 def test_an_entry_cut_off_is_absent(tmp_path, capsys, length):
     path = tmp_path / "entry.npz"
@@ -61,14 +82,17 @@ def test_the_key_is_of_the_tokenizer_and_all_that_is_named(tmp_path, build_token
     assert first == entry_path(tmp_path, build_tokenizer(), dict(what))
     larger = build_tokenizer()
     larger.add_tokens(["xyz"])
+    splitting = build_tokenizer()
+    splitting.split_special_tokens = True
     others = [
         entry_path(tmp_path, build_tokenizer(eos_token="<|im_end|>"), what),
         entry_path(tmp_path, build_tokenizer(bos=True), what),
         entry_path(tmp_path, larger, what),
+        entry_path(tmp_path, splitting, what),
         entry_path(tmp_path, build_tokenizer(), what | {"source": "b"}),
         entry_path(tmp_path, build_tokenizer(), what | {"encoding": {"max_length": 6}}),
     ]
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 7
 
 
 def test_the_key_is_of_the_code_too(tmp_path, build_tokenizer, monkeypatch):

@@ -11,6 +11,7 @@ from lowmem_dpo.tokens.rendering import PairText, build_renderer
 
 OPEN, CLOSE = "<|open|>", "<|close|>"
 WORDS = ["a", "b", "ab", " ", "  ", "\n", OPEN, CLOSE, "<|open", "|>", "é", "▁"]
+WORDS += ["<unk>", "<|l|>", "＜|open|＞", "q"]
 
 
 def byte_level():
@@ -56,6 +57,64 @@ def build(kind, *added):
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=CLOSE)
 
 
+def of_words():
+    """Words and single signs; all others are unknown, which has a special token's id."""
+    vocab = ["<unk>", "a", "b", "ab", "x", "<|", "|>", "open", "close"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocab)}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return core
+
+
+def of_pieces():
+    core = Tokenizer(models.WordPiece({"<unk>": 0, "a": 1, "##b": 2, "b": 3}, unk_token="<unk>"))
+    core.normalizer, core.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.Whitespace()
+    return core
+
+
+def unigram():
+    """Its model knows the special tokens: wide signs become them by normalisation."""
+    scores = [("<unk>", 0.0), (OPEN, 0.0), (CLOSE, 0.0), *((sign, -3.0) for sign in "ab <|>")]
+    core = Tokenizer(models.Unigram(scores, 0, False))
+    core.normalizer = normalizers.NFKC()
+    return core
+
+
+@pytest.mark.parametrize("model", [of_words, of_pieces, unigram])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(data=st.data())
+def test_side_ids_hold_where_a_special_id_stands_for_other_text(model, data):
+    core = model()
+    core.add_special_tokens(["<unk>", OPEN, AddedToken(CLOSE, rstrip=True, special=True)])
+    core.add_special_tokens([AddedToken("<|l|>", lstrip=True, special=True, normalized=False)])
+    core.add_tokens(["b<", AddedToken("ab", single_word=True, normalized=True)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=CLOSE, unk_token="<unk>", bos_token=OPEN
+    )
+    assert_side_ids_are_those_of_the_whole(tokenizer, data)
+
+
+def test_side_ids_hold_where_another_token_takes_the_beginning_of_a_special_one():
+    tokenizer = build("byte level", OPEN, AddedToken("b<", special=False, normalized=False))
+    prompt = f"a{OPEN}b{OPEN}a"  # one token OPEN; the other's sign went with the b
+    texts = (prompt, prompt + "a", prompt + "b")
+    (ids,) = build_renderer(tokenizer, EncodingSettings()).side_ids([PairText(*texts, True)])
+    assert ids == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert seams(tokenizer) == set()
+
+
+def assert_side_ids_are_those_of_the_whole(tokenizer, data):
+    """Hold ids of drawn prompts with two answers against those of the whole texts."""
+    renderer = build_renderer(tokenizer, EncodingSettings())
+    text = st.lists(st.sampled_from(WORDS), max_size=8).map("".join)
+    pairs = []
+    for _ in range(3):
+        prompt, chosen, rejected = (data.draw(text) for _ in range(3))
+        pairs.append(PairText(prompt, prompt + chosen, prompt + rejected, by_template=True))
+    for pair, ids in zip(pairs, renderer.side_ids(pairs), strict=True):
+        for side, found in zip((pair.prompt, pair.chosen, pair.rejected), ids, strict=True):
+            assert found == tokenizer(side, add_special_tokens=False)["input_ids"]
+
+
 def seams(tokenizer):
     return {*build_renderer(tokenizer, EncodingSettings()).seams.values()}
 
@@ -67,14 +126,7 @@ def test_side_ids_are_those_of_the_whole_texts(kind, data):
     tokenizer = build(kind, OPEN, AddedToken(CLOSE, rstrip=True, special=True, normalized=False))
     renderer = build_renderer(tokenizer, EncodingSettings())
     assert {*renderer.seams.values()} == {OPEN, CLOSE}
-    text = st.lists(st.sampled_from(WORDS), max_size=8).map("".join)
-    pairs = []
-    for _ in range(3):
-        prompt, chosen, rejected = (data.draw(text) for _ in range(3))
-        pairs.append(PairText(prompt, prompt + chosen, prompt + rejected, by_template=True))
-    for pair, ids in zip(pairs, renderer.side_ids(pairs), strict=True):
-        for side, found in zip((pair.prompt, pair.chosen, pair.rejected), ids, strict=True):
-            assert found == tokenizer(side, add_special_tokens=False)["input_ids"]
+    assert_side_ids_are_those_of_the_whole(tokenizer, data)
 
 
 def test_seams_are_tokens_that_nothing_around_them_changes():

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import datasets
 import pytest
 from transformers import AutoTokenizer
 
@@ -75,6 +76,29 @@ def test_an_edited_file_is_encoded_again(load, pairs_file):
     assert num_tokenised == len(found.train) == 11
 
 
+def test_bad_rows_are_named_in_the_file_that_is_read_now(load, pairs_file, tmp_path):
+    path = pairs_file(12)
+    path.write_bytes(path.read_bytes() + b"{}\n")
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(path.read_bytes())
+    for each in (path, other, path):
+        found, num_tokenised = load(each, on_bad_row="skip")
+        assert found.facts["faults"][0].startswith(f"{each}, line 13: ")
+    assert num_tokenised == 0
+
+
+def test_a_source_that_is_gone_when_it_was_read_costs_a_line(load, pairs_file, monkeypatch, capsys):
+    read = rows.READERS[".jsonl"]
+
+    def moved_meanwhile(path, *rest):
+        yield from read(path, *rest)
+        path.unlink()
+
+    monkeypatch.setitem(rows.READERS, ".jsonl", moved_meanwhile)
+    assert load(pairs_file(12))[1] == 12
+    assert "cannot keep the encoded pairs" in capsys.readouterr().out
+
+
 def test_a_small_file_leaves_nothing_behind(load, pairs_file, tmp_path):
     assert load(pairs_file(4))[1] == load(pairs_file(4))[1] == 4
     assert not (tmp_path / "cache").exists()
@@ -90,6 +114,20 @@ def test_eval_data_and_folders_are_cached_too(load, pairs_file, tmp_path):
     assert load(folder, **settings) == (first[0], 0)
 
 
+def test_a_saved_data_set_is_told_by_its_content_too(load, tmp_path, monkeypatch):
+    """Answers that a model draws anew come with the fingerprint of those before."""
+    folder = tmp_path / "saved"
+    monkeypatch.setattr(pairs, "CACHED_FROM_PAIRS", 2)
+    tokenised = []
+    for answer in ("yes", "yes", "no"):
+        rows = [{"prompt": f"p{i}", "chosen": answer, "rejected": "never"} for i in range(3)]
+        datasets.Dataset.from_list(rows).save_to_disk(folder)
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | {"_fingerprint": "one"}))
+        tokenised.append(load(folder)[1])
+    assert tokenised == [3, 0, 3]
+
+
 def test_a_cache_that_cannot_be_written_costs_a_line(load, pairs_file, tmp_path, capsys):
     (tmp_path / "cache").write_text("in the way")
     assert load(pairs_file(6))[1] == 6
@@ -97,7 +135,7 @@ def test_a_cache_that_cannot_be_written_costs_a_line(load, pairs_file, tmp_path,
 
 
 def test_a_source_that_changes_while_it_is_read_is_not_kept_as_the_old_one(
-    load, pairs_file, monkeypatch
+    load, pairs_file, monkeypatch, capsys
 ):
     path = pairs_file(12)
     old = path.read_bytes()
@@ -110,5 +148,6 @@ def test_a_source_that_changes_while_it_is_read_is_not_kept_as_the_old_one(
     with monkeypatch.context() as patch:
         patch.setitem(rows.READERS, ".jsonl", edited_meanwhile)
         assert load(path)[1] == 8
+    assert "changed while it was read; its encoded pairs are not kept" in capsys.readouterr().out
     path.write_bytes(old)
     assert load(path)[1] == 12
