@@ -223,24 +223,27 @@ def find_longest(
             (-(-n // LENGTH_MULTIPLE) for n, (_, fits) in points.items() if not fits),
             default=highest + 1,
         )
-        guess = _where_a_line_meets(points, limit_bytes) // LENGTH_MULTIPLE
-        no_more = min(high, guess) if len(points) > 1 else high
-        if (low and no_more - low <= max(1, low // 32)) or high - low <= 1:
+        meets = _where_a_line_meets(points, limit_bytes)
+        no_more = high if meets is None else min(high, meets // LENGTH_MULTIPLE)
+        if high - low <= 1 or (low and no_more - low <= low // 32):
             break
-        # A little below, since what is a little above says less.
-        guess = min(max(guess - guess // 64, low + 1), high - 1)
+        if meets is None:
+            guess = max(2 * low, 1) if low or known[1][1] else high // 2
+        else:  # a little below, since what is a little above says less
+            guess = no_more - no_more // 64
+        guess = min(max(guess, low + 1), high - 1)
         points[guess * LENGTH_MULTIPLE] = needs(guess * LENGTH_MULTIPLE)
     longest = max(low * LENGTH_MULTIPLE, known[0] if known[1][1] else 0)
     return longest or None
 
 
-def _where_a_line_meets(points: dict[int, tuple[int, bool]], limit_bytes: int) -> int:
-    """The length at which the last two points' line needs so many bytes."""
-    (a, (bytes_a, fits)), *others = list(points.items())[::-1]
+def _where_a_line_meets(points: dict[int, tuple[int, bool]], limit_bytes: int) -> int | None:
+    """The length at which the line through the last points needs so many bytes, if it rises."""
+    (a, (bytes_a, _)), *others = list(points.items())[::-1]
     for b, (bytes_b, _) in others:
         if (bytes_a - bytes_b) * (a - b) > 0:
             return int(a + (limit_bytes - bytes_a) * (a - b) / (bytes_a - bytes_b))
-    return 2 * a if fits else a // 2
+    return None
 
 
 def _heading(planned: Planned, config: PlanConfig, base: str) -> str:

@@ -128,3 +128,10 @@ def test_the_card_of_this_machine_has_the_memory_that_its_driver_tells(monkeypat
     monkeypatch.setattr(plan_verb, "this_machine", lambda: unknown)
     with pytest.raises(ValueError, match=r"is not known; near names: .*; or name one with --card"):
         plan_verb._card_here()
+
+
+def test_find_longest_goes_on_where_longer_needs_no_more():
+    """As in tiny models, and where a micro-batch is no longer than its smallest size."""
+    for start in (32, 64, 100, 1000):
+        assert find_longest(lambda length: (5, True), (start, (5, True)), 4096, 10) == 4096
+    assert find_longest(lambda length: (50, False), (1000, (50, False)), 4096, 10) is None
