@@ -33,6 +33,7 @@ LENGTH_MULTIPLE = 64
 MAX_REHEARSALS = 9
 # What is tried where a step does not fit: what costs the least time first.
 LEAST: dict[str, Any] = {
+    "keep_activations": "nothing",
     "optim": "adamw_8bit",
     "embedding_weight": "host",
     "head_weight": "host",
@@ -167,7 +168,6 @@ def _remedies_that_fit(
         unfit |= {"head_weight", "embedding_weight"}
     if config.quantization == "none":
         unfit.add("layer_weights")
-    config = replace(config, keep_activations="nothing")
     for remedy in REMEDIES:
         remedy = {name: value for name, value in remedy.items() if name not in unfit}
         changed = {name: value for name, value in remedy.items() if getattr(config, name) != value}
@@ -300,7 +300,7 @@ def _as_json(
     planned: Planned, config: PlanConfig, longest: int | None, remedy: dict[str, Any] | None
 ) -> dict[str, Any]:
     found = planned.rehearsal
-    levers = ("quantization", "head_quantization", "keep_activations", *LEAST)
+    levers = ("quantization", "head_quantization", *LEAST)
     return {
         "card": found.card.name,
         "fits": found.fits,

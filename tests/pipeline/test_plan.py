@@ -65,7 +65,7 @@ def test_plan_says_what_would_make_a_step_fit(tmp_path, capsys):
     assert here["fits"] and here["remedy"] is None
     between = (here["peak_reserved_bytes"] + there["peak_reserved_bytes"]) // 2
     too_little = planned("--memory_limit", f"{between}B")
-    assert not too_little["fits"] and too_little["remedy"] == {"head_weight": "host"}
+    assert not too_little["fits"] and too_little["remedy"] == {"embedding_weight": "host"}
     nothing = planned("--memory_limit", "20MiB")
     assert (nothing["fits"], nothing["remedy"], nothing["longest_max_length"]) == (
         False,

@@ -84,6 +84,7 @@ def test_fingerprint_names_all_that_can_move_a_last_bit(llama_dir, monkeypatch):
     monkeypatch.setattr(policy, "matmul_settings", lambda: settings)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(policy, "joins_products", lambda *arguments: False)
     card = replace(wanted.model, device=torch.device("cuda"))
     on_card = replace(wanted, model=card).fingerprint(448)
     assert on_card.keys() == found.keys() | settings.keys() | {"mlp"}

@@ -21,14 +21,14 @@ CPU = torch.device("cpu")
 SHAPES = [TreeShape(9, 14, 11), TreeShape(20, 6, 17), TreeShape(3, 30, 1)]
 
 
-def follow(model, mode=None, *, dropout=0.0, optim="adamw", trains=True, head="none"):
+def follow(model, mode=None, *, dropout=0.0, optim="adamw", trains=True, head="none", **plan):
     """Every birth and death of a step, and what was computed."""
     settings = dataclasses.replace(TrainConfig(), optim=optim)
     follower = Follower("cpu", PLACES)
     spec = AdapterSpec(8, 16, dropout, "all", False)
 
     def step(model):
-        model = prepare_model(model, spec, head_quantization=head)
+        model = prepare_model(model, spec, head_quantization=head, **plan)
         follow_step(
             model,
             follower,
@@ -59,7 +59,8 @@ def events(follower):
 
 def both(folder, quantization="nf4", dtype=torch.float32, **changes):
     config = load_config(str(folder))
-    how = {"quantization": quantization, "dtype": dtype}
+    on_host = {"layers"} if "num_slots" in changes else set()
+    how = {"quantization": quantization, "dtype": dtype, "on_host": on_host}
     real = load_model(str(folder), config=config, device=CPU, quantized_copy=False, **how)
     mode = FakeCard()
     with rehearsing(RehearsedCard((8, 6), lambda *_: None)):
@@ -103,6 +104,9 @@ def test_a_rehearsal_has_the_bytes_of_the_real_step(tiny_checkpoint, family, qua
         pytest.param({"optim": "sgd"}, marks=pytest.mark.slow),
         pytest.param({"head": "int8"}, marks=pytest.mark.slow),
         {"trains": False},
+        {"keeps": "all"},
+        {"keeps": "attention", "dropout": 0.1},
+        {"num_slots": 2},
     ],
     ids=str,
 )
