@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from lowmem_dpo.console import duration, note, say, size
-from lowmem_dpo.machine.card_table import Card, find_card
+from lowmem_dpo.machine.card_table import CARDS, Card, find_card
 from lowmem_dpo.machine.cards import this_machine
 from lowmem_dpo.memory.rehearsal import CONTEXT_BYTES, Rehearsal
 from lowmem_dpo.model.head import check_tied_head
@@ -29,6 +29,7 @@ from lowmem_dpo.training.run import PACK_TOKENS_LIMIT
 from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
 from lowmem_dpo.weights.folders import load_config, resolve_source
 
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 LENGTH_MULTIPLE = 64
 MAX_REHEARSALS = 9
 # What is tried where a step does not fit: what costs the least time first.
@@ -72,7 +73,9 @@ def plan(config: PlanConfig) -> None:
     """
     if config.model is None:
         raise ValueError("no model given; set --model to a folder or a Hugging Face id")
-    card = find_card(config.card) if config.card else _card_here()
+    card = None
+    if not config.all_cards:
+        card = find_card(config.card) if config.card else _card_here()
     base, init_adapter, _ = resolve_source(config.model, config.init_adapter)
     model = load_config(base, config.max_length)
     if model.tie_word_embeddings:
@@ -80,6 +83,12 @@ def plan(config: PlanConfig) -> None:
     if getattr(model, "quantization_config", None):
         check_kept_quantised(base, config.quantization)
     config = replace(config, init_adapter=init_adapter)
+    if config.smallest:
+        config = replace(config, **_that_can_be(LEAST, model, config))
+    if card is None:
+        note(f"rehearsing steps of {base} for every card; this takes a few minutes")
+        say_cards(cards_and_lengths(model, config), base, as_json=config.json)
+        return
     note(f"rehearsing steps of {base} for {card.name}; this may take a minute")
     planned = plan_step(model, card, config)
     remedy = None
@@ -163,16 +172,64 @@ def _limit_bytes(card: Card, config: PlanConfig) -> int:
 def _remedies_that_fit(
     model: PretrainedConfig, card: Card, config: PlanConfig
 ) -> Iterator[dict[str, Any]]:
+    for remedy in REMEDIES:
+        changed = _that_can_be(remedy, model, config)
+        if changed and plan_step(model, card, replace(config, **changed)).rehearsal.fits:
+            yield changed
+
+
+def _that_can_be(
+    wanted: dict[str, Any], model: PretrainedConfig, config: PlanConfig
+) -> dict[str, Any]:
+    """Of some settings, those that change something and that this model can have."""
     unfit = {"head_weight"} if config.head_quantization != "none" else set()
     if model.tie_word_embeddings:
         unfit |= {"head_weight", "embedding_weight"}
     if config.quantization == "none":
         unfit.add("layer_weights")
-    for remedy in REMEDIES:
-        remedy = {name: value for name, value in remedy.items() if name not in unfit}
-        changed = {name: value for name, value in remedy.items() if getattr(config, name) != value}
-        if changed and plan_step(model, card, replace(config, **changed)).rehearsal.fits:
-            yield changed
+    return {n: v for n, v in wanted.items() if n not in unfit and getattr(config, n) != v}
+
+
+def cards_and_lengths(
+    model: PretrainedConfig, config: PlanConfig
+) -> list[tuple[Card, dict[int, str]]]:
+    """Of every known card, which lengths fit.
+
+    A trace depends on a card only in whether our kernels run there, so two are rehearsed.
+
+    Returns:
+        Cards, each with lengths in tokens to yes, host (in the least memory) or no.
+    """
+    lengths = [n for n in LENGTHS if n <= model.max_position_embeddings]
+    least = replace(config, **_that_can_be(LEAST, model, config))
+    needed: dict[tuple[bool, int, str], int] = {}
+    for card in (find_card("T4"), find_card("4090")):
+        for length in lengths:
+            for name, each in (("yes", config), ("host", least)):
+                found = plan_step(model, card, replace(each, max_length=length, batch_size=1))
+                key = card.has_bfloat16, length, name
+                needed[key] = found.rehearsal.peak_reserved_bytes
+
+    def answer(card: Card, length: int) -> str:
+        room = card.memory_bytes - CONTEXT_BYTES
+        fitting = (n for n in ("yes", "host") if needed[card.has_bfloat16, length, n] <= room)
+        return next(fitting, "no")
+
+    return [(card, {n: answer(card, n) for n in lengths}) for card in CARDS]
+
+
+def say_cards(found: list[tuple[Card, dict[int, str]]], base: str, *, as_json: bool) -> None:
+    """Print which lengths fit on which card."""
+    if as_json:
+        print(json.dumps({card.name: answers for card, answers in found}))
+        return
+    lengths = list(found[0][1])
+    say(f"{base}: max_length that fits, one pair a micro-batch; rehearsed, not measured\n")
+    table = Table("card", *map(str, lengths))
+    for card, answers in found:
+        table.add_row(card.name, *answers.values())
+    say(table)
+    say("host: with --smallest true, which keeps on the host what can be there; slower")
 
 
 def longest_length(

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 from lowmem_dpo.losses.types import losses_of
-from lowmem_dpo.settings.fields import COUNT, COUNT_OR_NONE, Bounds, Settings, parse_config
+from lowmem_dpo.settings.fields import (
+    COUNT,
+    COUNT_OR_NONE,
+    Bounds,
+    Settings,
+    check_unused,
+    parse_config,
+)
 from lowmem_dpo.settings.groups import (
     AdapterSettings,
     DataSettings,
@@ -92,12 +99,19 @@ class PlanConfig(ModelSettings, AdapterSettings, MemorySettings):
     """Pairs per optimizer step."""
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"] = "adamw"
     """As for `train`."""
+    smallest: bool = False
+    """Plan for the least memory on the card: 8-bit optimizer, and on the host what can be there."""
+    all_cards: bool = False
+    """Say of every known card which lengths fit, in place of a plan for one card."""
     json: bool = False
     """Print one JSON object in place of the table."""
 
     def check(self) -> None:
         """Refuse what a plan does not depend on, and what cannot be together."""
         _check_head(self.head_quantization, self.head_weight)
+        if self.all_cards:
+            unused = ("card", "memory_limit", "pack_tokens", "max_length", "batch_size")
+            check_unused(self, "all_cards", *unused)
         for name in ("device", "quantized_copy", "cache_dir"):
             if getattr(self, name) != getattr(ModelSettings, name):
                 raise ValueError(

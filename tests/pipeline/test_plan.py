@@ -1,5 +1,7 @@
 import json
+import re
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +76,38 @@ def test_plan_says_what_would_make_a_step_fit(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
+def test_plan_of_all_cards_says_which_lengths_fit(tmp_path, capsys, monkeypatch):
+    model = save_tiny_model(tmp_path / "m", vocab_size=200_000, max_position_embeddings=1024)
+    cards = {card.name: card for card in plan_verb.CARDS}
+    small = 60 * 2**20 + plan_verb.CONTEXT_BYTES  # less than embedding and head
+    tiny = [replace(cards[name], memory_bytes=small) for name in ("T4", "RTX 3060 12 GB")]
+    full = replace(cards["RTX 4090"], memory_bytes=plan_verb.CONTEXT_BYTES)
+    monkeypatch.setattr(plan_verb, "CARDS", (*tiny, full, cards["RTX 3090"]))
+    assert plan(model, "--all_cards", "true", "--lora_r", "1", "--json", "true") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["RTX 3090"] == {"512": "yes", "1024": "yes"}
+    assert found["RTX 4090"] == {"512": "no", "1024": "no"}
+    assert found["T4"] == found["RTX 3060 12 GB"] == {"512": "host", "1024": "host"}
+    assert plan(model, "--all_cards", "true", "--lora_r", "1") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"RTX 3060 12 GB +│ host +│ host", printed)
+    assert max(map(len, printed.splitlines()[2:])) <= 80
+
+
+@pytest.mark.slow
+def test_smallest_puts_on_the_host_what_can_be_there(config_only, tmp_path, capsys):
+    words = ["--card", "3060", "--max_length", "64", "--smallest", "true", "--json", "true"]
+    assert plan(config_only, *words) == 0
+    found = json.loads(capsys.readouterr().out)["plan"]
+    assert plan_verb.LEAST.items() <= found.items()
+    tied = save_tiny_model(tmp_path / "tied", "llama-tied")
+    assert plan(tied, *words, "--quantization", "none") == 0
+    found = json.loads(capsys.readouterr().out)["plan"]
+    places = [found[name] for name in ("layer_inputs", "embedding_weight", "head_weight")]
+    assert (places, found["layer_weights"]) == (["host", "device", "device"], "device")
+
+
 def test_plan_refuses_what_is_missing_or_without_effect(config_only, tmp_path, capsys):
     for words, message in (
         (["--card", "3080"], "may be RTX 3080 10 GB or RTX 3080 12 GB; say which"),
@@ -81,6 +115,7 @@ def test_plan_refuses_what_is_missing_or_without_effect(config_only, tmp_path, c
         (["--card", "3060", "--device", "cpu"], "device=cpu has no effect on a plan"),
         (["--card", "3060", "--pack_tokens", "128"], "pack_tokens 128 is less than"),
         (["--card", "3060", "--max_length", "1"], "max_length must be at least 2"),
+        (["--all_cards", "true", "--card", "3060"], "card=3060 has no effect with all_cards=True"),
         (["--card", "T4", "--dtype", "bfloat16"], "the card has no bfloat16"),
     ):
         assert plan(config_only, *words) == 2
