@@ -81,5 +81,11 @@ def random_policy(options: argparse.Namespace, config: TrainConfig) -> Policy:
         device=options.device,
     )
     adapter = AdapterSpec(config.lora_r, config.lora_alpha, 0.0, "all", rank_stabilised=False)
-    model = prepare_model(LanguageModel.of(model, identity="random"), adapter, seed=config.seed)
+    model = prepare_model(
+        LanguageModel.of(model, identity="random"),
+        adapter,
+        seed=config.seed,
+        keeps=options.keep_activations,
+        num_slots=options.num_slots,
+    )
     return Policy(model, {"base": "random"}, byte_tokenizer(), adapter, "random", None, {})

@@ -19,8 +19,9 @@ the copy and 1.2 times bitsandbytes; trees at 0.8 of FlashAttention's FLOP rate 
 (then the table of tiles can be chosen by speed).
 
 By hand afterwards:
-  `lowmem_dpo train` with --head_weight host, --layer_inputs host, --head_quantization int8, --optim
-  paged_adamw_8bit, and each --kernels switch, beside the same run without: peak, tokens/s
+  `lowmem_dpo train` with --head_weight host, --layer_inputs host, --layer_weights host,
+  --embedding_weight host, --head_quantization int8, --optim paged_adamw_8bit, and each --kernels
+  switch, beside the same run without: peak, tokens/s; and what `plan` says beside the peak
   first and second start of an 8B model: seconds, peak host memory; the bytes of a copy quantised on
   a card and on a CPU
   every table with --memory_limit 8GB (an emulated small card; say so)
@@ -102,7 +103,7 @@ STEPS = (
     Step(
         "kernel-tests",
         "the kernels alone, on this card, against float64",
-        3,
+        2,
         [*PYTEST, "tests/kernels"],
         [*PYTEST, "tests/kernels/test_nf4.py"],
         **TESTS,
@@ -132,23 +133,37 @@ STEPS = (
     Step(
         "train-step-trl",
         "TRL 1.16 + PEFT + bitsandbytes beside it, on the same weights, in the same run",
-        5,
+        4,
         _step_of_8b("--impl", "ours,trl"),
         _toy_step("--impl", "ours,trl"),
         needs=("trl", "peft"),
         mend=PEERS,
     ),
     Step(
+        "train-step-kept",
+        "the same with all activations kept: what it saves beside train-step, and what it takes",
+        2,
+        _step_of_8b("--impl", "ours", "--keep_activations", "all"),
+        _toy_step("--impl", "ours", "--keep_activations", "all"),
+    ),
+    Step(
+        "train-step-streamed",
+        "the same with layers streamed through two slots: what is stalled beside train-step",
+        2,
+        _step_of_8b("--impl", "ours", "--num_slots", "2"),
+        _toy_step("--impl", "ours", "--quantization", "nf4", "--num_slots", "2"),
+    ),
+    Step(
         "head",
         "the head beside TRL, Liger, Cut Cross-Entropy and torch's linear_cross_entropy",
-        3,
+        2,
         _benchmark("benchmark_token_logps", "--dtypes", "bfloat16"),
         _benchmark("benchmark_token_logps", *QUICK),
     ),
     Step(
         "attention",
         "trees beside FlashAttention on plain sequences",
-        2,
+        1,
         _benchmark("benchmark_tree_attention"),
         _benchmark("benchmark_tree_attention", *QUICK),
     ),

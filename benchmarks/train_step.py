@@ -77,6 +77,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     parser.add_argument("--quantization", choices=["nf4", "none"], help="default: nf4 on a card")
+    parser.add_argument("--keep_activations", default="nothing", help="of ours, as in train")
+    parser.add_argument("--num_slots", type=int, help="of ours: stream NF4 layers through so many")
     parser.add_argument("--memory_limit", metavar="8GB", help="emulates a smaller card")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--save", action="store_true", help="write under benchmarks/results")
