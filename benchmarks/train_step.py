@@ -105,7 +105,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.impl = impls
     try:
         options.device, _ = resolve_device(options.device)
-        options.dtype = resolve_dtype(options.dtype, options.device)
+        _, (_, hidden, inner, *_) = SHAPES[options.shape]
+        options.dtype = resolve_dtype(options.dtype, options.device, (hidden, inner))
         if options.memory_limit:
             limit_memory(parse_bytes(options.memory_limit), options.device)
     except ValueError as error:

@@ -201,6 +201,7 @@ def cards_and_lengths(
         Cards, each with lengths in tokens to yes, host (in the least memory) or no.
     """
     lengths = [n for n in LENGTHS if n <= model.max_position_embeddings]
+    config = replace(config, all_cards=False)
     least = replace(config, **_that_can_be(LEAST, model, config))
     needed: dict[tuple[bool, int, str], int] = {}
     for card in (find_card("T4"), find_card("4090")):
