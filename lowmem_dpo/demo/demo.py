@@ -56,8 +56,12 @@ def demo(config: DemoConfig) -> bool:
     say(f"   {len(questions())} questions, loss {loss:.3f} nat per token")
 
     say("2. preference pairs from its own answers: one sentence is preferred to several")
-    cache = str(root / "cache")
-    model = ModelSettings(model=str(root / "model"), device=config.device, cache_dir=cache)
+    model = ModelSettings(
+        model=str(root / "model"),
+        device=config.device,
+        dtype="float32" if config.device == "cpu" else "auto",  # the same demo on every CPU
+        cache_dir=str(root / "cache"),
+    )
     policy = load_policy(model)
     pairs = write_pairs(policy, root / "preferences.jsonl", config.seed)
     say(f"   {pairs} pairs in {root / 'preferences.jsonl'}")
@@ -66,11 +70,12 @@ def demo(config: DemoConfig) -> bool:
     say("   (at a learning rate above the usual range, which so small a model needs)")
     trainer = Trainer(
         TrainConfig(
-            model=str(root / "model"),
+            model=model.model,
             data=str(root / "preferences.jsonl"),
             output_dir=str(root / "run"),
-            cache_dir=cache,
-            device=config.device,
+            cache_dir=model.cache_dir,
+            device=model.device,
+            dtype=model.dtype,
             seed=config.seed,
             eval_fraction=0.2,
             # The defaults suit models of billions of parameters; so small a one needs larger steps,
