@@ -69,6 +69,7 @@ class CudaLanes(Lanes):
 
     def upload(self, slot: Tensor, blob: Tensor) -> None:
         """See `Lanes`."""
+        slot.record_stream(self.uploads)  # a model that goes may still be sent a layer
         with torch.cuda.stream(self.uploads):
             for target, source in zip(
                 slot.split(PIECE_BYTES), blob.split(PIECE_BYTES), strict=True
