@@ -9,6 +9,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import Literal
 
 from rich.table import Table
 
@@ -57,7 +58,11 @@ def demo(config: DemoConfig) -> bool:
 
     say("2. preference pairs from its own answers: one sentence is preferred to several")
     cache = str(root / "cache")
-    model = ModelSettings(model=str(root / "model"), device=config.device, cache_dir=cache)
+    # What auto measures differs from CPU to CPU; the demo is the same on all of them.
+    dtype: Literal["float32", "auto"] = "float32" if config.device == "cpu" else "auto"
+    model = ModelSettings(
+        model=str(root / "model"), device=config.device, dtype=dtype, cache_dir=cache
+    )
     policy = load_policy(model)
     pairs = write_pairs(policy, root / "preferences.jsonl", config.seed)
     say(f"   {pairs} pairs in {root / 'preferences.jsonl'}")
@@ -71,6 +76,7 @@ def demo(config: DemoConfig) -> bool:
             output_dir=str(root / "run"),
             cache_dir=cache,
             device=config.device,
+            dtype=dtype,
             seed=config.seed,
             eval_fraction=0.2,
             # The defaults suit models of billions of parameters; so small a one needs larger steps,
