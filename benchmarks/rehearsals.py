@@ -14,7 +14,7 @@ from lowmem_dpo.machine.card_table import find_card
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, round_up_tokens
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training.policy import adapter_spec
-from lowmem_dpo.training.rehearsed import StepSettings, TreeShape, rehearse, tree_of
+from lowmem_dpo.training.rehearsed import StepSettings, TreeShape, rehearse, tree_of_shape
 from lowmem_dpo.weights.folders import load_config
 
 CONFIGS = ROOT / "benchmarks" / "configs"
@@ -41,7 +41,7 @@ def main() -> None:
         for card in map(find_card, words.cards.split(",")):
             for length in map(int, words.lengths.split(",")):
                 shape = TreeShape(length // 2, length - length // 2, length - length // 2)
-                pack_tokens = round_up_tokens(tree_of(shape).num_tokens, CARD_TOKEN_MULTIPLE)
+                pack_tokens = round_up_tokens(tree_of_shape(shape).num_tokens, CARD_TOKEN_MULTIPLE)
                 begun = time.perf_counter()
                 found = rehearse(model, card, settings, [shape] * 2, pack_tokens=pack_tokens)
                 seconds = time.perf_counter() - begun

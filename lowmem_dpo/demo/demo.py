@@ -9,6 +9,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import Literal
 
 from rich.table import Table
 
@@ -56,11 +57,11 @@ def demo(config: DemoConfig) -> bool:
     say(f"   {len(questions())} questions, loss {loss:.3f} nat per token")
 
     say("2. preference pairs from its own answers: one sentence is preferred to several")
+    cache = str(root / "cache")
+    # What auto measures differs from CPU to CPU; the demo is the same on all of them.
+    dtype: Literal["float32", "auto"] = "float32" if config.device == "cpu" else "auto"
     model = ModelSettings(
-        model=str(root / "model"),
-        device=config.device,
-        dtype="float32" if config.device == "cpu" else "auto",  # the same demo on every CPU
-        cache_dir=str(root / "cache"),
+        model=str(root / "model"), device=config.device, dtype=dtype, cache_dir=cache
     )
     policy = load_policy(model)
     pairs = write_pairs(policy, root / "preferences.jsonl", config.seed)
@@ -70,12 +71,12 @@ def demo(config: DemoConfig) -> bool:
     say("   (at a learning rate above the usual range, which so small a model needs)")
     trainer = Trainer(
         TrainConfig(
-            model=model.model,
+            model=str(root / "model"),
             data=str(root / "preferences.jsonl"),
             output_dir=str(root / "run"),
-            cache_dir=model.cache_dir,
-            device=model.device,
-            dtype=model.dtype,
+            cache_dir=cache,
+            device=config.device,
+            dtype=dtype,
             seed=config.seed,
             eval_fraction=0.2,
             # The defaults suit models of billions of parameters; so small a one needs larger steps,

@@ -166,6 +166,15 @@ def project(
     return _LoraLinearFunction.apply(x, layers, adapted, drop, needs_values, *matrices)
 
 
+def cast_matrices(
+    matrices: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The A matrices of layers of one input, joined to one [R, in], and their B matrices."""
+    parts = [matrix.detach().to(dtype) for matrix in matrices]
+    lora_as, lora_bs = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+    return lora_as[0] if len(lora_as) == 1 else torch.cat(lora_as), lora_bs
+
+
 class _LoraLinearFunction(torch.autograd.Function):
     """Whole layers, so that no dense weight and no copy of x waits for the backward pass."""
 
@@ -193,11 +202,8 @@ class _LoraLinearFunction(torch.autograd.Function):
             ctx.scalings = [layer.scaling / (1 - drop) for layer in adapted]
             kept, key = adapted[0].casts, (x.dtype, len(adapted))
             if kept is None or key not in kept:
-                parts = [matrix.detach().to(x.dtype) for matrix in matrices]
-                lora_as, lora_bs = parts[: len(adapted)], parts[len(adapted) :]
-                lora_a = lora_as[0] if len(adapted) == 1 else torch.cat(lora_as)  # [R, in]
                 kept = {} if kept is None else kept
-                kept[key] = lora_a, lora_bs
+                kept[key] = cast_matrices(matrices, x.dtype)
             ctx.casts = lora_a, lora_bs = kept[key]
             low = (rows if keep is None else rows * keep) @ lora_a.T  # [N, R], R of all of them
             lows = low.split([layer.rank for layer in adapted], dim=1) if needs_values else ()

@@ -88,11 +88,6 @@ class Rehearsal:
     launches: int
     seconds: tuple[float, float]
 
-    @property
-    def bytes_beside_tensors(self) -> int:
-        """Held by torch's allocator at the peak, but in no tensor."""
-        return self.peak_reserved_bytes - self.peak_allocated_bytes
-
 
 def totals_of(work: Iterable[Work], card: Card) -> Totals:
     """Add up what is computed, on the rates of a card."""

@@ -18,7 +18,7 @@ with wrong gradients. So every weight knows its lease, and refuses to be read wh
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,7 @@ class CudaLanes(Lanes):
 
     def upload(self, slot: Tensor, blob: Tensor) -> None:
         """See `Lanes`."""
+        slot.record_stream(self.uploads)  # a model that goes may still be sent a layer
         with torch.cuda.stream(self.uploads):
             for target, source in zip(
                 slot.split(PIECE_BYTES), blob.split(PIECE_BYTES), strict=True
@@ -169,7 +170,7 @@ class WeightSlots:
                 place.module._buffers[place.name] = None  # freed before the next is copied
             self.blobs.append(blob)
         if on_card:
-            self._pin()
+            self._pin(device)
         self.slots = [
             Slot(torch.empty(max(sizes), dtype=torch.uint8, device=device))
             for _ in range(min(num_slots, len(layers)))
@@ -181,7 +182,7 @@ class WeightSlots:
         for layer in range(len(layers)):
             self._bind(layer, self.slots[0])
 
-    def _pin(self) -> None:
+    def _pin(self, device: torch.device) -> None:
         """Pin the blobs where the system lets us, each in its exact size.
 
         torch's own allocator of pinned memory rounds up to powers of two.
@@ -195,6 +196,9 @@ class WeightSlots:
                     f"layer weights: {size(rest)} of host memory cannot be pinned (CUDA error "
                     f"{code}); uploads are slower"
                 )
+                # CUDA remembers the error, and torch's next launch would be blamed for it: here.
+                with suppress(RuntimeError):
+                    torch.ones(1, device=device)
                 return
             # Before the memory is given back.
             weakref.finalize(self, runtime.cudaHostUnregister, blob.data_ptr())
@@ -209,14 +213,14 @@ class WeightSlots:
         """
         slot = self._slot_with(layer, self._towards(layer), returns)
         slot.held = True
-        if slot.uploaded is not None:
-            self._lanes.wait(COMPUTE, slot.uploaded)
-            slot.uploaded = None
-        self._bind(layer, slot)
-        following = self._following(layer, returns)
-        if following is not None and not all(other.held for other in self.slots):
-            self._slot_with(following, self._direction, returns)
         try:
+            if slot.uploaded is not None:
+                self._lanes.wait(COMPUTE, slot.uploaded)
+                slot.uploaded = None
+            self._bind(layer, slot)
+            following = self._following(layer, returns)
+            if following is not None and not all(other.held for other in self.slots):
+                self._slot_with(following, self._direction, returns)
             yield
         finally:
             slot.held = False
@@ -259,9 +263,10 @@ class WeightSlots:
         if slot.released is not None:
             self._lanes.wait(UPLOAD, slot.released)
             slot.released = None
-        slot.owner = layer
+        slot.owner = None  # should the upload fail, the step is taken again: this is nobody's then
         self._lanes.upload(slot.memory[: len(self.blobs[layer])], self.blobs[layer])
         slot.uploaded = self._lanes.record(UPLOAD)
+        slot.owner = layer
         self.num_uploads += 1
         return slot
 

@@ -24,7 +24,7 @@ from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, choose_pack_tokens, ro
 from lowmem_dpo.settings.configs import PlanConfig
 from lowmem_dpo.settings.groups import LossSettings, OptimizerSettings, parse_bytes
 from lowmem_dpo.training.policy import adapter_spec
-from lowmem_dpo.training.rehearsed import StepSettings, TreeShape, rehearse, tree_of
+from lowmem_dpo.training.rehearsed import StepSettings, TreeShape, rehearse, tree_of_shape
 from lowmem_dpo.training.run import PACK_TOKENS_LIMIT
 from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
 from lowmem_dpo.weights.folders import load_config, resolve_source
@@ -125,7 +125,7 @@ def plan_step(model: PretrainedConfig, card: Card, config: PlanConfig) -> Planne
     """
     prompt = config.max_length // 2
     shape = TreeShape(prompt, config.max_length - prompt, config.max_length - prompt)
-    tree = tree_of(shape)
+    tree = tree_of_shape(shape)
     pack_tokens = config.pack_tokens and round_up_tokens(config.pack_tokens, CARD_TOKEN_MULTIPLE)
     if pack_tokens is None:
         least = round_up_tokens(tree.num_tokens, CARD_TOKEN_MULTIPLE)

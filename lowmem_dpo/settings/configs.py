@@ -29,13 +29,17 @@ from lowmem_dpo.settings.groups import (
 )
 
 
-def _check_head(quantization: str, place: str) -> None:
-    """Refuse a quantised head in host memory."""
-    if quantization != "none" and place == "host":
+def _check_places(model: ModelSettings, memory: MemorySettings) -> None:
+    """Refuse places in memory, and kernels, that cannot be beside the model's settings."""
+    if model.head_quantization != "none" and memory.head_weight == "host":
         raise ValueError(
-            f"head_quantization={quantization} keeps the head on the device; "
+            f"head_quantization={model.head_quantization} keeps the head on the device; "
             "leave it or head_weight host out"
         )
+    if model.quantization == "none" and memory.layer_weights == "host":
+        raise ValueError("layer_weights host is for NF4; leave it or quantization none out")
+    if "head" not in model.allowed_kernels and memory.head_kernel not in ("auto", "torch"):
+        raise ValueError(f"head_kernel {memory.head_kernel} is not among kernels; leave one out")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class TrainConfig(
 
     def check(self) -> None:
         """Refuse what has no effect, or no meaning, beside settings of other groups."""
-        _check_head(self.head_quantization, self.head_weight)
+        _check_places(self, self)
         evaluates = self.eval_data or self.eval_fraction
         for name in ("eval_steps", "early_stopping_patience"):
             if getattr(self, name) is not None and not evaluates:
@@ -108,7 +112,7 @@ class PlanConfig(ModelSettings, AdapterSettings, MemorySettings):
 
     def check(self) -> None:
         """Refuse what a plan does not depend on, and what cannot be together."""
-        _check_head(self.head_quantization, self.head_weight)
+        _check_places(self, self)
         if self.all_cards:
             unused = ("card", "memory_limit", "pack_tokens", "max_length", "batch_size")
             check_unused(self, "all_cards", *unused)

@@ -35,9 +35,12 @@ _RENAMED = {
 RENAMED = {theirs: ours for ours, names in _RENAMED.items() for theirs in names.split()}
 
 _NO_EFFECT = {
-    "how a step is split and what is recomputed is the plan's business": """
+    "layers run again in the backward pass as keep_activations says": """
         gradient_checkpointing use_gradient_checkpointing gradient_checkpointing_kwargs
-        activation_checkpointing activation_checkpointing_kwargs activation_offloading
+        activation_checkpointing activation_checkpointing_kwargs
+    """,
+    "layers' inputs wait where layer_inputs says": "activation_offloading",
+    "how a step is split is the plan's business": """
         per_device_eval_batch_size eval_batch_size precompute_ref_batch_size auto_find_batch_size
         eval_accumulation_steps eval_do_concat_batches eval_use_gather_object
         torch_empty_cache_steps

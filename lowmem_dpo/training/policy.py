@@ -115,14 +115,10 @@ def read_source(
     for name in ("layer_inputs", "layer_weights", "embedding_weight", "head_weight"):
         if getattr(memory, name) == "host" and device.type != "cuda":
             raise ValueError(f"{name} host has no effect on {device.type}; leave it out")
-    if memory.layer_weights == "host" and settings.quantization == "none":
-        raise ValueError("layer_weights host is for NF4; leave it or quantization none out")
     if memory.memory_limit is not None:
         limit_memory(parse_bytes(memory.memory_limit), device)
     if settings.kernels != "auto" and device.type != "cuda":
         raise ValueError(f"kernels {settings.kernels} has no effect on {device}; leave it out")
-    if "head" not in settings.allowed_kernels and memory.head_kernel not in ("auto", "torch"):
-        raise ValueError(f"head_kernel {memory.head_kernel} is not among kernels; leave one out")
     try:
         resolve_implementation(memory.head_kernel, device)
     except ValueError as error:

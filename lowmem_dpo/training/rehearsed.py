@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from lowmem_dpo.linears.lora import AdapterSpec, LoraLinear, lora_parameters
+from lowmem_dpo.linears.lora import AdapterSpec, LoraLinear, cast_matrices, lora_parameters
 from lowmem_dpo.linears.nf4 import Nf4Weight
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import LossChoice
@@ -65,6 +65,7 @@ _COMPONENTS: dict[Any, str] = {
     decoder_layer.TokenWiseHalf.forward: "token-wise half",
     decoder_layer.TokenWiseHalf.input_gradient: "token-wise half",
     Nf4Weight.dequantize: "dense copies of NF4 weights",
+    cast_matrices: "casts of the adapter",
     head_logps: "head pass",
     _TokenLogpsFunction.backward: "head pass",
     pack_trees: "data",
@@ -186,7 +187,7 @@ def _follow(
     return follower
 
 
-def tree_of(shape: TreeShape) -> Tree:
+def tree_of_shape(shape: TreeShape) -> Tree:
     """A pair of that shape, whose answers differ from their first token on."""
     prompt = [0] * shape.prompt
     return build_tree(
@@ -231,7 +232,7 @@ def follow_step(
         if model.device.type == "cuda":
             follower.note_storage(workspace_bytes(), "other", "workspaces of cuBLAS")
         follower.enter_section("data")
-        trees = [tree_of(shape) for shape in shapes]
+        trees = [tree_of_shape(shape) for shape in shapes]
         packs = pack_trees(trees, pack_tokens)
         reference = _reference_of(trees) if objective.needs_reference else None
         if not trains:

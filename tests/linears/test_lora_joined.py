@@ -204,6 +204,16 @@ def test_casts_are_made_once_inside_and_gone_afterwards():
     assert all(each.casts is None for each in layers)
 
 
+def test_casts_are_kept_by_type(joins):
+    """A value computed in float64 for a check must not come from casts of before."""
+    layers = make_layers()
+    x = torch.randn(NUM_TOKENS, IN, dtype=torch.float64)
+    wanted = [y for each in (x, x.float()) for y in project(each, list(layers))]
+    with casts_kept(layers):
+        found = [y for each in (x, x.float()) for y in project(each, list(layers))]
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_casts_of_every_layer_of_a_model_are_kept_once(policy, joins):  # noqa: F811
     """The joined A matrices stand in place of their own: the memory is that of the matrices."""
     network = policy.model.network

@@ -84,6 +84,17 @@ def test_a_full_card_gives_back_its_free_segments_first():
     allocator.allocate(20 * MIB)
 
 
+@pytest.mark.parametrize("freed", [0, 1])
+def test_a_full_card_keeps_segments_of_which_something_is_in_use(freed):
+    allocator = Allocator(limit_bytes=40 * MIB)
+    blocks = [allocator.allocate(9 * MIB), allocator.allocate(9 * MIB)]
+    assert allocator.reserved_bytes == 20 * MIB
+    allocator.free(blocks[freed])
+    with pytest.raises(CardIsFull):
+        allocator.allocate(30 * MIB)
+    assert allocator.reserved_bytes == 20 * MIB
+
+
 def test_any_order_of_requests_ends_with_whole_segments():
     """Blocks never overlap, and all join again."""
     allocator, rng = Allocator(), random.Random(0)

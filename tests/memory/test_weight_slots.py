@@ -174,6 +174,72 @@ def test_the_slot_is_free_again_after_an_error_inside():
         assert weights[2][0].read() == {2.0}
 
 
+class Failing(Finishing):
+    """Lanes on which memory is out at one call, counted from 0: events and copies need some too."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.count, self.place = 0, place
+
+    def call(self):
+        self.count += 1
+        if self.count - 1 == self.place:
+            raise MemoryError
+
+    def upload(self, slot, blob):
+        super().upload(slot, blob)
+        self.call()
+
+    def record(self, lane):
+        self.call()
+        return super().record(lane)
+
+
+@pytest.mark.parametrize("place", range(1, 22))
+def test_a_pass_that_fails_anywhere_can_be_begun_again(place):
+    weights = [[Weight(i)] for i in range(4)]
+    lanes = Failing(place)
+    stream = WeightSlots(weights, torch.device("cpu"), lanes=lanes)
+
+    def run_once():
+        for i in (0, 1, 2, 3, 3, 2, 1, 0):
+            with stream.hold(i, returns=True):
+                assert weights[i][0].read() == {float(i)}
+
+    with pytest.raises(MemoryError):
+        run_once()
+        run_once()
+    assert not any(slot.held for slot in stream.slots)
+    run_once()
+
+
+def test_memory_that_cannot_be_pinned_is_said_and_its_error_stays_with_nobody(monkeypatch, capsys):
+    codes, given_back, latched = iter([0, 2]), [], []
+
+    class Runtime:
+        def cudaHostRegister(self, address, size, flags):
+            if code := next(codes):
+                latched.append(code)
+            return code
+
+        def cudaHostUnregister(self, address):
+            given_back.append(address)
+
+    def launch(*_, **__):  # as torch's check of a launch
+        if latched:
+            raise RuntimeError(f"CUDA error {latched.pop()}")
+
+    stream = WeightSlots([[Weight(i)] for i in range(3)], torch.device("cpu"))
+    address = stream.blobs[0].data_ptr()
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "ones", launch)
+    stream._pin(torch.device("cpu"))
+    assert "cannot be pinned (CUDA error 2); uploads are slower" in capsys.readouterr().out
+    assert not latched and not given_back
+    del stream
+    assert given_back == [address]
+
+
 def test_sizes_are_those_of_the_blobs():
     stream = WeightSlots([[Weight(0)], [Weight(40)]], torch.device("cpu"))
     # 100 and 380 bytes and a float each, every tensor on 256 bytes

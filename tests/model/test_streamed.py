@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.linears.lora import (
     AdapterSpec,
     dropout_live,
@@ -15,10 +16,12 @@ from lowmem_dpo.linears.lora import (
 from lowmem_dpo.linears.nf4 import quantize_nf4
 from lowmem_dpo.memory.weight_slots import Lanes
 from lowmem_dpo.model.embedding import HostEmbedding
+from lowmem_dpo.model.generation import generate_text
 from lowmem_dpo.model.language_model import LanguageModel, StorageRow
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.surgery import prepare_model
 from lowmem_dpo.packs.packing import pack_trees
+from lowmem_dpo.settings.groups import SamplingSettings
 from tests.packs.folding import fold
 from tests.tiny import FAMILIES, tiny_model
 
@@ -100,6 +103,16 @@ def test_an_embedding_on_the_host_gives_the_same_bits(family):
     assert model.storage[1].format == "float32, in host memory"
     for got, want in zip(step(model), expected, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_model_on_the_host_answers_as_a_resident_one(family):
+    sampling = SamplingSettings(max_new_tokens=6, temperature=1.0)
+    models = [build(family, None), build(family, 2, embedding_on_host=True)]
+    prompts = [[*range(30, 42)], [50, 51]]
+    texts = [generate_text(each, byte_tokenizer(), prompts, sampling) for each in models]
+    assert texts[0] == texts[1] and any(texts[0])
+    assert models[1].slots.num_uploads > 6 * (5 - 2)
 
 
 def test_streamed_layers_are_there_in_their_turn_only():

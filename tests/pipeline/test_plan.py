@@ -117,6 +117,14 @@ def test_plan_refuses_what_is_missing_or_without_effect(config_only, tmp_path, c
         (["--card", "3060", "--max_length", "1"], "max_length must be at least 2"),
         (["--all_cards", "true", "--card", "3060"], "card=3060 has no effect with all_cards=True"),
         (["--card", "T4", "--dtype", "bfloat16"], "the card has no bfloat16"),
+        (
+            ["--card", "3060", "--quantization", "none", "--layer_weights", "host"],
+            "layer_weights host is for NF4",
+        ),
+        (
+            ["--card", "3060", "--kernels", "norms", "--head_kernel", "fused"],
+            "head_kernel fused is not among kernels",
+        ),
     ):
         assert plan(config_only, *words) == 2
         assert message in one_line_error(capsys)

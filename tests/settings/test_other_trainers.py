@@ -161,8 +161,8 @@ def test_to_our_settings_says_once_what_has_no_effect(tmp_path, capsys):
     text = "gradient_checkpointing: true\nuse_gradient_checkpointing: unsloth\npadding_free: true"
     parse(text, tmp_path, "--padding_free")
     assert said(capsys) == [
-        "gradient_checkpointing, use_gradient_checkpointing: no effect, how a step is split and "
-        "what is recomputed is the plan's business",
+        "gradient_checkpointing, use_gradient_checkpointing: no effect, layers run again in the "
+        "backward pass as keep_activations says",
         "padding_free: no effect, pairs are always packed as trees",
     ]
     parse("sglang: {base_url: 'http://x'}", tmp_path)

@@ -67,6 +67,23 @@ def test_another_setting_encodes_again(load, pairs_file, settings):
     assert load(path)[1] == 0
 
 
+def test_other_columns_an_edited_template_and_other_versions_encode_again(
+    load, pairs_file, tmp_path, monkeypatch
+):
+    path, template = pairs_file(12), tmp_path / "template.jinja"
+    text = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
+    template.write_text(text, encoding="utf-8")
+    settings = {"chat_template": str(template)}
+    first = load(path, **settings)[0]
+    assert load(path, **settings) == (first, 0)
+    template.write_text(text.replace("<|user|>", "<|user|> "), encoding="utf-8")
+    assert load(path, **settings)[0].digest != first.digest
+    settings["columns"] = {"chosen": "rejected", "rejected": "chosen"}
+    assert load(path, **settings)[1] and load(path, **settings)[1] == 0
+    monkeypatch.setattr(pairs, "text_versions", lambda: {"tokenizers": "another"})
+    assert load(path, **settings)[1]
+
+
 def test_an_edited_file_is_encoded_again(load, pairs_file):
     path = pairs_file(12)
     load(path)

@@ -89,6 +89,9 @@ def test_fingerprint_names_all_that_can_move_a_last_bit(llama_dir, monkeypatch):
     on_card = replace(wanted, model=card).fingerprint(448)
     assert on_card.keys() == found.keys() | settings.keys() | {"mlp"}
     assert (on_card["device"], on_card["mlp"]) == ("RTX", "torch")
+    monkeypatch.setattr(policy, "joins_products", lambda *arguments: True)
+    joined = replace(wanted, model=card).fingerprint(448)
+    assert joined == on_card | {"joined_products": True}
     monkeypatch.setattr(policy, "attention_path", lambda *arguments: "lowmem_dpo_tree, triton")
     assert wanted.fingerprint(448)["attention"] == "lowmem_dpo_tree, triton"
 

@@ -1,5 +1,7 @@
 """A step that runs out of memory, wherever that is, gives the gradient of an undisturbed one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,3 +132,26 @@ def test_memory_is_out_in_several_words(run, error):
 def test_other_errors_are_not_taken_for_it(run):
     with pytest.raises(RuntimeError, match="shape"):
         step(run, [300], RuntimeError("shape mismatch"))
+
+
+def test_on_a_card_memory_is_given_back_and_dropout_drawn_again(run, monkeypatch):
+    """Of a card that is not here: what it is told, in order, and the last rung."""
+    told, attempts = [], []
+
+    def fail(*_, **__):
+        attempts.append(len(told))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("lowmem_dpo.training.recovery.accumulate", fail)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: f"state of {device}")
+    for name in ("synchronize", "empty_cache", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *words, name=name: told.append((name, *words)))
+    card = torch.device("cuda", 0)
+    model = replace(run.policy.model, device=card)
+    with pytest.raises(RunStopped, match="out of memory"):
+        accumulate_in_memory(model, run.objective, None, [], torch.amp.GradScaler("cpu"))
+    once = [("synchronize", card), ("empty_cache",), ("set_rng_state", "state of cuda:0", card)]
+    assert told == once * 3
+    # As it was, the same again, and with layers whose inputs wait on the host.
+    assert attempts == [0, 3, 6]
+    assert all(layer.inputs_on_host for layer in model.layers)

@@ -108,6 +108,7 @@ def test_components_and_makers_add_up_to_the_peak():
     assert found.components["embedding"] == found.components["head"] == 2 * 96 * 512
     targets = 7 * (4 * 512 + 2 * (512 + 256) + 3 * (512 + 1024))  # sizes in and out of adapters
     assert found.components["adapter"] == 4 * TrainConfig().lora_r * targets
+    assert found.components["casts of the adapter"] == found.components["adapter"] // 2
 
 
 @pytest.mark.slow

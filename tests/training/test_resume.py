@@ -55,6 +55,18 @@ def assert_same_run(a: str | Path, b: str | Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_run_goes_on_under_another_plan_to_the_same_numbers(config, tmp_path):
+    config = replace(config, lora_dropout=0.2)
+    Trainer(config).fit()
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-000006"
+    for keeps in ("attention", "all"):
+        other = replace(config, output_dir=str(tmp_path / keeps), keep_activations=keeps)
+        Trainer(replace(other, resume=str(checkpoint))).fit()
+        assert rows(other.output_dir) == [row for row in rows(config.output_dir) if row[0] > 6]
+        ours, theirs = adapter(other.output_dir), adapter(config.output_dir)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
