@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import layer_memory
 import torch
 from _common import commit, write_record
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,15 +34,7 @@ from lowmem_dpo.model.surgery import prepare_model
 from lowmem_dpo.weights.loading import unfilled_model
 from lowmem_dpo_kernels.triton_support import RehearsedCard, rehearsing
 
-# type, hidden, intermediate, query heads, key heads, head size
-SHAPES = {
-    "llama-3.1-8b": ("llama", 4096, 14336, 32, 8, 128),
-    "qwen3-8b": ("qwen3", 4096, 12288, 32, 8, 128),
-    "gemma-2-9b": ("gemma2", 3584, 14336, 16, 8, 256),
-    "phi-4": ("phi3", 5120, 17920, 40, 10, 128),
-    "olmo-2-7b": ("olmo2", 4096, 11008, 32, 32, 128),
-    "tiny": ("llama", 128, 256, 4, 2, 32),
-}
+SHAPES = layer_memory.SHAPES | {"tiny": ("llama", 128, 256, 4, 2, 32)}
 CAPABILITY = (8, 6)
 NO_LAUNCH = {"detach", "alias", "_unsafe_view", "lift_fresh"}
 TWO_LAUNCHES = {"slice_backward", "select_backward"}  # zeros, and a copy into them
