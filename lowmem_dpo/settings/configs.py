@@ -113,6 +113,8 @@ class PlanConfig(ModelSettings, AdapterSettings, MemorySettings):
     def check(self) -> None:
         """Refuse what a plan does not depend on, and what cannot be together."""
         _check_places(self, self)
+        if self.smallest:
+            check_unused(self, "smallest", "keep_activations")
         if self.all_cards:
             unused = ("card", "memory_limit", "pack_tokens", "max_length", "batch_size")
             check_unused(self, "all_cards", *unused)

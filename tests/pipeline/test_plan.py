@@ -115,6 +115,10 @@ def test_plan_refuses_what_is_missing_or_without_effect(config_only, tmp_path, c
         (["--card", "3060", "--device", "cpu"], "device=cpu has no effect on a plan"),
         (["--card", "3060", "--pack_tokens", "128"], "pack_tokens 128 is less than"),
         (["--card", "3060", "--max_length", "1"], "max_length must be at least 2"),
+        (
+            ["--card", "3060", "--smallest", "true", "--keep_activations", "all"],
+            "keep_activations=all has no effect with smallest=True",
+        ),
         (["--all_cards", "true", "--card", "3060"], "card=3060 has no effect with all_cards=True"),
         (["--card", "T4", "--dtype", "bfloat16"], "the card has no bfloat16"),
         (
