@@ -10,8 +10,8 @@ from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.groups import LossSettings, OptimizerSettings
+from lowmem_dpo.steps.update import new_state
 from lowmem_dpo.tokens.trees import Tree
-from lowmem_dpo.training.loop import new_state
 from lowmem_dpo.training.pairs import Pairs
 from lowmem_dpo.training.policy import Policy
 from lowmem_dpo.training.run import Batches, Run, plan_pack_tokens, score_reference

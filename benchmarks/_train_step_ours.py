@@ -1,6 +1,7 @@
 """Our training loop for `train_step.py`, as `lowmem-dpo train` runs it, on a random model."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from _runs import run_on
 
 from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.linears.lora import AdapterSpec, LoraLinear
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.model.surgery import prepare_model
@@ -43,6 +45,7 @@ def run(options: argparse.Namespace, pairs: list[TokenPair], scratch: Path) -> d
         lora_r=options.rank,
         lora_alpha=options.rank,
         seed=options.seed,
+        keep_activations=options.keep_activations,
     )
     policy = random_policy(options, config)
     trees = [build_tree(pair) for pair in pairs]
@@ -84,8 +87,7 @@ def random_policy(options: argparse.Namespace, config: TrainConfig) -> Policy:
     model = prepare_model(
         LanguageModel.of(model, identity="random"),
         adapter,
+        replace(Levers.of(config, len(model.model.layers)), num_slots=options.num_slots),
         seed=config.seed,
-        keeps=options.keep_activations,
-        num_slots=options.num_slots,
     )
     return Policy(model, {"base": "random"}, byte_tokenizer(), adapter, "random", None, {})

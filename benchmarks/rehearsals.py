@@ -11,10 +11,11 @@ import time
 from _common import ROOT, commit
 
 from lowmem_dpo.machine.card_table import find_card
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, round_up_tokens
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.steps.rehearsed import StepSettings, TreeShape, rehearse, tree_of_shape
 from lowmem_dpo.training.policy import adapter_spec
-from lowmem_dpo.training.rehearsed import StepSettings, TreeShape, rehearse, tree_of_shape
 from lowmem_dpo.weights.folders import load_config
 
 CONFIGS = ROOT / "benchmarks" / "configs"
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--optim", default="adamw_8bit")
     words = parser.parse_args()
     config = TrainConfig(optim=words.optim)
-    settings = StepSettings(config, adapter_spec(config, None), config, config, config)
+    settings = StepSettings(config, adapter_spec(config, None), config, config)
     print(f"rehearsed, not measured; commit {commit()}")
     print(
         f"{'model':15}{'card':16}{'length':>7}{'N':>7}{'allocated':>11}{'reserved':>10}"
@@ -41,9 +42,12 @@ def main() -> None:
         for card in map(find_card, words.cards.split(",")):
             for length in map(int, words.lengths.split(",")):
                 shape = TreeShape(length // 2, length - length // 2, length - length // 2)
-                pack_tokens = round_up_tokens(tree_of_shape(shape).num_tokens, CARD_TOKEN_MULTIPLE)
+                tree = tree_of_shape(shape)
+                pack_tokens = round_up_tokens(tree.num_tokens, CARD_TOKEN_MULTIPLE)
                 begun = time.perf_counter()
-                found = rehearse(model, card, settings, [shape] * 2, pack_tokens=pack_tokens)
+                found = rehearse(
+                    model, card, settings, Levers(), [[tree]] * 2, pack_tokens=pack_tokens
+                )
                 seconds = time.perf_counter() - begun
                 low, high = found.seconds
                 print(

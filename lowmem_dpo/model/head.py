@@ -23,7 +23,7 @@ from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo_kernels.triton_support import is_rehearsing
 
 HeadQuantization = Literal["none", "int8"]
-Place = Literal["device", "host"]
+Place = Literal["auto", "device", "host"]
 
 CHUNK_ROWS = 8192  # the width of a slice on CUDA
 INT8_VERSION = 1
@@ -208,8 +208,8 @@ def check_tied_head(
     """
     for setting, wanted in (
         (f"head_quantization {quantization}", quantization != "none"),
-        (f"head_weight {place}", place != "device"),
-        (f"embedding_weight {embedding}", embedding != "device"),
+        (f"head_weight {place}", place == "host"),
+        (f"embedding_weight {embedding}", embedding == "host"),
     ):
         if wanted:
             raise ValueError(

@@ -25,7 +25,7 @@ Shapes: B sequences (1 of a pack), N tokens, D hidden, I intermediate size, T ro
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +37,11 @@ from lowmem_dpo.linears.lora import LoraLinear, project
 from lowmem_dpo.machine.device import cuda_devices
 from lowmem_dpo.machine.products import joins_products
 from lowmem_dpo.machine.trial import check_error, once_a_device, passes_trial, value_and_gradients
+from lowmem_dpo.memory.levers import Keeps
 from lowmem_dpo.model.attention import joined_attention
 from lowmem_dpo.model.families import Family
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, round_up_tokens
 from lowmem_dpo_kernels import twins
-
-Keeps = Literal["nothing", "attention", "all"]
 
 TILE_ROWS = 2048
 """Most rows of a tile. A tile's weights are dequantised for it: 5 to 10 % of its products' time."""

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from lowmem_dpo.linears.lora import AdapterSpec, add_lora
 from lowmem_dpo.linears.nf4 import Nf4Weight
 from lowmem_dpo.machine.trial import check_error, once_a_device, passes_trial, value_and_gradients
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.memory.weight_slots import WeightSlots
 from lowmem_dpo.model.attention import TREE_ATTENTION, TREE_ATTENTION_BY_TORCH
 from lowmem_dpo.model.embedding import HostEmbedding
 from lowmem_dpo.model.families import Family
 from lowmem_dpo.model.head import HeadQuantization, head_to_host, quantize_head
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.layer import DecoderLayer, Keeps, stay
+from lowmem_dpo.model.layer import DecoderLayer, stay
 from lowmem_dpo.model.scoring import with_tried_head_kernels
 from lowmem_dpo.settings.groups import KERNELS
 from lowmem_dpo_kernels import NormKind, rms_norm, twins
@@ -33,32 +34,24 @@ from lowmem_dpo_kernels.triton_support import runs_triton
 def prepare_model(
     model: LanguageModel,
     adapter: AdapterSpec | None = None,
+    levers: Levers | None = None,
     *,
     seed: int = 0,
     head_quantization: HeadQuantization = "none",
-    head_on_host: bool = False,
     head_kernel: str = "auto",
     kernels: Collection[str] = KERNELS,
-    layer_inputs_on_host: bool = False,
-    num_slots: int | None = None,
-    keeps: Keeps = "nothing",
-    embedding_on_host: bool = False,
 ) -> LanguageModel:
     """Give a loaded model its adapter, and everything that lets it be trained in little memory.
 
     Args:
         model: As it was loaded; its network is changed in place.
         adapter: What kind of adapter it gets; None for none.
+        levers: Places in memory; by default all is on the device, and the layers run again. The
+            layers' weights on the host need a model in NF4, the embedding there one of its own.
         seed: Of the adapter's A matrices.
         head_quantization: none or int8.
-        head_on_host: Keep the head in pinned host memory.
         head_kernel: Implementation of `token_logps`; torch takes its place where it is wrong.
         kernels: Names of those that may be used on a card, if they pass their trials.
-        layer_inputs_on_host: Let the layers' inputs wait in pinned host memory.
-        num_slots: Layers whose NF4 weights are on the device at a time, the others' are in host
-            memory; None for all.
-        keeps: What the layers keep for the backward pass.
-        embedding_on_host: Keep the embedding in host memory; it is not the head.
 
     Returns:
         The model as it is then.
@@ -67,17 +60,18 @@ def prepare_model(
         ValueError: If a target names no layer, the head cannot be quantised, or a layer has a part
             that is not known.
     """
+    levers = levers or Levers()
     if head_quantization == "int8":
         model = quantize_head(model)
-    if head_on_host:
+    if levers.head_on_host:
         model = head_to_host(model)
-    if embedding_on_host:
+    if levers.embedding_on_host:
         model.backbone.set_input_embeddings(
             HostEmbedding(model.backbone.get_input_embeddings(), model.device)
         )
         model = _with_storage(model, "embedding", ", in host memory")
-    if num_slots is not None:
-        model = _with_slots(model, num_slots)
+    if levers.num_slots is not None:
+        model = _with_slots(model, levers.num_slots)
     if adapter is not None:
         add_lora(model.network, adapter, seed)
     head_kernel = head_kernel if "head" in kernels else "torch"
@@ -89,15 +83,16 @@ def prepare_model(
     replace_norms(model.backbone, model.family, may_use_kernel="norms" in kernels)
     may_use_mlp = "mlp" in kernels and model.dtype != torch.float64 and runs_triton(model.device)
     has_dropout = adapter is not None and adapter.dropout > 0
+    keeps = levers.keeps(len(model.layers))
     for i, layer in enumerate(model.layers):
         model.layers[i] = DecoderLayer(
             layer,
             model.family,
             residual_multiplier=model.family.residual_multiplier(model.config),
-            inputs_on_host=layer_inputs_on_host,
+            inputs_on_host=levers.inputs_on_host,
             has_dropout=has_dropout,
             mlp_kernels=(model.device, model.dtype) if may_use_mlp else None,
-            keeps=keeps,
+            keeps=keeps[i],
             hold=stay if model.slots is None else functools.partial(model.slots.hold, i),
         )
     by_kernel = "attention" in kernels

@@ -17,14 +17,15 @@ from transformers import PretrainedConfig
 from lowmem_dpo.console import duration, note, say, size
 from lowmem_dpo.machine.card_table import CARDS, Card, find_card
 from lowmem_dpo.machine.cards import this_machine
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.memory.rehearsal import CONTEXT_BYTES, Rehearsal
 from lowmem_dpo.model.head import check_tied_head
 from lowmem_dpo.model.language_model import rope_limit
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, choose_pack_tokens, round_up_tokens
 from lowmem_dpo.settings.configs import PlanConfig
 from lowmem_dpo.settings.groups import LossSettings, OptimizerSettings, parse_bytes
+from lowmem_dpo.steps.rehearsed import StepSettings, TreeShape, rehearse, tree_of_shape
 from lowmem_dpo.training.policy import adapter_spec
-from lowmem_dpo.training.rehearsed import StepSettings, TreeShape, rehearse, tree_of_shape
 from lowmem_dpo.training.run import PACK_TOKENS_LIMIT
 from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
 from lowmem_dpo.weights.folders import load_config, resolve_source
@@ -151,11 +152,12 @@ def plan_step(model: PretrainedConfig, card: Card, config: PlanConfig) -> Planne
         StepSettings(
             config,
             adapter,
-            config,
             OptimizerSettings(optim=config.optim),
             LossSettings(),
+            config.head_kernel,
         ),
-        [shape] * min(config.batch_size, pairs_a_pack * num_rehearsed),
+        Levers.of(config, model.num_hidden_layers),
+        [[tree] * min(config.batch_size, pairs_a_pack)] * num_rehearsed,
         pack_tokens=pack_tokens,
         limit_bytes=_limit_bytes(card, config),
     )

@@ -293,7 +293,7 @@ class AdapterSettings(Settings):
 
 @dataclass(frozen=True)
 class MemorySettings(Settings):
-    """Memory, where the plan should not choose."""
+    """Memory; on a card a plan chooses what is auto. On a CPU all stays, and layers run again."""
 
     memory_limit: str | None = None
     """Use no more GPU memory than this, such as 8GB or 7.5GiB. CUDA only."""
@@ -301,15 +301,15 @@ class MemorySettings(Settings):
         default=None, metadata=COUNT_OR_NONE | {f"must be at most {2**24}": Bounds(at_most=2**24)}
     )
     """Tokens per micro-batch; by default chosen from the lengths of the pairs."""
-    keep_activations: Literal["nothing", "attention", "all"] = "nothing"
+    keep_activations: Literal["auto", "nothing", "attention", "all"] = "auto"
     """What layers keep for the backward pass: nothing (they run again), attention's, or all."""
-    layer_inputs: Literal["device", "host"] = "device"
+    layer_inputs: Literal["auto", "device", "host"] = "auto"
     """Where layer inputs wait for the backward pass: device, or pinned host memory (CUDA)."""
-    layer_weights: Literal["device", "host"] = "device"
+    layer_weights: Literal["auto", "device", "host"] = "auto"
     """Where the layers' NF4 weights stay: device, or host memory, streamed by layers (CUDA)."""
-    embedding_weight: Literal["device", "host"] = "device"
+    embedding_weight: Literal["auto", "device", "host"] = "auto"
     """Where the embedding stays: device, or host memory, from where a micro-batch's rows come."""
-    head_weight: Literal["device", "host"] = "device"
+    head_weight: Literal["auto", "device", "host"] = "auto"
     """Where the output head stays: device, or pinned host memory, streamed in slices (CUDA)."""
     head_kernel: Literal["auto", "torch", "triton", "fused"] = "auto"
     """How the head is computed: auto chooses by the card; fused never writes logits (CUDA)."""
@@ -317,7 +317,7 @@ class MemorySettings(Settings):
     def check(self) -> None:
         """Refuse a limit that is no size, and what layers cannot keep."""
         for name in ("layer_inputs", "layer_weights"):
-            if self.keep_activations != "nothing" and getattr(self, name) == "host":
+            if self.keep_activations in ("attention", "all") and getattr(self, name) == "host":
                 raise ValueError(
                     f"{name} host is for layers that run again in the backward pass; leave it or "
                     f"keep_activations {self.keep_activations} out"

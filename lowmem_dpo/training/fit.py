@@ -35,9 +35,10 @@ from lowmem_dpo.settings.groups import (
     OptimizerSettings,
     RunSettings,
 )
+from lowmem_dpo.steps.update import new_state
 from lowmem_dpo.stopping import catch_signals
 from lowmem_dpo.tokens.templates import choose_template
-from lowmem_dpo.training.loop import StepResult, check_adapter_moves, new_state, train_steps
+from lowmem_dpo.training.loop import StepResult, check_adapter_moves, train_steps
 from lowmem_dpo.training.pairs import check_token_ids, load_pairs
 from lowmem_dpo.training.policy import Policy, load_policy, read_source
 from lowmem_dpo.training.recorder import Recorder, leave_later_steps, say_fresh_start

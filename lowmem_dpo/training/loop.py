@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
 
 from lowmem_dpo.console import name_rows, say, warn
 from lowmem_dpo.linears.lora import casts_kept, lora_parameters
@@ -28,11 +27,11 @@ from lowmem_dpo.losses.pairs import join_pairs
 from lowmem_dpo.model.scoring import LOGP_TOLERANCE, score
 from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.records.checkpoints import TrainingState
-from lowmem_dpo.settings.groups import OptimizerSettings
+from lowmem_dpo.steps.gradients import Metrics, PairStats, pair_logps
+from lowmem_dpo.steps.recovery import accumulate_in_memory
+from lowmem_dpo.steps.update import allocate_moments, clip_gradients
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.tokens.trees import Tree
-from lowmem_dpo.training.gradients import Metrics, PairStats, pair_logps
-from lowmem_dpo.training.recovery import accumulate_in_memory
 from lowmem_dpo.training.run import Run
 
 LOSS_TOLERANCE = 0.02
@@ -114,83 +113,6 @@ def train_steps(run: Run, state: TrainingState, max_grad_norm: float) -> Iterato
             },
             step_zero,
         )
-
-
-def new_state(
-    settings: OptimizerSettings,
-    parameters: Sequence[nn.Parameter],
-    num_steps: int,
-    *,
-    is_scaled: bool = False,
-) -> TrainingState:
-    """The moving parts of a run at its start: optimizer, learning rate, scale of the loss.
-
-    Args:
-        settings: Of the optimizer.
-        parameters: Of the adapter.
-        num_steps: Optimizer steps of the run.
-        is_scaled: Whether losses are scaled, as float16 needs it.
-    """
-    decay = settings.weight_decay
-    options: dict[str, Any] = {
-        "lr": settings.learning_rate,
-        "betas": (settings.adam_beta1, settings.adam_beta2),
-        "eps": settings.adam_epsilon,
-        "weight_decay": decay,
-    }
-    optimizer: torch.optim.Optimizer
-    if settings.optim == "sgd":
-        optimizer = torch.optim.SGD(parameters, lr=settings.learning_rate, weight_decay=decay)
-    elif settings.optim == "adamw":
-        optimizer = torch.optim.AdamW(parameters, **options, fused=True)
-    else:
-        import bitsandbytes as bnb
-
-        is_paged = settings.optim == "paged_adamw_8bit"
-        optimizer = bnb.optim.AdamW8bit(parameters, **options, is_paged=is_paged)
-    warmup_steps = settings.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = math.ceil(settings.warmup_ratio * num_steps)
-    lr_scheduler = get_scheduler(
-        settings.lr_scheduler_type,
-        optimizer,
-        # At least the last step trains: a run of one step would spend it at rate 0.
-        num_warmup_steps=min(warmup_steps, num_steps - 1),
-        num_training_steps=num_steps,
-    )
-    device = parameters[0].device
-    scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
-    return TrainingState(optimizer, lr_scheduler, scaler, device)
-
-
-def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give Adam the memory of moments that it does not have yet, zeros as its first step would.
-
-    So what a run needs at its peak is seen in the first micro-batch, not after it.
-    """
-    for group_index, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            if parameter in optimizer.state:  # of a checkpoint
-                continue
-            if isinstance(optimizer, torch.optim.AdamW):
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-            elif init_state := getattr(optimizer, "init_state", None):  # of bitsandbytes
-                init_state(group, parameter, group_index, index)
-
-
-def clip_gradients(
-    state: TrainingState, parameters: dict[str, nn.Parameter], max_grad_norm: float
-) -> Tensor:
-    """Scale the gradients down to a norm, 0 for none; gives the norm they had, on the device."""
-    state.scaler.unscale_(state.optimizer)
-    limit = max_grad_norm or math.inf
-    # What torch chooses by itself, but for tensors of a rehearsal.
-    foreach = True if state.device.type == "cpu" else None
-    return torch.nn.utils.clip_grad_norm_(parameters.values(), limit, foreach=foreach)
 
 
 def _update(

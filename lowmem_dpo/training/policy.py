@@ -26,6 +26,7 @@ from lowmem_dpo.files import cache_folder
 from lowmem_dpo.linears.lora import AdapterSpec, linear_layers, lora_layers, match_targets
 from lowmem_dpo.machine.device import matmul_settings, resolve_device, resolve_dtype
 from lowmem_dpo.machine.products import joins_products
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.memory.limits import limit_memory
 from lowmem_dpo.model.attention import attention_path
 from lowmem_dpo.model.head import check_tied_head
@@ -55,8 +56,6 @@ from lowmem_dpo.weights.safetensors_files import weight_files
 from lowmem_dpo.weights.size import ModelSize
 from lowmem_dpo_kernels.token_logps import resolve_implementation
 
-# Of layer weights in host memory: one layer computes while another is uploaded.
-NUM_SLOTS = 2
 LORA_SHAPE = ("lora_r", "lora_alpha", "use_rslora")
 
 
@@ -149,7 +148,7 @@ def _check_head(
 ) -> None:
     """Refuse settings of the head that do not fit one which is the embedding."""
     wanted = settings.head_quantization, memory.head_weight, memory.embedding_weight
-    is_usual = wanted == ("none", "device", "device")
+    is_usual = settings.head_quantization == "none" and "host" not in wanted
     folder = Path(base) if Path(base).is_dir() else None
     if is_usual or not config.tie_word_embeddings or (folder and has_own_head(folder, config)):
         return
@@ -242,6 +241,7 @@ def load_policy(
     adapter: AdapterSettings | None = None,
     memory: MemorySettings | None = None,
     *,
+    levers: Levers | None = None,
     source: Source | None = None,
     init_adapter: str | None = None,
     seed: int = 0,
@@ -254,6 +254,7 @@ def load_policy(
         adapter: The adapter to train; None for what only answers, with the starting adapter if
             there is one.
         memory: What the user decided of memory; by default nothing.
+        levers: Places in memory; by default those that the user decided, the rest as usual.
         source: From `read_source`, where that was called before.
         init_adapter: PEFT adapter folder to start from, where it was not.
         seed: Of a new adapter's A matrices.
@@ -265,7 +266,7 @@ def load_policy(
     memory = memory or MemorySettings()
     source = source or read_source(settings, memory, init_adapter=init_adapter)
     spec = adapter_spec(adapter, source.init_adapter)
-    on_host = parts_on_host(memory)
+    levers = levers or Levers.of(memory, source.config.num_hidden_layers)
     model = prepare_model(
         load_model(  # without a name here, which would hold a dense head while kernels are tried
             source.base,
@@ -275,18 +276,14 @@ def load_policy(
             device=source.device,
             cache_dir=source.cache_dir,
             quantized_copy=settings.quantized_copy,
-            on_host=on_host,
+            on_host=levers.parts_on_host,
         ),
         spec,
+        levers,
         seed=seed,
         head_quantization=settings.head_quantization,
-        head_on_host=memory.head_weight == "host",
         head_kernel=memory.head_kernel,
         kernels=settings.allowed_kernels,
-        layer_inputs_on_host=memory.layer_inputs == "host",
-        keeps=memory.keep_activations,
-        embedding_on_host="embedding" in on_host,
-        num_slots=NUM_SLOTS if "layers" in on_host else None,
     )
     if source.init_adapter:
         load_adapter(model.network, Path(source.init_adapter))
@@ -300,12 +297,6 @@ def load_policy(
         "logit_softcap": model.logit_softcap,
     }
     return Policy(model, identity, source.tokenizer, spec, base, start, storage, chat_template)
-
-
-def parts_on_host(memory: MemorySettings) -> set[str]:
-    """Of layers and embedding, what stays in host memory."""
-    places = {"layers": memory.layer_weights, "embedding": memory.embedding_weight}
-    return {part for part, place in places.items() if place == "host"}
 
 
 def adapter_spec(settings: AdapterSettings | None, init_adapter: str | None) -> AdapterSpec | None:

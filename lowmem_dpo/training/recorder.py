@@ -17,7 +17,7 @@ from lowmem_dpo.records.folder import RunFolder
 from lowmem_dpo.records.plots import draw_plots
 from lowmem_dpo.records.trackers import Trackers
 from lowmem_dpo.settings.groups import RunSettings
-from lowmem_dpo.training.gradients import EXTRA_PER_PAIR, PER_PAIR, Metrics
+from lowmem_dpo.steps.gradients import EXTRA_PER_PAIR, PER_PAIR, Metrics
 from lowmem_dpo.training.loop import StepResult, check_weights_finite, evaluate
 from lowmem_dpo.training.run import Run
 

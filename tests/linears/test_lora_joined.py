@@ -16,7 +16,7 @@ from lowmem_dpo.linears.lora import (
 from lowmem_dpo.model import attention, layer
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.loop import new_state
+from lowmem_dpo.steps.update import new_state
 from tests.linears.test_lora import IN, NUM_TOKENS, make_layer
 from tests.model.test_scoring import (
     build_tree,

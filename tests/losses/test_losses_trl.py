@@ -16,8 +16,8 @@ from torch import Tensor
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.packs.packing import Pack, pack_trees
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.steps.gradients import PairStats, pair_logps
 from lowmem_dpo.tokens.trees import TokenPair, build_tree
-from lowmem_dpo.training.gradients import PairStats, pair_logps
 
 trl = pytest.importorskip("trl", reason="needs TRL to compare with")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

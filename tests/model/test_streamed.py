@@ -14,6 +14,7 @@ from lowmem_dpo.linears.lora import (
     wrap_linears,
 )
 from lowmem_dpo.linears.nf4 import quantize_nf4
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.memory.weight_slots import Lanes
 from lowmem_dpo.model.embedding import HostEmbedding
 from lowmem_dpo.model.generation import generate_text
@@ -58,8 +59,7 @@ def build(family, num_slots, *, dropout=0.0, embedding_on_host=False):
     model = prepare_model(
         LanguageModel.of(network, "tiny", rows),
         spec,
-        num_slots=num_slots,
-        embedding_on_host=embedding_on_host,
+        Levers(num_slots=num_slots, embedding_on_host=embedding_on_host),
     )
     torch.manual_seed(1)
     for name, parameter in lora_parameters(model.network).items():

@@ -6,6 +6,7 @@ from torch import nn
 
 from lowmem_dpo.linears.lora import AdapterSpec, lora_layers, wrap_linears
 from lowmem_dpo.linears.nf4 import quantize_nf4
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.model import surgery
 from lowmem_dpo.model.attention import TREE_ATTENTION
 from lowmem_dpo.model.head import HostHead, Int8Head
@@ -108,7 +109,7 @@ def test_prepare_model_tries_the_head_that_it_has_put_in(monkeypatch):
 
 
 def test_prepare_model_moves_the_head_to_the_host():
-    model = prepare_model(loaded(), ADAPTER, head_on_host=True, layer_inputs_on_host=True)
+    model = prepare_model(loaded(), ADAPTER, Levers(head_on_host=True, inputs_on_host=True))
     assert isinstance(model.head_weight, HostHead)
     assert all(layer.inputs_on_host for layer in model.layers)
 

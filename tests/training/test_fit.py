@@ -14,9 +14,10 @@ from lowmem_dpo.cli import main
 from lowmem_dpo.records.checkpoints import list_checkpoints, load_checkpoint
 from lowmem_dpo.records.folder import RunFolder
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.steps import gradients
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.trainer import Trainer
-from lowmem_dpo.training import fit, gradients, loop, recorder
+from lowmem_dpo.training import fit, loop, recorder
 from tests.training.conftest import read_metrics, read_record
 
 pytestmark = pytest.mark.usefixtures("without_plots")

@@ -23,10 +23,10 @@ from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import pack_trees, scored_tokens, sequence_logps
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.steps.gradients import PER_PAIR, Metrics
 from lowmem_dpo.tokens.trees import TokenPair, Tree, build_tree
 from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training import fit
-from lowmem_dpo.training.gradients import PER_PAIR, Metrics
 from lowmem_dpo.training.loop import evaluate, train_steps
 from lowmem_dpo.training.run import Run
 from lowmem_dpo.weights.adapters import save_adapter

@@ -1,7 +1,7 @@
 import pytest
 
 from lowmem_dpo.records.folder import read_metrics
-from lowmem_dpo.training.gradients import PER_PAIR
+from lowmem_dpo.steps.gradients import PER_PAIR
 from lowmem_dpo.training.recorder import mean_metrics
 
 

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_dpo.linears.lora import lora_parameters
 from lowmem_dpo.packs.packing import pack_trees
+from lowmem_dpo.steps.recovery import accumulate_in_memory
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.training.loop import evaluate
-from lowmem_dpo.training.recovery import accumulate_in_memory
 from tests.conftest import random_pairs
 from tests.training.test_identities import (
     SMALL_PACKS,
@@ -142,7 +142,7 @@ def test_on_a_card_memory_is_given_back_and_dropout_drawn_again(run, monkeypatch
         attempts.append(len(told))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("lowmem_dpo.training.recovery.accumulate", fail)
+    monkeypatch.setattr("lowmem_dpo.steps.recovery.accumulate", fail)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: f"state of {device}")
     for name in ("synchronize", "empty_cache", "set_rng_state"):
         monkeypatch.setattr(torch.cuda, name, lambda *words, name=name: told.append((name, *words)))

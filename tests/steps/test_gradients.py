@@ -13,9 +13,9 @@ from lowmem_dpo.losses.types import LOSS_TYPES
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import Pack, pack_trees
 from lowmem_dpo.settings.groups import LossSettings
+from lowmem_dpo.steps import gradients
+from lowmem_dpo.steps.gradients import pair_logps
 from lowmem_dpo.trainer import Trainer
-from lowmem_dpo.training import gradients
-from lowmem_dpo.training.gradients import pair_logps
 from lowmem_dpo.training.loop import evaluate
 from lowmem_dpo.training.run import Run
 from tests.conftest import random_pairs

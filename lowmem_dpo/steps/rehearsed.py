@@ -33,6 +33,7 @@ from lowmem_dpo.memory.extension import (
     period_of,
 )
 from lowmem_dpo.memory.fake_card import CARD, FakeCard
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.memory.rehearsal import Rehearsal, rehearsal_of, totals_of
 from lowmem_dpo.memory.trace import Follower
 from lowmem_dpo.model import layer as decoder_layer
@@ -45,14 +46,12 @@ from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.reference.fill import Reference
 from lowmem_dpo.settings.groups import (
-    MemorySettings,
     ModelSettings,
     OptimizerSettings,
 )
+from lowmem_dpo.steps.gradients import accumulate
+from lowmem_dpo.steps.update import allocate_moments, clip_gradients, new_state
 from lowmem_dpo.tokens.trees import TokenPair, Tree, build_tree
-from lowmem_dpo.training.gradients import accumulate
-from lowmem_dpo.training.loop import allocate_moments, clip_gradients, new_state
-from lowmem_dpo.training.policy import NUM_SLOTS, parts_on_host
 from lowmem_dpo.weights.loading import unfilled_model
 from lowmem_dpo_kernels.token_logps import _TokenLogpsFunction
 from lowmem_dpo_kernels.triton_support import RehearsedCard, is_rehearsing, rehearsing
@@ -84,20 +83,21 @@ class TreeShape(NamedTuple):
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step's memory and time depend on, the model and the pairs aside."""
+    """What a step's memory and time depend on, the model, the pairs and the levers aside."""
 
     model: ModelSettings
     adapter: AdapterSpec
-    memory: MemorySettings
     optimizer: OptimizerSettings
     loss: LossChoice
+    head_kernel: str = "auto"
 
 
 def rehearse(
     config: PretrainedConfig,
     card: Card,
     settings: StepSettings,
-    shapes: Sequence[TreeShape],
+    levers: Levers,
+    packs: Sequence[Sequence[Tree]],
     *,
     pack_tokens: int,
     trains: bool = True,
@@ -109,14 +109,16 @@ def rehearse(
         config: The model's config.json.
         card: The card, which need not be present.
         settings: As for `train`.
-        shapes: The pairs of the step; two micro-batches are like any number of them.
+        levers: Places in memory.
+        packs: The pairs of each micro-batch; two of these are like any number of them.
         pack_tokens: Tokens of a micro-batch.
         trains: Whether a step is taken; False for scoring alone, as the reference is made.
         limit_bytes: What may be reserved; by default what the card has.
     """
 
     def follow(num_layers: int) -> Follower:
-        return _follow(_shortened(config, num_layers), card, settings, shapes, pack_tokens, trains)
+        shortened = _shortened(config, num_layers)
+        return _follow(shortened, card, settings, levers, packs, pack_tokens, trains)
 
     num_layers = config.num_hidden_layers
     period = period_of(getattr(config, "layer_types", None) or ["alike"] * num_layers)
@@ -146,13 +148,13 @@ def _follow(
     config: PretrainedConfig,
     card: Card,
     settings: StepSettings,
-    shapes: Sequence[TreeShape],
+    levers: Levers,
+    packs: Sequence[Sequence[Tree]],
     pack_tokens: int,
     trains: bool,
 ) -> Follower:
     """Follow a step of a whole model on tensors without memory."""
     follower, mode = Follower(CARD.type, PLACES), FakeCard()
-    on_host = parts_on_host(settings.memory)
     with rehearsing(RehearsedCard(card.capability, follower.note_launch)):
         model = unfilled_model(
             config,
@@ -160,25 +162,21 @@ def _follow(
             dtype=resolve_dtype(settings.model.dtype, CARD),
             device=CARD,
             mode=mode,
-            on_host=on_host,
+            on_host=levers.parts_on_host,
         )
         with mode:
             model = prepare_model(
                 model,
                 settings.adapter,
+                levers,
                 head_quantization=settings.model.head_quantization,
-                head_on_host=settings.memory.head_weight == "host",
-                head_kernel=settings.memory.head_kernel,
+                head_kernel=settings.head_kernel,
                 kernels=settings.model.allowed_kernels,
-                layer_inputs_on_host=settings.memory.layer_inputs == "host",
-                keeps=settings.memory.keep_activations,
-                embedding_on_host="embedding" in on_host,
-                num_slots=NUM_SLOTS if "layers" in on_host else None,
             )
             follow_step(
                 model,
                 follower,
-                shapes,
+                packs,
                 pack_tokens=pack_tokens,
                 objective=Objective.of(settings.loss),
                 optimizer=settings.optimizer,
@@ -204,7 +202,7 @@ def tree_of_shape(shape: TreeShape) -> Tree:
 def follow_step(
     model: LanguageModel,
     follower: Follower,
-    shapes: Sequence[TreeShape],
+    packs: Sequence[Sequence[Tree]],
     *,
     pack_tokens: int,
     objective: Objective,
@@ -216,7 +214,7 @@ def follow_step(
     Args:
         model: With an adapter, as `prepare_model` gives it.
         follower: Has followed nothing yet.
-        shapes: The pairs of the step.
+        packs: The pairs of each micro-batch.
         pack_tokens: Tokens of a micro-batch.
         objective: What is minimised.
         optimizer: Its settings.
@@ -232,20 +230,20 @@ def follow_step(
         if model.device.type == "cuda":
             follower.note_storage(workspace_bytes(), "other", "workspaces of cuBLAS")
         follower.enter_section("data")
-        trees = [tree_of_shape(shape) for shape in shapes]
-        packs = pack_trees(trees, pack_tokens)
+        trees = [tree for pack in packs for tree in pack]
+        in_tensors = [pack for trees in packs for pack in pack_trees(trees, pack_tokens)]
         reference = _reference_of(trees) if objective.needs_reference else None
         if not trains:
             with torch.no_grad():
-                for pack in packs:
+                for pack in in_tensors:
                     score(model, pack)
             return
-        stats = accumulate(model, objective, reference, packs, state.scaler)
+        stats = accumulate(model, objective, reference, in_tensors, state.scaler)
         follower.enter_section("update")
         clip_gradients(state, parameters, optimizer.max_grad_norm)
         _step_optimizer(state)
         state.optimizer.zero_grad(set_to_none=True)
-        del stats, packs, reference
+        del stats, in_tensors, reference
 
 
 def _reference_of(trees: Sequence[Tree]) -> Reference:

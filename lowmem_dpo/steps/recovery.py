@@ -14,12 +14,13 @@ from lowmem_dpo.console import warn
 from lowmem_dpo.linears.lora import lora_parameters
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.machine.trial import is_out_of_memory
+from lowmem_dpo.memory.levers import Keeps
 from lowmem_dpo.model.language_model import LanguageModel
-from lowmem_dpo.model.layer import DecoderLayer, Keeps
+from lowmem_dpo.model.layer import DecoderLayer
 from lowmem_dpo.packs.packing import Pack
 from lowmem_dpo.reference.fill import Reference
+from lowmem_dpo.steps.gradients import PairStats, accumulate
 from lowmem_dpo.stopping import RunStopped
-from lowmem_dpo.training.gradients import PairStats, accumulate
 
 LESS: dict[Keeps, Keeps] = {"all": "attention", "attention": "nothing"}
 

@@ -9,30 +9,32 @@ from lowmem_dpo.linears.lora import AdapterSpec
 from lowmem_dpo.linears.nf4 import dynamic_code, nf4_levels
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.memory.fake_card import FakeCard
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.memory.trace import Follower
 from lowmem_dpo.model.surgery import prepare_model
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training.rehearsed import PLACES, TreeShape, follow_step
+from lowmem_dpo.steps.rehearsed import PLACES, TreeShape, follow_step, tree_of_shape
 from lowmem_dpo.weights.folders import load_config
 from lowmem_dpo.weights.loading import load_model, unfilled_model
 from lowmem_dpo_kernels.triton_support import RehearsedCard, rehearsing
 
 CPU = torch.device("cpu")
+USUAL = Levers()
 SHAPES = [TreeShape(9, 14, 11), TreeShape(20, 6, 17), TreeShape(3, 30, 1)]
 
 
-def follow(model, mode=None, *, dropout=0.0, optim="adamw", trains=True, head="none", **plan):
+def follow(model, mode=None, *, dropout=0.0, optim="adamw", trains=True, head="none", levers=USUAL):
     """Every birth and death of a step, and what was computed."""
     settings = dataclasses.replace(TrainConfig(), optim=optim)
     follower = Follower("cpu", PLACES)
     spec = AdapterSpec(8, 16, dropout, "all", False)
 
     def step(model):
-        model = prepare_model(model, spec, head_quantization=head, **plan)
+        model = prepare_model(model, spec, levers, head_quantization=head)
         follow_step(
             model,
             follower,
-            SHAPES,
+            [[tree] for tree in map(tree_of_shape, SHAPES)],
             pack_tokens=64,
             objective=Objective.of(settings),
             optimizer=settings,
@@ -59,7 +61,7 @@ def events(follower):
 
 def both(folder, quantization="nf4", dtype=torch.float32, **changes):
     config = load_config(str(folder))
-    on_host = {"layers"} if "num_slots" in changes else set()
+    on_host = changes.get("levers", USUAL).parts_on_host
     how = {"quantization": quantization, "dtype": dtype, "on_host": on_host}
     real = load_model(str(folder), config=config, device=CPU, quantized_copy=False, **how)
     mode = FakeCard()
@@ -104,9 +106,10 @@ def test_a_rehearsal_has_the_bytes_of_the_real_step(tiny_checkpoint, family, qua
         pytest.param({"optim": "sgd"}, marks=pytest.mark.slow),
         pytest.param({"head": "int8"}, marks=pytest.mark.slow),
         {"trains": False},
-        {"keeps": "all"},
-        {"keeps": "attention", "dropout": 0.1},
-        {"num_slots": 2},
+        {"levers": Levers(num_keep_all=2)},
+        {"levers": Levers(num_keep_all=1, num_keep_attention=1)},
+        {"levers": Levers(num_keep_attention=2), "dropout": 0.1},
+        {"levers": Levers(num_slots=2)},
     ],
     ids=str,
 )

@@ -7,12 +7,14 @@ import torch
 from transformers import AutoConfig
 
 from lowmem_dpo.machine.card_table import GIB, find_card
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.training import rehearsed
+from lowmem_dpo.steps import rehearsed
+from lowmem_dpo.steps.rehearsed import StepSettings, TreeShape, rehearse, tree_of_shape
 from lowmem_dpo.training.policy import adapter_spec
-from lowmem_dpo.training.rehearsed import StepSettings, TreeShape, rehearse
 from tests.tiny import FAMILIES, SIZES
 
+USUAL = Levers()
 SHAPE_8B = {
     "model_type": "llama",
     "num_hidden_layers": 32,
@@ -32,16 +34,26 @@ def config_of(family="llama", **changes):
 
 def settings_of(**changes):
     config = dataclasses.replace(TrainConfig(), **changes)
-    return StepSettings(config, adapter_spec(config, None), config, config, config)
+    return StepSettings(config, adapter_spec(config, None), config, config)
 
 
-def rehearsal(config, card="RTX 3060", *, pairs=2, length=20, trains=True, limit=None, **changes):
-    shapes = [TreeShape(length, length, length)] * pairs
+def rehearsal(
+    config,
+    card="RTX 3060",
+    levers=USUAL,
+    *,
+    pairs=2,
+    length=20,
+    trains=True,
+    limit=None,
+    **changes,
+):
     return rehearse(
         config,
         find_card(card),
         settings_of(**changes),
-        shapes,
+        levers,
+        [[tree_of_shape(TreeShape(length, length, length))]] * pairs,
         pack_tokens=-(-3 * length // 64) * 64,
         trains=trains,
         limit_bytes=limit,
@@ -115,7 +127,7 @@ def test_components_and_makers_add_up_to_the_peak():
 def test_layer_inputs_and_head_on_the_host_leave_the_card():
     config = config_of(num_hidden_layers=7, hidden_size=512, vocab_size=65536)
     here = rehearsal(config, length=400)
-    there = rehearsal(config, length=400, layer_inputs="host", head_weight="host")
+    there = rehearsal(config, levers=Levers(inputs_on_host=True, head_on_host=True), length=400)
     head_bytes, input_bytes = 2 * 65536 * 512, 2 * 512 * 1216
     assert "head" not in there.components
     assert there.host_components["head"] == head_bytes

@@ -1,0 +1,63 @@
+"""What a plan decides of memory: where a model's parts are, and what its layers keep."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lowmem_dpo.settings.groups import MemorySettings
+
+Keeps = Literal["nothing", "attention", "all"]
+
+
+@dataclass(frozen=True)
+class Levers:
+    """Places in memory; every one of them leaves the bits of a step as they are.
+
+    Attributes:
+        num_keep_all: How many layers keep all for the backward pass: the last ones, whose memory
+            the backward pass gives back first.
+        num_keep_attention: How many layers before these keep what attention needs. The rest keep
+            their input alone and run again.
+        inputs_on_host: Whether the inputs of layers that run again wait in pinned host memory.
+        num_slots: Layers whose NF4 weights are on the device at a time, the others' being in host
+            memory; None for all.
+        embedding_on_host: Whether the embedding is in host memory.
+        head_on_host: Whether the head is in pinned host memory.
+    """
+
+    num_keep_all: int = 0
+    num_keep_attention: int = 0
+    inputs_on_host: bool = False
+    num_slots: int | None = None
+    embedding_on_host: bool = False
+    head_on_host: bool = False
+
+    @classmethod
+    def of(cls, memory: MemorySettings, num_layers: int) -> "Levers":
+        """As the settings say; what they leave open stays on the device, and layers run again."""
+        keeps = memory.keep_activations
+        return cls(
+            num_keep_all=num_layers if keeps == "all" else 0,
+            num_keep_attention=num_layers if keeps == "attention" else 0,
+            inputs_on_host=memory.layer_inputs == "host",
+            num_slots=LEAST_SLOTS if memory.layer_weights == "host" else None,
+            embedding_on_host=memory.embedding_weight == "host",
+            head_on_host=memory.head_weight == "host",
+        )
+
+    @property
+    def parts_on_host(self) -> set[str]:
+        """Of layers and embedding, what is loaded into host memory."""
+        parts = {"layers": self.num_slots is not None, "embedding": self.embedding_on_host}
+        return {part for part, on_host in parts.items() if on_host}
+
+    def keeps(self, num_layers: int) -> list[Keeps]:
+        """What each layer keeps."""
+        num_keep_nothing = num_layers - self.num_keep_attention - self.num_keep_all
+        assert num_keep_nothing >= 0
+        kept: list[Keeps] = ["nothing"] * num_keep_nothing
+        kept += ["attention"] * self.num_keep_attention
+        return [*kept, *(["all"] * self.num_keep_all)]  # type: ignore[list-item]
+
+
+LEAST_SLOTS = 2
+"""One layer computes while another is uploaded."""

@@ -1,0 +1,1 @@
+"""An optimizer step: its gradient, again with less memory, its update, its rehearsal."""
