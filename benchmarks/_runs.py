@@ -7,11 +7,13 @@ import torch
 
 from lowmem_dpo.linears.lora import lora_parameters
 from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.reference.cache import ReferenceCache
 from lowmem_dpo.settings.groups import LossSettings, OptimizerSettings
 from lowmem_dpo.steps.update import new_state
 from lowmem_dpo.tokens.trees import Tree
+from lowmem_dpo.training.memory_plan import MemoryPlan
 from lowmem_dpo.training.pairs import Pairs
 from lowmem_dpo.training.policy import Policy
 from lowmem_dpo.training.run import Batches, Run, plan_pack_tokens, score_reference
@@ -40,9 +42,9 @@ def run_on(
         trees,
         policy,
         cache,
+        MemoryPlan(Levers(), pack_tokens),
         batch_size=optimizer.batch_size,
         seed=optimizer.seed,
-        wanted=pack_tokens,
     )
     reference = score_reference(trees, policy, cache, pack_tokens)
     batches = Batches.of(optimizer, len(trees))

@@ -37,11 +37,13 @@ def table(head: str, rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(lines)
 
 
-def settings_tables(config: type[Settings]) -> str:
-    """Every setting of a config: a heading and a table a group."""
+def settings_tables(config: type[Settings], *, own: bool = False) -> str:
+    """Every setting of a config, or only its own: a heading and a table a group."""
     docs = field_docs(config)
     parts = []
     for group, fields in settings_by_group(config):
+        if own and group is not config:
+            continue
         rows = [
             (f"`{field.name}`", type_name(field.type), _code(default_text(field)), docs[field.name])
             for field in fields
@@ -109,7 +111,7 @@ TABLES = {
     "train": lambda: settings_tables(TrainConfig),
     "generate": lambda: settings_tables(GenerateConfig),
     "cache": lambda: settings_tables(CacheConfig),
-    "plan": lambda: settings_tables(PlanConfig),
+    "plan": lambda: settings_tables(PlanConfig, own=True),
     "demo": lambda: settings_tables(DemoConfig),
     "losses": losses_table,
     "formats": formats_table,

@@ -89,8 +89,8 @@ VERBS = {
         "say whether training fits on a card, which need not be here",
         PlanConfig,
         "lowmem_dpo.pipeline.plan:plan",
-        ("model", "card", "max_length", "batch_size", "memory_limit", "layer_inputs")
-        + ("head_weight", "optim", "lora_r", "json"),
+        ("model", "data", "card", "max_length", "batch_size", "memory_limit", "smallest")
+        + ("all_cards", "picture", "json"),
     ),
     "cache": Verb(
         "list what the cache holds, and remove what is of no use",

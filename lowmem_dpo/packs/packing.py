@@ -238,9 +238,7 @@ def choose_pack_tokens(
             f"the longest pair (row {longest.row}) needs a micro-batch of {smallest} tokens, "
             f"but at most {limit} fit; lower max_length"
         )
-    order = epoch_order(len(sizes), seed, epoch=0)
-    starts = range(0, len(order), batch_size)[:MAX_SIMULATED_STEPS]
-    steps = [[sizes[i] for i in order[start : start + batch_size]] for start in starts]
+    steps = _first_steps(sizes, batch_size, seed)
     totals = [sum(step) for step in steps]
     fractions = [total // n for total in (max(totals), sum(totals) // len(totals)) for n in SPLITS]
     candidates = {smallest, *(smallest * n for n in SPLITS)}
@@ -251,6 +249,21 @@ def choose_pack_tokens(
         num_packs = sum(len(_first_fit_decreasing(step, n)) for step in steps)
         costs[n] = num_packs * (n + PACK_OVERHEAD_TOKENS)
     return min(allowed, key=costs.__getitem__)
+
+
+def packs_per_step(
+    trees: Sequence[Tree], batch_size: int, num_tokens: int, *, seed: int = 0
+) -> float:
+    """How many packs of `num_tokens` a step has, the mean over the first steps of an epoch."""
+    steps = _first_steps([tree.num_tokens for tree in trees], batch_size, seed)
+    return sum(len(_first_fit_decreasing(step, num_tokens)) for step in steps) / len(steps)
+
+
+def _first_steps(sizes: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:
+    """The sizes of the trees of each of the first steps of the first epoch."""
+    order = epoch_order(len(sizes), seed, epoch=0)
+    starts = range(0, len(order), batch_size)[:MAX_SIMULATED_STEPS]
+    return [[sizes[i] for i in order[start : start + batch_size]] for start in starts]
 
 
 def round_up_tokens(num_tokens: int, multiple: int = TOKEN_MULTIPLE) -> int:

@@ -1,82 +1,97 @@
-"""`plan`: whether training fits on a card, what needs the memory, and about how long a step takes.
+"""`plan`: whether training fits on a card, what needs the memory, and about how long a run takes.
 
-Nothing but config.json is read, and the card need not be here: the training step itself is
-rehearsed on tensors without memory. So what is printed is rehearsed, never measured.
+Without data nothing but config.json is read, and the card need not be here: the training step
+itself is rehearsed on tensors without memory, and planned as `train` would plan it. So what is
+printed is rehearsed, never measured.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
 from transformers import PretrainedConfig
 
 from lowmem_dpo.console import duration, note, say, size
+from lowmem_dpo.files import cache_folder
+from lowmem_dpo.machine.card_here import card_of, free_bytes
 from lowmem_dpo.machine.card_table import CARDS, Card, find_card
 from lowmem_dpo.machine.cards import this_machine
-from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.memory.rehearsal import CONTEXT_BYTES, Rehearsal
 from lowmem_dpo.model.head import check_tied_head
 from lowmem_dpo.model.language_model import rope_limit
-from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, choose_pack_tokens, round_up_tokens
+from lowmem_dpo.pipeline.plan_picture import draw_memory
 from lowmem_dpo.settings.configs import PlanConfig
-from lowmem_dpo.settings.groups import LossSettings, OptimizerSettings, parse_bytes
-from lowmem_dpo.steps.rehearsed import StepSettings, TreeShape, rehearse, tree_of_shape
+from lowmem_dpo.settings.groups import MemorySettings
+from lowmem_dpo.steps.planner import Plan, Planner, Room, Workload
+from lowmem_dpo.steps.rehearsed import StepSettings, TreeShape, tree_of_shape
+from lowmem_dpo.tokens.templates import choose_template
+from lowmem_dpo.tokens.trees import Tree
+from lowmem_dpo.training.memory_plan import limited, plan_lines, wanted_pack_tokens
+from lowmem_dpo.training.pairs import load_pairs
 from lowmem_dpo.training.policy import adapter_spec
-from lowmem_dpo.training.run import PACK_TOKENS_LIMIT
+from lowmem_dpo.training.run import Batches
 from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
-from lowmem_dpo.weights.folders import load_config, resolve_source
+from lowmem_dpo.weights.folders import load_config, load_tokenizer, resolve_source
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 LENGTH_MULTIPLE = 64
 MAX_REHEARSALS = 9
-# What is tried where a step does not fit: what costs the least time first.
-LEAST: dict[str, Any] = {
-    "keep_activations": "nothing",
-    "optim": "adamw_8bit",
-    "embedding_weight": "host",
-    "head_weight": "host",
-    "layer_inputs": "host",
-    "layer_weights": "host",
-}
-REMEDIES: tuple[dict[str, Any], ...] = (
-    *({name: value} for name, value in LEAST.items()),
-    {name: value for name, value in LEAST.items() if name != "layer_weights"},
-    LEAST,
-)
+LONGEST_IN_SECONDS = 8192
+# What a person may have set that a plan would choose otherwise.
+PLACES = ("keep_activations", "layer_inputs", "layer_weights", "embedding_weight", "head_weight")
+
+
+class Longest(NamedTuple):
+    """The longest max_length that fits, as far as was looked.
+
+    Attributes:
+        length: In tokens; None if none fits.
+        is_bound: Whether longer ones were not tried, which would take minutes.
+    """
+
+    length: int | None
+    is_bound: bool
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A rehearsed step, and what it is a step of.
+class Forecast:
+    """What is said of a run.
 
     Attributes:
-        rehearsal: Of one or two of its micro-batches.
-        pack_tokens: Tokens of a micro-batch.
-        num_packs: Micro-batches of a step.
-        seconds: Of a step: at best, and under less favourable assumptions.
+        plan: Of its memory.
+        base: The model's name.
+        trees: Its pairs.
+        num_steps: Of the run; None without data.
+        reference_seconds: For scoring the pairs once; None without data.
+        longest: The longest max_length that fits.
+        remedy: Words of what would make it fit; empty where it does, or nothing would.
     """
 
-    rehearsal: Rehearsal
-    pack_tokens: int
-    num_packs: int
-    seconds: tuple[float, float]
+    plan: Plan
+    base: str
+    trees: list[Tree]
+    num_steps: int | None
+    reference_seconds: tuple[float, float] | None
+    longest: Longest
+    remedy: str
 
 
 def plan(config: PlanConfig) -> None:
-    """Print what a training step needs on a card.
+    """Print what training needs on a card.
 
     Raises:
         ValueError: If no model or card is given, or it is not known.
     """
     if config.model is None:
         raise ValueError("no model given; set --model to a folder or a Hugging Face id")
-    card = None
+    card = room = None
     if not config.all_cards:
-        card = find_card(config.card) if config.card else _card_here()
+        card, room = _card_and_room(config)
     base, init_adapter, _ = resolve_source(config.model, config.init_adapter)
     model = load_config(base, config.max_length)
     if model.tie_word_embeddings:
@@ -85,111 +100,109 @@ def plan(config: PlanConfig) -> None:
         check_kept_quantised(base, config.quantization)
     config = replace(config, init_adapter=init_adapter)
     if config.smallest:
-        config = replace(config, **_that_can_be(LEAST, model, config))
-    if card is None:
+        config = replace(config, optim="adamw_8bit" if config.optim == "adamw" else config.optim)
+    if card is None or room is None:
         note(f"rehearsing steps of {base} for every card; this takes a few minutes")
         say_cards(cards_and_lengths(model, config), base, as_json=config.json)
         return
     note(f"rehearsing steps of {base} for {card.name}; this may take a minute")
-    planned = plan_step(model, card, config)
-    remedy = None
-    if not planned.rehearsal.fits:
-        remedy = next(_remedies_that_fit(model, card, config), None)
-    longest = longest_length(model, card, config, planned.rehearsal)
+    forecast = forecast_of(model, card, room, config, base)
+    if config.picture:
+        draw_memory(forecast.plan.rehearsal, room.card_bytes, Path(config.picture))
+        note(f"the picture is in {config.picture}")
     if config.json:
-        print(json.dumps(_as_json(planned, config, longest, remedy)))
+        print(json.dumps(_as_json(forecast, config)))
         return
-    say(_heading(planned, config, base))
-    say(_table(planned.rehearsal))
-    for line in _findings(planned, config, longest, remedy):
+    say(_heading(forecast, room, config))
+    say(_table(forecast.plan.rehearsal))
+    for line in _findings(forecast, model):
         say(line)
 
 
-def _card_here() -> Card:
-    """The card of this machine, with the memory that its driver tells."""
-    cards = this_machine().cards
-    if not cards:
+def _card_and_room(config: PlanConfig) -> tuple[Card, Room]:
+    """The card that is named, or the one here with what is free of it."""
+    if config.card:
+        card = find_card(config.card)
+        return card, limited(Room(card.memory_bytes - CONTEXT_BYTES), config)
+    if not this_machine().cards:
         raise ValueError("there is no card here; name one, such as --card 'RTX 3060'")
-    try:
-        known = find_card(cards[0].name)
-    except ValueError as error:
-        raise ValueError(f"{error}; or name one with --card") from None
-    properties = torch.cuda.get_device_properties(0)
-    return replace(known, name=cards[0].name, memory_bytes=properties.total_memory)
+    device = torch.device("cuda", 0)
+    torch.zeros(1, device=device)  # so that the context has its memory
+    return card_of(device), limited(Room(free_bytes(device)), config)
 
 
-def plan_step(model: PretrainedConfig, card: Card, config: PlanConfig) -> Planned:
-    """Rehearse a step of pairs of the longest length.
-
-    Raises:
-        ValueError: If pack_tokens is less than a pair.
-    """
-    prompt = config.max_length // 2
-    shape = TreeShape(prompt, config.max_length - prompt, config.max_length - prompt)
-    tree = tree_of_shape(shape)
-    pack_tokens = config.pack_tokens and round_up_tokens(config.pack_tokens, CARD_TOKEN_MULTIPLE)
-    if pack_tokens is None:
-        least = round_up_tokens(tree.num_tokens, CARD_TOKEN_MULTIPLE)
-        pack_tokens = choose_pack_tokens(
-            [tree] * config.batch_size,
-            config.batch_size,
-            limit=max(PACK_TOKENS_LIMIT, least),
-            multiple=CARD_TOKEN_MULTIPLE,
-        )
-    if pack_tokens < tree.num_tokens:
-        raise ValueError(
-            f"pack_tokens {config.pack_tokens} is less than the longest pair ({tree.num_tokens} "
-            "tokens); raise it, leave it out, or lower max_length"
-        )
-    pairs_a_pack = pack_tokens // tree.num_tokens
-    num_packs = math.ceil(config.batch_size / pairs_a_pack)
-    num_rehearsed = min(num_packs, 2)  # the second finds the gradients of the first
-    adapter = adapter_spec(config, config.init_adapter)
-    assert adapter is not None
-    found = rehearse(
+def planner_of(
+    model: PretrainedConfig, card: Card, room: Room, config: PlanConfig, trees: list[Tree]
+) -> Planner:
+    """What plans steps of some pairs."""
+    adapter = adapter_spec(config, config.init_adapter, warns=False)
+    pack_tokens = config.pack_tokens
+    if pack_tokens is not None:
+        pack_tokens = wanted_pack_tokens(pack_tokens, trees, torch.device("cuda"))
+    return Planner(
         model,
         card,
-        StepSettings(
-            config,
-            adapter,
-            OptimizerSettings(optim=config.optim),
-            LossSettings(),
-            config.head_kernel,
-        ),
-        Levers.of(config, model.num_hidden_layers),
-        [[tree] * min(config.batch_size, pairs_a_pack)] * num_rehearsed,
-        pack_tokens=pack_tokens,
-        limit_bytes=_limit_bytes(card, config),
+        StepSettings(config, adapter, config, config, config.head_kernel),
+        Workload(trees, config.batch_size, config.seed),
+        replace(config, pack_tokens=pack_tokens),
+        room,
     )
-    low, high = (seconds * num_packs / num_rehearsed for seconds in found.seconds)
-    return Planned(found, pack_tokens, num_packs, (low, high))
 
 
-def _limit_bytes(card: Card, config: PlanConfig) -> int:
-    """What torch may reserve: what the context leaves of the card, or the limit if that is less."""
-    limit = card.memory_bytes - CONTEXT_BYTES
-    return limit if config.memory_limit is None else min(limit, parse_bytes(config.memory_limit))
+def forecast_of(
+    model: PretrainedConfig, card: Card, room: Room, config: PlanConfig, base: str
+) -> Forecast:
+    """Plan a run, and look how far it could go.
+
+    Raises:
+        ValueError: If the data cannot be read, or pack_tokens is less than a pair.
+    """
+    trees, num_steps = [_tree_of_length(config.max_length)] * config.batch_size, None
+    if config.data is not None:
+        tokenizer = load_tokenizer(base, config.init_adapter, model)
+        template = choose_template(tokenizer, config)
+        folder = cache_folder(config.cache_dir)
+        pairs = load_pairs(config, config, template, folder, seed=config.seed)
+        trees = pairs.train + pairs.evaluation
+        num_steps = Batches.of(config, len(pairs.train)).num_steps
+    planner = planner_of(model, card, room, config, trees)
+    found = planner.smallest() if config.smallest else planner.best()
+    remedy = "" if found.fits else _remedy(planner)
+    reference = None
+    if num_steps is not None:
+        scoring = replace(planner, trains=False).take(found.levers, found.pack_tokens)
+        num_steps_to_score = math.ceil(len(trees) / config.batch_size)
+        low, high = (seconds * num_steps_to_score for seconds in scoring.seconds)
+        reference = (low, high)
+    longest = longest_length(model, card, room, config)
+    return Forecast(found, base, trees, num_steps, reference, longest, remedy)
 
 
-def _remedies_that_fit(
-    model: PretrainedConfig, card: Card, config: PlanConfig
-) -> Iterator[dict[str, Any]]:
-    for remedy in REMEDIES:
-        changed = _that_can_be(remedy, model, config)
-        if changed and plan_step(model, card, replace(config, **changed)).rehearsal.fits:
-            yield changed
+def _tree_of_length(max_length: int) -> Tree:
+    """A pair whose sequences have that length: half of it prompt, half completion."""
+    prompt = max_length // 2
+    return tree_of_shape(TreeShape(prompt, max_length - prompt, max_length - prompt))
 
 
-def _that_can_be(
-    wanted: dict[str, Any], model: PretrainedConfig, config: PlanConfig
-) -> dict[str, Any]:
-    """Of some settings, those that change something and that this model can have."""
-    unfit = {"head_weight"} if config.head_quantization != "none" else set()
-    if model.tie_word_embeddings:
-        unfit |= {"head_weight", "embedding_weight"}
-    if config.quantization == "none":
-        unfit.add("layer_weights")
-    return {n: v for n, v in wanted.items() if n not in unfit and getattr(config, n) != v}
+def _remedy(planner: Planner) -> str:
+    """What to set otherwise, of memory and optimizer, so that it fits; empty if nothing helps."""
+    settings, memory = planner.settings, planner.memory
+    usual = {field.name: field.default for field in fields(MemorySettings)}
+    places = [name for name in PLACES if getattr(memory, name) != usual[name]]
+    changes: dict[str, Any] = dict.fromkeys(places, "auto")
+    free = replace(memory, **changes)
+    small = replace(settings, optimizer=replace(settings.optimizer, optim="adamw_8bit"))
+    words = [f"leave {', '.join(places)} out"] if places else []
+    tries = []
+    if settings.optimizer.optim == "adamw":
+        tries.append((small, memory, ["--optim adamw_8bit"]))
+    if places:
+        tries.append((settings, free, words))
+        tries.append((small, free, [*words, "--optim adamw_8bit"]))
+    for each, its_memory, said in tries:
+        if replace(planner, settings=each, memory=its_memory).smallest().fits:
+            return " and ".join(said)
+    return ""
 
 
 def cards_and_lengths(
@@ -203,13 +216,13 @@ def cards_and_lengths(
         Cards, each with lengths in tokens to yes, host (in the least memory) or no.
     """
     lengths = [n for n in LENGTHS if n <= model.max_position_embeddings]
-    config = replace(config, all_cards=False)
-    least = replace(config, **_that_can_be(LEAST, model, config))
+    config = replace(config, all_cards=False, batch_size=1)
     needed: dict[tuple[bool, int, str], int] = {}
     for card in (find_card("T4"), find_card("4090")):
         for length in lengths:
-            for name, each in (("yes", config), ("host", least)):
-                found = plan_step(model, card, replace(each, max_length=length, batch_size=1))
+            room = Room(card.memory_bytes)
+            planner = planner_of(model, card, room, config, [_tree_of_length(length)])
+            for name, found in (("yes", planner.usual()), ("host", planner.smallest())):
                 key = card.has_bfloat16, length, name
                 needed[key] = found.rehearsal.peak_reserved_bytes
 
@@ -232,33 +245,28 @@ def say_cards(found: list[tuple[Card, dict[int, str]]], base: str, *, as_json: b
     for card, answers in found:
         table.add_row(card.name, *answers.values())
     say(table)
-    say("host: with --smallest true, which keeps on the host what can be there; slower")
+    say("host: with weights and layer inputs on the host, as far as they can be; slower")
 
 
-def longest_length(
-    model: PretrainedConfig, card: Card, config: PlanConfig, first: Rehearsal
-) -> int | None:
-    """The longest max_length that fits; None if none does.
+def longest_length(model: PretrainedConfig, card: Card, room: Room, config: PlanConfig) -> Longest:
+    """The longest max_length that fits in the least memory.
 
     Memory grows about linearly with it, so each next length to rehearse is where a line through
     the last two meets the limit.
-
-    Args:
-        model: Its config.json.
-        card: The card.
-        config: All else.
-        first: Of `config.max_length`.
     """
     bound = model.max_position_embeddings
     bound = min(bound, rope_limit(model) or bound)
+    start = min(config.max_length, bound)
+    highest = bound if config.longest else min(bound, max(start, LONGEST_IN_SECONDS))
     config = replace(config, pack_tokens=None)  # as many as each length needs
 
     def needs(length: int) -> tuple[int, bool]:
-        found = plan_step(model, card, replace(config, max_length=length)).rehearsal
-        return found.peak_reserved_bytes, found.fits
+        found = planner_of(model, card, room, config, [_tree_of_length(length)]).smallest()
+        return found.rehearsal.peak_reserved_bytes, found.fits
 
-    known = config.max_length, (first.peak_reserved_bytes, first.fits)
-    return find_longest(needs, known, bound, _limit_bytes(card, config))
+    length = find_longest(needs, (start, needs(start)), highest, room.card_bytes)
+    reached = length is not None and length >= highest - highest // 32
+    return Longest(length, is_bound=reached and highest < bound)
 
 
 def find_longest(
@@ -306,14 +314,18 @@ def _where_a_line_meets(points: dict[int, tuple[int, bool]], limit_bytes: int) -
     return None
 
 
-def _heading(planned: Planned, config: PlanConfig, base: str) -> str:
-    card, prompt = planned.rehearsal.card, config.max_length // 2
+def _heading(forecast: Forecast, room: Room, config: PlanConfig) -> str:
+    found, card = forecast.plan, forecast.plan.rehearsal.card
     limit = f", limited to {config.memory_limit}" if config.memory_limit else ""
-    verdict = "fits" if planned.rehearsal.fits else "does not fit"
+    longest = max(tree.num_tokens for tree in forecast.trees)
+    pairs = f"pairs of {config.max_length} tokens a sequence (prompt {config.max_length // 2})"
+    if config.data is not None:
+        pairs = f"{len(forecast.trees)} pairs of {config.data}, the longest of {longest} tokens"
     return (
-        f"{base} on {card.name} ({size(card.memory_bytes)}{limit}): {verdict}\n"
-        f"pairs of {config.max_length} tokens a sequence (prompt {prompt}), {config.batch_size} a "
-        f"step, in {planned.num_packs} micro-batches of {planned.pack_tokens} tokens\n"
+        f"{forecast.base} on {card.name} ({size(card.memory_bytes)}{limit}): "
+        f"{'fits' if found.fits else 'does not fit'}\n"
+        f"{pairs}, {config.batch_size} a step,\n"
+        f"in {found.num_packs:.3g} micro-batches of {found.pack_tokens} tokens\n"
         "rehearsed on tensors without memory, not measured\n"
     )
 
@@ -338,46 +350,57 @@ def _cell(nbytes: int) -> str:
     return size(nbytes) if nbytes >= 2**20 else ""
 
 
-def _findings(
-    planned: Planned, config: PlanConfig, longest: int | None, remedy: dict[str, Any] | None
-) -> Iterator[str]:
-    low, high = planned.seconds
-    yield f"a step takes {duration(low)} to {duration(high)}, by the card's nominal rates"
+def _findings(forecast: Forecast, model: PretrainedConfig) -> Iterator[str]:
+    found = forecast.plan
+    yield from plan_lines(found, found.rehearsal.card, model.num_hidden_layers)[1:]
+    if forecast.num_steps is not None and forecast.reference_seconds is not None:
+        of_run = [
+            each * forecast.num_steps + scoring
+            for each, scoring in zip(found.seconds, forecast.reference_seconds, strict=True)
+        ]
+        yield (
+            f"a run of {forecast.num_steps} steps takes {duration(of_run[0])} to "
+            f"{duration(of_run[1])}, the reference's pass included"
+        )
+    longest, is_bound = forecast.longest
     if longest is None:
-        found, weights = planned.rehearsal.components, ("NF4 weights", "dense weights")
-        held = sum(found.get(name, 0) for name in (*weights, "embedding", "head"))
-        yield f"no max_length fits: the weights that stay on the card are {size(held)}"
+        held, weights = found.rehearsal.components, ("NF4 weights", "dense weights")
+        stays = sum(held.get(name, 0) for name in (*weights, "embedding", "head"))
+        yield f"no max_length fits: the weights that stay on the card are {size(stays)}"
+    elif is_bound:
+        yield f"longest max_length that fits: at least {longest}; --longest true looks how far"
     else:
-        yield f"longest max_length that fits: {longest}"
-    if remedy:
-        flags = " ".join(f"--{name} {value}" for name, value in remedy.items())
-        yield f"what would make it fit: {flags}"
-    elif not planned.rehearsal.fits and longest is not None:
+        yield f"longest max_length that fits, with the least on the card: {longest}"
+    if forecast.remedy:
+        yield f"what would make it fit: {forecast.remedy}"
+    elif not found.fits and longest is not None:
         yield f"what would make it fit: --max_length {longest}"
 
 
-def _as_json(
-    planned: Planned, config: PlanConfig, longest: int | None, remedy: dict[str, Any] | None
-) -> dict[str, Any]:
-    found = planned.rehearsal
-    levers = ("quantization", "head_quantization", *LEAST)
+def _as_json(forecast: Forecast, config: PlanConfig) -> dict[str, Any]:
+    found, rehearsal = forecast.plan, forecast.plan.rehearsal
     return {
-        "card": found.card.name,
+        "card": rehearsal.card.name,
         "fits": found.fits,
-        "plan": {name: getattr(config, name) for name in levers}
+        "plan": {name: getattr(config, name) for name in ("quantization", "head_quantization")}
         | {
+            "optim": config.optim,
             "max_length": config.max_length,
-            "pack_tokens": planned.pack_tokens,
-            "micro_batches_per_step": planned.num_packs,
-        },
-        "peak_allocated_bytes": found.peak_allocated_bytes,
-        "peak_reserved_bytes": found.peak_reserved_bytes,
+            "pack_tokens": found.pack_tokens,
+            "micro_batches_per_step": found.num_packs,
+        }
+        | asdict(found.levers),
+        "peak_allocated_bytes": rehearsal.peak_allocated_bytes,
+        "peak_reserved_bytes": rehearsal.peak_reserved_bytes,
         "context_bytes_assumed": CONTEXT_BYTES,
-        "host_bytes": found.host_bytes,
-        "longest_max_length": longest,
-        "seconds_per_step": list(planned.seconds),
-        "components": found.components,
-        "host_components": found.host_components,
-        "remedy": remedy,
+        "host_bytes": rehearsal.host_bytes,
+        "longest_max_length": forecast.longest.length,
+        "longest_is_bound": forecast.longest.is_bound,
+        "seconds_per_step": list(found.seconds),
+        "num_steps": forecast.num_steps,
+        "reference_seconds": forecast.reference_seconds and list(forecast.reference_seconds),
+        "components": rehearsal.components,
+        "host_components": rehearsal.host_components,
+        "remedy": forecast.remedy or None,
         "is_measured": False,
     }

@@ -54,6 +54,8 @@ FREE_TO_CHANGE = {
     "quantized_copy",
     "report_to",
     "memory_limit",
+    "host_memory_limit",
+    "memory_check",
     "keep_activations",
     "layer_inputs",
     "layer_weights",

@@ -2,13 +2,10 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from lowmem_dpo.losses.types import losses_of
 from lowmem_dpo.settings.fields import (
-    COUNT,
     COUNT_OR_NONE,
-    Bounds,
     Settings,
     check_unused,
     parse_config,
@@ -90,39 +87,46 @@ class TrainConfig(
 
 
 @dataclass(frozen=True)
-class PlanConfig(ModelSettings, AdapterSettings, MemorySettings):
-    """What shall fit, and where."""
+class PlanConfig(
+    ModelSettings,
+    DataSettings,
+    EncodingSettings,
+    LossSettings,
+    OptimizerSettings,
+    AdapterSettings,
+    RunSettings,
+    MemorySettings,
+):
+    """What shall fit, and where.
+
+    The settings of `train` stand beside it, so that its files serve here too.
+    """
 
     card: str | None = None
     """A card by the name people use, such as RTX 3060; it need not be here. By default, it is."""
-    max_length: int = field(
-        default=1024, metadata=COUNT | {"must be at least 2": Bounds(at_least=2)}
-    )
-    """Longest sequence in tokens: half of it prompt, half completion."""
-    batch_size: int = field(default=16, metadata=COUNT)
-    """Pairs per optimizer step."""
-    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"] = "adamw"
-    """As for `train`."""
     smallest: bool = False
     """Plan for the least memory on the card: 8-bit optimizer, and on the host what can be there."""
+    longest: bool = False
+    """Look for the longest max_length beyond 8,192 tokens too, which takes minutes."""
     all_cards: bool = False
     """Say of every known card which lengths fit, in place of a plan for one card."""
     json: bool = False
     """Print one JSON object in place of the table."""
+    picture: str | None = None
+    """A PNG file to draw: what holds the memory of card and host at the peak."""
 
     def check(self) -> None:
         """Refuse what a plan does not depend on, and what cannot be together."""
         _check_places(self, self)
+        if self.max_length < 2:
+            raise ValueError("max_length must be at least 2 for a plan: prompt and completion")
         if self.smallest:
             check_unused(self, "smallest", "keep_activations")
         if self.all_cards:
-            unused = ("card", "memory_limit", "pack_tokens", "max_length", "batch_size")
-            check_unused(self, "all_cards", *unused)
-        for name in ("device", "quantized_copy", "cache_dir"):
-            if getattr(self, name) != getattr(ModelSettings, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)} has no effect on a plan; leave it out"
-                )
+            unused = ("card", "memory_limit", "pack_tokens", "max_length", "batch_size", "data")
+            check_unused(self, "all_cards", *unused, "host_memory_limit", "picture")
+        if self.device == "cpu":
+            raise ValueError("device=cpu has no effect on a plan for a card; leave it out")
 
 
 @dataclass(frozen=True)

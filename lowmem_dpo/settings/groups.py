@@ -293,10 +293,14 @@ class AdapterSettings(Settings):
 
 @dataclass(frozen=True)
 class MemorySettings(Settings):
-    """Memory; on a card a plan chooses what is auto. On a CPU all stays, and layers run again."""
+    """Memory; on a card, what is auto is planned."""
 
     memory_limit: str | None = None
     """Use no more GPU memory than this, such as 8GB or 7.5GiB. CUDA only."""
+    host_memory_limit: str | None = None
+    """Use no more host memory for weights and layer inputs than this; by default what is free."""
+    memory_check: Literal["error", "warn"] = "error"
+    """A run that does not fit, as rehearsed, is refused (error) or tried all the same (warn)."""
     pack_tokens: int | None = field(
         default=None, metadata=COUNT_OR_NONE | {f"must be at most {2**24}": Bounds(at_most=2**24)}
     )
@@ -322,8 +326,9 @@ class MemorySettings(Settings):
                     f"{name} host is for layers that run again in the backward pass; leave it or "
                     f"keep_activations {self.keep_activations} out"
                 )
-        if self.memory_limit is not None:
-            parse_bytes(self.memory_limit)
+        for name in ("memory_limit", "host_memory_limit"):
+            if (limit := getattr(self, name)) is not None:
+                parse_bytes(limit, name)
 
 
 @dataclass(frozen=True)
@@ -403,14 +408,14 @@ class SamplingSettings(SeedSettings):
             check_unused(self, "temperature", "top_p", "top_k", "seed")
 
 
-def parse_bytes(text: str) -> int:
-    """Read a memory size such as `8GB`, `7.5GiB` or `900MiB`.
+def parse_bytes(text: str, setting: str = "memory_limit") -> int:
+    """Read a memory size such as `8GB`, `7.5GiB` or `900MiB`; `setting` is for messages.
 
     Raises:
         ValueError: If the text is no size.
     """
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if not match or float(match[1]) <= 0:
-        raise ValueError(f"memory_limit must be a size such as 8GB or 7.5GiB, got {text!r}")
+        raise ValueError(f"{setting} must be a size such as 8GB or 7.5GiB, got {text!r}")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** ("KMGT".index(match[2].upper()) + 1 if match[2] else 0))

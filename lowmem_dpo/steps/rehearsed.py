@@ -118,13 +118,14 @@ def rehearse(
 
     def follow(num_layers: int) -> Follower:
         shortened = _shortened(config, num_layers)
-        return _follow(shortened, card, settings, levers, packs, pack_tokens, trains)
+        its = levers.shortened(num_layers)
+        return _follow(shortened, card, settings, its, packs, pack_tokens, trains)
 
     num_layers = config.num_hidden_layers
     period = period_of(getattr(config, "layer_types", None) or ["alike"] * num_layers)
     num_few = layers_to_rehearse(num_layers, period)
     times = (num_layers - num_few) // period
-    if times > 1:
+    if times > 1 and levers.are_alike(num_layers):
         few, more = follow(num_few), follow(num_few + period)
         with contextlib.suppress(LayersDiffer):
             trace = extend(few.sections, more.sections, period, times)

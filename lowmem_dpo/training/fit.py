@@ -35,12 +35,15 @@ from lowmem_dpo.settings.groups import (
     OptimizerSettings,
     RunSettings,
 )
+from lowmem_dpo.steps.planner import Workload
+from lowmem_dpo.steps.rehearsed import StepSettings
 from lowmem_dpo.steps.update import new_state
 from lowmem_dpo.stopping import catch_signals
 from lowmem_dpo.tokens.templates import choose_template
 from lowmem_dpo.training.loop import StepResult, check_adapter_moves, train_steps
+from lowmem_dpo.training.memory_plan import plan_memory, say_memory
 from lowmem_dpo.training.pairs import check_token_ids, load_pairs
-from lowmem_dpo.training.policy import Policy, load_policy, read_source
+from lowmem_dpo.training.policy import Policy, adapter_spec, load_policy, read_source
 from lowmem_dpo.training.recorder import Recorder, leave_later_steps, say_fresh_start
 from lowmem_dpo.training.run import (
     Batches,
@@ -130,8 +133,19 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     say(
         f"model: {source.base}, {source.config.model_type}, computing in {dtype} on {source.device}"
     )
+    trees = pairs.train + pairs.evaluation
+    adapter = adapter_spec(config, source.init_adapter, warns=False)
+    step = StepSettings(config, adapter, config, config, config.head_kernel)
+    work = Workload(trees, config.batch_size, seed)
+    memory = plan_memory(source, step, work, config, checkpoint, trains=trains)
     policy = load_policy(
-        config, config, config, source=source, seed=seed, chat_template=template.to_save
+        config,
+        config,
+        config,
+        levers=memory.levers,
+        source=source,
+        seed=seed,
+        chat_template=template.to_save,
     )
     say(storage_table(policy.model.storage))
     cache = ReferenceCache(source.cache_dir, policy.identity, absolute(policy.base))
@@ -140,15 +154,11 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
         check_resumable(checkpoint, {"model_digest": cache.digest})
     rms = self_check(policy, pairs.train)
 
-    trees = pairs.train + pairs.evaluation
-    if checkpoint is None:
-        batch_size, wanted = config.batch_size, config.pack_tokens
-        pack_tokens = plan_pack_tokens(
-            trees, policy, cache, batch_size=batch_size, seed=seed, wanted=wanted
-        )
-    else:  # under another micro-batch size log-probs would differ in the last bits
-        pack_tokens = read_record(checkpoint)["facts"]["planned_pack_tokens"]
+    pack_tokens = plan_pack_tokens(
+        trees, policy, cache, memory, batch_size=config.batch_size, seed=seed
+    )
     facts |= {"planned_pack_tokens": pack_tokens, "text_versions": text_versions()}
+    facts["levers"] = asdict(memory.levers)
     _say_plan(config, policy, objective, pack_tokens, trains=trains)
 
     reference = None
@@ -158,7 +168,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
             trees = [pairs.train[i] for i in batches.used()] + pairs.evaluation
         with in_use(cache.directory):
             reference = score_reference(trees, policy, cache, pack_tokens, accept=accept, seed=seed)
-    return Run(policy, pairs, batches, objective, pack_tokens, rms, reference, facts)
+    return Run(policy, pairs, batches, objective, pack_tokens, rms, reference, facts, memory.plan)
 
 
 def precompute(config: TrainConfig) -> int:
@@ -227,6 +237,9 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
         say(f"steps: {num_steps}, in micro-batches {share:.0%} filled")
         folder.note(**_facts_at_start(run, share))
         begun = time.perf_counter()
+        if model.device.type == "cuda":  # from here on, what is measured is of the steps
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(model.device)
         trackers = None
         if config.trackers:
             run_ids = folder.record.get("trackers", {})
@@ -256,6 +269,8 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
                 trackers.finish()
 
         seconds = time.perf_counter() - begun
+        if run.plan is not None:
+            folder.note(memory=say_memory(run.plan.rehearsal, model.device))
         session = {"from_step": first_step, "to_step": state.step, "seconds": seconds}
         folder.note(
             sessions=[*folder.record["sessions"], session],
@@ -320,7 +335,8 @@ def _facts_at_start(run: Run, share: float) -> dict[str, Any]:
         "model": run.policy.identity,
         "data": run.pairs.facts,
         "data_digest": run.pairs.digest,
-        "plan": {"pack_tokens": run.pack_tokens, "fill": share, "num_steps": run.batches.num_steps},
+        "plan": {"pack_tokens": run.pack_tokens, "fill": share, "num_steps": run.batches.num_steps}
+        | {"levers": run.facts["levers"]},
         "self_check_rms": run.self_check_rms,
         "reference": reference,
         "finished": False,

@@ -116,6 +116,10 @@ def read_source(
             raise ValueError(f"{name} host has no effect on {device.type}; leave it out")
     if memory.memory_limit is not None:
         limit_memory(parse_bytes(memory.memory_limit), device)
+    if device.type != "cuda":
+        for name in ("host_memory_limit", "memory_check"):
+            if getattr(memory, name) != getattr(MemorySettings, name):
+                raise ValueError(f"{name} has no effect on {device.type}; leave it out")
     if settings.kernels != "auto" and device.type != "cuda":
         raise ValueError(f"kernels {settings.kernels} has no effect on {device}; leave it out")
     try:
@@ -265,7 +269,9 @@ def load_policy(
     """
     memory = memory or MemorySettings()
     source = source or read_source(settings, memory, init_adapter=init_adapter)
-    spec = adapter_spec(adapter, source.init_adapter)
+    spec = None
+    if adapter is not None or source.init_adapter is not None:
+        spec = adapter_spec(adapter or AdapterSettings(), source.init_adapter)
     levers = levers or Levers.of(memory, source.config.num_hidden_layers)
     model = prepare_model(
         load_model(  # without a name here, which would hold a dense head while kernels are tried
@@ -299,9 +305,10 @@ def load_policy(
     return Policy(model, identity, source.tokenizer, spec, base, start, storage, chat_template)
 
 
-def adapter_spec(settings: AdapterSettings | None, init_adapter: str | None) -> AdapterSpec | None:
-    """The adapter as the settings say, or as the starting adapter is."""
-    settings_or_none, settings = settings, settings or AdapterSettings()
+def adapter_spec(
+    settings: AdapterSettings, init_adapter: str | None, *, warns: bool = True
+) -> AdapterSpec:
+    """The adapter as the settings say, or as the starting adapter is; `warns` of what is unused."""
     wanted = AdapterSpec(
         rank=settings.lora_r,
         alpha=settings.lora_alpha,
@@ -310,11 +317,11 @@ def adapter_spec(settings: AdapterSettings | None, init_adapter: str | None) -> 
         rank_stabilised=settings.use_rslora,
     )
     if init_adapter is None:
-        return wanted if settings_or_none else None
+        return wanted
     given = replace(read_adapter_config(Path(init_adapter)), dropout=wanted.dropout)
     usual = AdapterSettings()
     asked = [name for name in LORA_SHAPE if getattr(settings, name) != getattr(usual, name)]
-    if asked and replace(given, targets=wanted.targets) != wanted:
+    if warns and asked and replace(given, targets=wanted.targets) != wanted:
         warn(
             f"{', '.join(asked)}: no effect, the run starts from {init_adapter}, which has rank "
             f"{given.rank} and alpha {given.alpha:g}"

@@ -26,14 +26,14 @@ from lowmem_dpo.settings.groups import (
     OptimizerSettings,
     RunSettings,
 )
+from lowmem_dpo.steps.planner import PACK_TOKENS_LIMIT, Plan
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.tokens.trees import Tree
+from lowmem_dpo.training.memory_plan import MemoryPlan
 from lowmem_dpo.training.pairs import Pairs
 from lowmem_dpo.training.policy import Policy, Source
 from lowmem_dpo.weights.size import ModelSize
 
-# Activations of one layer at this size fit small cards; larger micro-batches gain little.
-PACK_TOKENS_LIMIT = 4096
 # The pass itself, its recomputation and the gradient of its inputs; the weights are frozen.
 FORWARDS_OF_A_STEP = 3
 FEW_STEPS = 20
@@ -89,6 +89,7 @@ class Run:
         self_check_rms: Packed trees against plain sequences, nat rms per token.
         reference: Log-probs of the policy at the start; None in a reference-free run.
         facts: What a resumed run must share with it, for the checkpoints.
+        plan: Of its memory, as rehearsed; None on a CPU.
     """
 
     policy: Policy
@@ -99,6 +100,7 @@ class Run:
     self_check_rms: float
     reference: Reference | None
     facts: dict[str, Any]
+    plan: Plan | None = None
 
 
 def warn_of_short_run(
@@ -227,32 +229,30 @@ def plan_pack_tokens(
     trees: Sequence[Tree],
     policy: Policy,
     cache: ReferenceCache,
+    memory: MemoryPlan,
     *,
     batch_size: int,
     seed: int,
-    wanted: int | None = None,
 ) -> int:
-    """Tokens per micro-batch: as wanted, else as the cached reference was scored, else by lengths.
+    """Tokens per micro-batch: as wanted, as the cached reference has them, as planned, by lengths.
 
-    Raises:
-        ValueError: If the longest pair does not fit.
+    Args:
+        trees: All pairs.
+        policy: The model.
+        cache: Its reference.
+        memory: What is wanted, or planned.
+        batch_size: Pairs of a step.
+        seed: Of their order.
     """
+    if memory.pack_tokens is not None:
+        return memory.pack_tokens
     longest = max(tree.num_tokens for tree in trees)
-    on_card = policy.model.device.type == "cuda"
-    multiple = CARD_TOKEN_MULTIPLE if on_card else TOKEN_MULTIPLE
-    if wanted is not None:
-        if wanted < longest:
-            raise ValueError(
-                f"pack_tokens {wanted} is less than the longest pair ({longest} tokens); "
-                "raise it, leave it out, or lower max_length"
-            )
-        if on_card and (rounded := round_up_tokens(wanted, multiple)) != wanted:
-            say(f"pack_tokens {wanted}: {rounded}, on a card it is a multiple of {multiple}")
-            return rounded
-        return wanted
     cached = cache.pack_tokens([tree.digest for tree in trees], policy.fingerprint(0))
-    if cached is not None and cached >= longest:
+    if cached is not None and cached >= longest and memory.holds(cached):
         return cached
+    if memory.plan is not None:
+        return memory.plan.pack_tokens
+    multiple = CARD_TOKEN_MULTIPLE if policy.model.device.type == "cuda" else TOKEN_MULTIPLE
     limit = max(PACK_TOKENS_LIMIT, round_up_tokens(longest, multiple))
     return choose_pack_tokens(trees, batch_size, limit=limit, seed=seed, multiple=multiple)
 

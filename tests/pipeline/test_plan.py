@@ -1,14 +1,11 @@
 import json
 import re
-import types
 from dataclasses import replace
 
 import pytest
-import torch
 
 from lowmem_dpo.cli import main
-from lowmem_dpo.machine.card_table import find_card
-from lowmem_dpo.machine.cards import Machine, UsableCard
+from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.pipeline import plan as plan_verb
 from lowmem_dpo.pipeline.plan import find_longest
 from tests.errors import one_line_error
@@ -35,7 +32,9 @@ def test_plan_prints_a_table_from_config_json_alone(config_only, capsys):
     assert "on RTX 3060 12 GB (12.0 GiB): fits" in printed
     assert "rehearsed on tensors without memory, not measured" in printed
     assert "CUDA's context (assumed)" in printed and "│ all" in printed
-    assert "longest max_length that fits: 512" in printed  # all positions that it has
+    assert (
+        "longest max_length that fits, with the least on the card: 512" in printed
+    )  # all positions that it has
     assert max(map(len, printed.splitlines()[2:])) <= 80
 
 
@@ -65,9 +64,13 @@ def test_plan_says_what_would_make_a_step_fit(tmp_path, capsys):
 
     here, there = planned(), planned("--head_weight", "host")
     assert here["fits"] and here["remedy"] is None
-    between = (here["peak_reserved_bytes"] + there["peak_reserved_bytes"]) // 2
-    too_little = planned("--memory_limit", f"{between}B")
-    assert not too_little["fits"] and too_little["remedy"] == {"embedding_weight": "host"}
+    assert there["plan"]["head_on_host"] and not there["plan"]["embedding_on_host"]
+    between = f"{(here['peak_reserved_bytes'] + there['peak_reserved_bytes']) // 2}B"
+    by_itself = planned("--memory_limit", between)
+    assert by_itself["fits"] and by_itself["plan"]["embedding_on_host"]
+    held = planned("--memory_limit", between, "--embedding_weight=device", "--head_weight=device")
+    assert not held["fits"]
+    assert held["remedy"] == "leave embedding_weight, head_weight out"
     nothing = planned("--memory_limit", "20MiB")
     assert (nothing["fits"], nothing["remedy"], nothing["longest_max_length"]) == (
         False,
@@ -100,12 +103,13 @@ def test_smallest_puts_on_the_host_what_can_be_there(config_only, tmp_path, caps
     words = ["--card", "3060", "--max_length", "64", "--smallest", "true", "--json", "true"]
     assert plan(config_only, *words) == 0
     found = json.loads(capsys.readouterr().out)["plan"]
-    assert plan_verb.LEAST.items() <= found.items()
+    assert found["optim"] == "adamw_8bit" and found["num_slots"] == 2
+    places = ("inputs_on_host", "embedding_on_host", "head_on_host")
+    assert all(found[name] for name in places)
     tied = save_tiny_model(tmp_path / "tied", "llama-tied")
     assert plan(tied, *words, "--quantization", "none") == 0
     found = json.loads(capsys.readouterr().out)["plan"]
-    places = [found[name] for name in ("layer_inputs", "embedding_weight", "head_weight")]
-    assert (places, found["layer_weights"]) == (["host", "device", "device"], "device")
+    assert [found[name] for name in places] == [True, False, False] and found["num_slots"] is None
 
 
 def test_plan_refuses_what_is_missing_or_without_effect(config_only, tmp_path, capsys):
@@ -163,18 +167,42 @@ def test_find_longest_ends_below_the_limit_and_close_to_it(per_token, base, star
         assert exact - longest <= max(64, longest / 25)
 
 
-def test_the_card_of_this_machine_has_the_memory_that_its_driver_tells(monkeypatch):
-    machine = Machine("linux", "2.13", cards=(UsableCard("NVIDIA GeForce RTX 4090", (8, 9)),))
-    monkeypatch.setattr(plan_verb, "this_machine", lambda: machine)
-    memory = types.SimpleNamespace(total_memory=25_000_000_000)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: memory)
-    card = plan_verb._card_here()
-    assert (card.name, card.memory_bytes) == ("NVIDIA GeForce RTX 4090", 25_000_000_000)
-    assert card.flops == find_card("4090").flops
-    unknown = Machine("linux", "2.13", cards=(UsableCard("NVIDIA RTX 9999", (15, 0)),))
-    monkeypatch.setattr(plan_verb, "this_machine", lambda: unknown)
-    with pytest.raises(ValueError, match=r"is not known; near names: .*; or name one with --card"):
-        plan_verb._card_here()
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("with_tokenizer")
+    model = save_tiny_model(folder / "m", num_hidden_layers=3, vocab_size=300)
+    byte_tokenizer().save_pretrained(model)
+    (model / "model.safetensors").unlink()
+    rows = [{"prompt": "p" * n, "chosen": "c" * 9, "rejected": "r" * n} for n in range(3, 23)]
+    data = folder / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return model, data
+
+
+def test_plan_of_a_file_of_pairs_forecasts_the_run(preferences, capsys, tmp_path):
+    model, data = preferences
+    picture = tmp_path / "memory.png"
+    words = ["--data", str(data), "--card", "3060", "--batch_size", "4", "--num_train_epochs", "3"]
+    words += ["--cache_dir", str(tmp_path), "--picture", str(picture)]
+    assert plan(model, *words, "--json", "true") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["num_steps"] == 15
+    assert 0 < found["reference_seconds"][0] < found["reference_seconds"][1]
+    assert found["plan"]["micro_batches_per_step"] >= 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plan(model, *words) == 0
+    printed = capsys.readouterr().out
+    assert f"20 pairs of {data}, the longest of" in printed
+    assert "a run of 15 steps takes" in printed and "the reference's pass included" in printed
+
+
+def test_plan_takes_the_settings_file_of_a_run(preferences, capsys, tmp_path):
+    model, data = preferences
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {model}\ndata: {data}\nlearning_rate: 1.0e-4\nsave_strategy: 'no'\n")
+    words = ["plan", "--config", str(file), "--card", "3060", "--cache_dir", str(tmp_path)]
+    assert main(words) == 0
+    assert "20 pairs of" in capsys.readouterr().out
 
 
 def test_find_longest_goes_on_where_longer_needs_no_more():

@@ -7,8 +7,10 @@ import torch
 from lowmem_dpo.cli import main
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.machine.device import matmul_rate
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.training import run
+from lowmem_dpo.training.memory_plan import MemoryPlan, wanted_pack_tokens
 from lowmem_dpo.training.pairs import Pairs
 from lowmem_dpo.training.run import Batches, forward_tokens, warn_of_short_run
 from lowmem_dpo.weights import size
@@ -163,9 +165,7 @@ def test_batches_take_no_step_for_rounding(epochs, steps):
     "device, wanted, expected", [("cpu", 200, 200), ("cuda", 200, 256), ("cuda", 256, 256)]
 )
 def test_pack_tokens_that_are_given_are_rounded_up_on_a_card(device, wanted, expected, capsys):
-    policy = SimpleNamespace(model=SimpleNamespace(device=torch.device(device)))
-    found = run.plan_pack_tokens(PAIRS, policy, None, batch_size=1, seed=0, wanted=wanted)
-    assert found == expected
+    assert wanted_pack_tokens(wanted, PAIRS, torch.device(device)) == expected
     said = f"pack_tokens {wanted}: {expected}, on a card it is a multiple of 128"
     assert (said in capsys.readouterr().out) == (wanted != expected)
 
@@ -175,6 +175,6 @@ def test_packs_of_a_card_are_multiples_of_128(device, expected):
     policy = SimpleNamespace(
         model=SimpleNamespace(device=torch.device(device)), fingerprint=lambda n: {}
     )
-    cache = SimpleNamespace(pack_tokens=lambda *_: None)
+    cache, memory = SimpleNamespace(pack_tokens=lambda *_: None), MemoryPlan(Levers())
     trees = [fold(0, (1,) * 60, (2,) * 40, (3,) * 40, 60, 60)]
-    assert run.plan_pack_tokens(trees, policy, cache, batch_size=1, seed=0) == expected
+    assert run.plan_pack_tokens(trees, policy, cache, memory, batch_size=1, seed=0) == expected
