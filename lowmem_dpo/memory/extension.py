@@ -10,7 +10,7 @@ matrix) is taken from a second trace with one period more. That trace is also th
 one, extended by a period, must be the second one, event for event.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from lowmem_dpo.memory.trace import Event, Key, Section, Storage
@@ -33,7 +33,7 @@ class Happening(NamedTuple):
     is_birth: bool
 
 
-def period_of(kinds: Sequence[str]) -> int:
+def period_of(kinds: Sequence[Hashable]) -> int:
     """The smallest number of layers after which the kinds of layers repeat to the end."""
     length = len(kinds)
     return next(p for p in range(1, length + 1) if list(kinds[p:]) == list(kinds[: length - p]))

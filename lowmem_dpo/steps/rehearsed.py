@@ -115,13 +115,17 @@ def rehearse(
         trains: Whether a step is taken; False for scoring alone, as the reference is made.
         limit_bytes: What may be reserved; by default what the card has.
     """
-
-    def follow(num_layers: int) -> Follower:
-        shortened = _shortened(config, num_layers)
-        return _follow(shortened, card, settings, levers, packs, pack_tokens, trains)
-
     num_layers = config.num_hidden_layers
-    period = period_of(getattr(config, "layer_types", None) or ["alike"] * num_layers)
+    types = getattr(config, "layer_types", None) or ["alike"] * num_layers
+    # Where layers keep different things, none repeats another: the whole model is rehearsed.
+    period = period_of(list(zip(types, levers.keeps(num_layers), strict=True)))
+
+    def follow(num: int) -> Follower:
+        shortened, fewer = _shortened(config, num), levers
+        if num < num_layers:
+            fewer = levers.of_fewer_layers(num)
+        return _follow(shortened, card, settings, fewer, packs, pack_tokens, trains)
+
     num_few = layers_to_rehearse(num_layers, period)
     times = (num_layers - num_few) // period
     if times > 1:

@@ -1,6 +1,7 @@
 """Rehearsals for cards that are not here."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -64,22 +65,25 @@ THIRDS = ["sliding_attention", "sliding_attention", "full_attention"] * 5
 
 
 @pytest.mark.parametrize(
-    "family, changes, card",
+    "family, changes, card, levers",
     [
-        ("llama", {"num_hidden_layers": 7}, "3060"),
+        ("llama", {"num_hidden_layers": 7}, "3060", USUAL),
         *(
-            pytest.param(family, changes, card, marks=pytest.mark.slow)
-            for family, changes, card in (
-                ("llama", {"num_hidden_layers": 9}, "T4"),
-                ("gemma2", {"num_hidden_layers": 12}, "3060"),
-                ("gemma3", {"num_hidden_layers": 13, "layer_types": THIRDS[:13]}, "3060"),
-                ("gemma3", {"num_hidden_layers": 13, "layer_types": THIRDS[:13]}, "T4"),
+            pytest.param(family, changes, card, levers, marks=pytest.mark.slow)
+            for family, changes, card, levers in (
+                ("llama", {"num_hidden_layers": 9}, "T4", USUAL),
+                ("llama", {"num_hidden_layers": 8}, "T4", Levers(num_keep_attention=8)),
+                ("llama", {"num_hidden_layers": 8}, "3060", Levers(num_slots=2)),
+                ("llama", {"num_hidden_layers": 9}, "3060", Levers(num_slots=3)),
+                ("gemma2", {"num_hidden_layers": 12}, "3060", USUAL),
+                ("gemma3", {"num_hidden_layers": 13, "layer_types": THIRDS[:13]}, "3060", USUAL),
+                ("gemma3", {"num_hidden_layers": 13, "layer_types": THIRDS[:13]}, "T4", USUAL),
             )
         ),
     ],
 )
 def test_a_model_rehearsed_by_few_layers_is_the_whole_model_to_the_byte(
-    monkeypatch, family, changes, card
+    monkeypatch, family, changes, card, levers
 ):
     config = config_of(family, **changes)
     rehearsed_layers = []
@@ -90,9 +94,9 @@ def test_a_model_rehearsed_by_few_layers_is_the_whole_model_to_the_byte(
         return follow(config, *arguments)
 
     monkeypatch.setattr(rehearsed, "_follow", noting)
-    extended = rehearsal(config, card, pairs=2)
+    extended = rehearsal(config, card, levers)
     monkeypatch.setattr(rehearsed, "layers_to_rehearse", lambda num_layers, period: num_layers)
-    whole = rehearsal(config, card)
+    whole = rehearsal(config, card, levers)
     *few, all_layers = rehearsed_layers
     assert max(few) < all_layers == config.num_hidden_layers
     for name in ("flops", "bytes_moved", "link_bytes", "seconds"):
@@ -101,6 +105,18 @@ def test_a_model_rehearsed_by_few_layers_is_the_whole_model_to_the_byte(
         name: getattr(whole, name) for name in ("flops", "bytes_moved", "link_bytes", "seconds")
     }
     assert dataclasses.replace(extended, **same) == whole
+
+
+@pytest.mark.parametrize(
+    "levers", [Levers(num_keep_all=1), Levers(num_keep_all=3, num_keep_attention=2)], ids=str
+)
+def test_layers_that_keep_different_things_are_rehearsed_as_such(levers):
+    """Between all that keep nothing and all that keep all, by what each layer keeps."""
+    config = config_of(num_hidden_layers=8, hidden_size=512, intermediate_size=1024)
+    found = [rehearsal(config, levers=each) for each in (USUAL, levers, Levers(num_keep_all=8))]
+    for less, more in itertools.pairwise(found):
+        assert less.flops > more.flops
+        assert less.peak_allocated_bytes < more.peak_allocated_bytes
 
 
 @pytest.mark.slow
