@@ -1,6 +1,6 @@
 """What a plan decides of memory: where a model's parts are, and what its layers keep."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from lowmem_dpo.settings.groups import MemorySettings
@@ -49,14 +49,6 @@ class Levers:
         """Of layers and embedding, what is loaded into host memory."""
         parts = {"layers": self.num_slots is not None, "embedding": self.embedding_on_host}
         return {part for part, on_host in parts.items() if on_host}
-
-    def of_fewer_layers(self, num_layers: int) -> "Levers":
-        """The same, where all layers keep the same, of a model with so many."""
-        return replace(
-            self,
-            num_keep_all=num_layers if self.num_keep_all else 0,
-            num_keep_attention=num_layers if self.num_keep_attention else 0,
-        )
 
     def keeps(self, num_layers: int) -> list[Keeps]:
         """What each layer keeps."""
