@@ -4,6 +4,7 @@ What a compiler makes of a kernel differs from card to card, and a kernel that s
 reference alike would be wrong in both, so unseen at step zero.
 """
 
+import errno
 import functools
 import re
 from collections.abc import Callable, Iterable
@@ -17,9 +18,12 @@ from lowmem_dpo.settings.groups import KERNELS
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo_kernels.triton_support import is_rehearsing, remembered_in_rehearsal
 
-# Triton's driver, cuBLAS's handles and pinned memory raise a plain RuntimeError.
+# Triton's driver, handles of CUDA's libraries, pinned memory and what is asked for in C++ raise a
+# plain RuntimeError.
 _FULL = re.compile(
-    r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|CUDA_ERROR_OUT_OF_MEMORY", re.I
+    r"out of memory|(can't|cannot|could not) allocate memory|not enough memory|std::bad_alloc"
+    r"|(CUBLAS|CUDNN)_STATUS_\w*ALLOC(ATION)?_FAILED|CUDA_ERROR_OUT_OF_MEMORY",
+    re.I,
 )
 
 
@@ -85,8 +89,11 @@ def passes_trial(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a device, or the host, had no memory left, in whichever words."""
-    is_ours = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return is_ours or (isinstance(error, RuntimeError) and _FULL.search(str(error)) is not None)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _FULL.search(str(error)) is not None
 
 
 def _still_works(device: torch.device) -> bool:

@@ -1,6 +1,6 @@
 """What a plan decides of memory: where a model's parts are, and what its layers keep."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from lowmem_dpo.settings.groups import MemorySettings
@@ -49,17 +49,6 @@ class Levers:
         """Of layers and embedding, what is loaded into host memory."""
         parts = {"layers": self.num_slots is not None, "embedding": self.embedding_on_host}
         return {part for part, on_host in parts.items() if on_host}
-
-    def are_alike(self, num_layers: int) -> bool:
-        """Whether all layers of a kind are treated alike, so that few tell of many."""
-        kept = (self.num_keep_all, self.num_keep_attention)
-        return set(kept) <= {0, num_layers} and self.num_slots in (None, LEAST_SLOTS)
-
-    def shortened(self, num_layers: int) -> "Levers":
-        """The same of a model with so many layers; all layers are alike."""
-        kept = (self.num_keep_all, self.num_keep_attention)
-        num_all, num_attention = (min(num, num_layers) for num in kept)
-        return replace(self, num_keep_all=num_all, num_keep_attention=num_attention)
 
     def words(self, num_layers: int) -> str:
         """For the user, such as `embedding on the host, 3 of 32 layers keep all`."""

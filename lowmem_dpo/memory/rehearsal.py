@@ -39,7 +39,7 @@ OTHER = Efficiency(0.5, 0.06, 0.65, 0.6, 12e-6)
 
 
 class Totals(NamedTuple):
-    """What a step computes; linear in the number of layers."""
+    """What a step computes."""
 
     flops: float
     nbytes: float
@@ -47,11 +47,6 @@ class Totals(NamedTuple):
     launches: float
     best_seconds: float
     other_seconds: float
-
-    def extended(self, more: "Totals", times: int) -> "Totals":
-        """The totals of so many periods more, of which `more` has one."""
-        pairs = zip(self, more, strict=True)
-        return Totals(*(one + times * (other - one) for one, other in pairs))
 
 
 @dataclass(frozen=True)
@@ -89,21 +84,25 @@ class Rehearsal:
     seconds: tuple[float, float]
 
 
-def totals_of(work: Iterable[Work], card: Card) -> Totals:
-    """Add up what is computed, on the rates of a card."""
-    flops = nbytes = link_bytes = 0.0
-    launches = 0
+def totals_of(work: Iterable[tuple[Work, float]], card: Card) -> Totals:
+    """Add up what is computed, on the rates of a card.
+
+    Args:
+        work: Launches and copies, and how many times each.
+        card: The card.
+    """
+    flops = nbytes = link_bytes = launches = 0.0
     seconds = {BEST: 0.0, OTHER: 0.0}
-    for each in work:
-        flops += each.flops
-        nbytes += each.nbytes
-        link_bytes += each.link_bytes
-        launches += 1
+    for each, times in work:
+        flops += times * each.flops
+        nbytes += times * each.nbytes
+        link_bytes += times * each.link_bytes
+        launches += times
         for case in seconds:
             share = case.products if each.is_half else case.single_products
             in_products = each.flops / (card.flops * share)
             in_memory = each.nbytes / (card.memory_bandwidth * case.memory)
-            seconds[case] += max(in_products, in_memory)
+            seconds[case] += times * max(in_products, in_memory)
     link_seconds = {case: link_bytes / (card.link_bandwidth * case.link) for case in seconds}
     return Totals(
         flops,

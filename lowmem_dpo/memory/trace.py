@@ -6,8 +6,8 @@ it dies. Of every birth it is known what for (its component: by the function of 
 running, or as its owner says later) and by what (the operation, and the function that called it).
 Each operation's floating-point operations and bytes are noted beside.
 
-Births and deaths are kept in sections, each of a phase of the step and, where there is one, of a
-decoder layer: `extension` repeats those of a layer.
+Births, deaths and work are kept in sections, each of a phase of the step and, where there is one,
+of a decoder layer: `extension` repeats those of a layer.
 
 Not seen is what an operation takes and gives back within itself, in the C++ of torch or cuBLAS.
 """
@@ -84,15 +84,6 @@ class Event(NamedTuple):
     is_birth: bool
 
 
-@dataclass
-class Section:
-    """What happened in one phase, of one layer if `layer` is not None."""
-
-    phase: str
-    layer: int | None
-    events: list[Event] = field(default_factory=list)
-
-
 class Work(NamedTuple):
     """What one launch, or one copy between host and card, does."""
 
@@ -100,6 +91,16 @@ class Work(NamedTuple):
     nbytes: int  # read and written on the card
     link_bytes: int  # between host and card
     is_half: bool  # whether a product's operands have 16 bits
+
+
+@dataclass
+class Section:
+    """What happened in one phase, of one layer if `layer` is not None, and what was computed."""
+
+    phase: str
+    layer: int | None
+    events: list[Event] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
 
 
 class Follower(TorchDispatchMode):
@@ -111,7 +112,6 @@ class Follower(TorchDispatchMode):
 
     Attributes:
         sections: What happened, in order.
-        work: What was computed, launch by launch.
     """
 
     def __init__(self, device_type: str, places: Mapping[CodeType, str]) -> None:
@@ -119,7 +119,6 @@ class Follower(TorchDispatchMode):
         self.device_type = device_type
         self.places = places
         self.sections: list[Section] = []
-        self.work: list[Work] = []
         self._is_over = False
         self._alive: dict[int, tuple[Storage, Any]] = {}
         self._born: Counter[tuple[str, int | None]] = Counter()
@@ -129,6 +128,11 @@ class Follower(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         """Whether torch.compile must leave this alone; asking it costs time on every operation."""
         return False
+
+    @property
+    def work(self) -> list[Work]:
+        """What was computed, launch by launch."""
+        return [each for section in self.sections for each in section.work]
 
     def enter_section(self, phase: str, layer: int | None = None) -> None:
         """What follows is of another phase, or of another decoder layer."""
@@ -179,7 +183,7 @@ class Follower(TorchDispatchMode):
         """Note a Triton kernel, which reads or writes each of its tensors once."""
         distinct = {id(each): each for each in tensors}.values()
         is_half = tensors[0].element_size() == 2
-        self.work.append(Work(flops, sum(map(_nbytes, distinct)), 0, is_half))
+        self.sections[-1].work.append(Work(flops, sum(map(_nbytes, distinct)), 0, is_half))
 
     def note_storage(self, nbytes: int, component: str, maker: str) -> None:
         """Note memory of the card that no tensor of ours holds, and that stays."""
@@ -265,7 +269,7 @@ class Follower(TorchDispatchMode):
             link_bytes = max(map(_nbytes, outputs), default=0)
         if on_card:
             is_half = bool(inputs) and inputs[0].element_size() == 2
-            self.work.append(Work(flops, nbytes, link_bytes, is_half))
+            self.sections[-1].work.append(Work(flops, nbytes, link_bytes, is_half))
 
 
 def storage_id(tensor: Tensor) -> int:

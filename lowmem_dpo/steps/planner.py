@@ -9,7 +9,7 @@ Between two rehearsals numbers are estimated, but what is chosen has been rehear
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from lowmem_dpo.machine.card_table import Card
 from lowmem_dpo.memory.levers import LEAST_SLOTS, Levers
 from lowmem_dpo.memory.rehearsal import Rehearsal
+from lowmem_dpo.memory.trace import Follower
 from lowmem_dpo.packs.packing import (
     CARD_TOKEN_MULTIPLE,
     choose_pack_tokens,
@@ -145,6 +146,8 @@ class Planner:
     room: Room
     trains: bool = True
     say: Callable[[str], Any] = lambda _: None
+    # By tokens of a micro-batch; a planner that is changed begins with none.
+    followed: dict[int, dict[Any, Follower]] = field(default_factory=dict, init=False)
 
     def best(self) -> Plan:
         """The fastest plan that fits; where none does, the one that needs least."""
@@ -181,6 +184,7 @@ class Planner:
             pack_tokens=pack_tokens,
             trains=self.trains,
             limit_bytes=self.room.card_bytes,
+            followed=self.followed.setdefault(pack_tokens, {}),
         )
         num_packs = packs_per_step(
             self.work.trees, self.work.batch_size, pack_tokens, seed=self.work.seed

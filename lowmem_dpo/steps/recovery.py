@@ -83,7 +83,9 @@ def _keep_less(model: LanguageModel) -> str | None:
         if some := [layer for layer in layers if layer.keeps == more]:
             for layer in some:
                 layer.keeps = less
-            return f"keep_activations {less} from now on"
+            are_one = len(some) == 1
+            which = "1 layer" if are_one else f"{len(some)} layers"
+            return f"{which} that kept {more} {'keeps' if are_one else 'keep'} {less} from now on"
     some = [layer for layer in layers if not layer.inputs_on_host]
     if not some or model.device.type != "cuda":
         return None

@@ -28,12 +28,12 @@ from lowmem_dpo.machine.device import resolve_dtype, workspace_bytes
 from lowmem_dpo.memory.extension import (
     LayersDiffer,
     extend,
+    extend_work,
     happenings,
-    layers_to_rehearse,
-    period_of,
+    shorten,
 )
 from lowmem_dpo.memory.fake_card import CARD, FakeCard
-from lowmem_dpo.memory.levers import Levers
+from lowmem_dpo.memory.levers import LEAST_SLOTS, Levers
 from lowmem_dpo.memory.rehearsal import Rehearsal, rehearsal_of, totals_of
 from lowmem_dpo.memory.trace import Follower
 from lowmem_dpo.model import layer as decoder_layer
@@ -102,6 +102,7 @@ def rehearse(
     pack_tokens: int,
     trains: bool = True,
     limit_bytes: int | None = None,
+    followed: dict[Any, Follower] | None = None,
 ) -> Rehearsal:
     """Rehearse an optimizer step.
 
@@ -114,42 +115,54 @@ def rehearse(
         pack_tokens: Tokens of a micro-batch.
         trains: Whether a step is taken; False for scoring alone, as the reference is made.
         limit_bytes: What may be reserved; by default what the card has.
+        followed: Steps that were followed for other levers and limits, all else being the same;
+            those that are followed now are added. Of how many layers keep what, they are mostly
+            the same.
     """
-
-    def follow(num_layers: int) -> Follower:
-        shortened = _shortened(config, num_layers)
-        its = levers.shortened(num_layers)
-        return _follow(shortened, card, settings, its, packs, pack_tokens, trains)
-
+    steps = {} if followed is None else followed
     num_layers = config.num_hidden_layers
-    period = period_of(getattr(config, "layer_types", None) or ["alike"] * num_layers)
-    num_few = layers_to_rehearse(num_layers, period)
-    times = (num_layers - num_few) // period
-    if times > 1 and levers.are_alike(num_layers):
-        few, more = follow(num_few), follow(num_few + period)
+    types = getattr(config, "layer_types", None) or ["alike"] * num_layers
+
+    def follow(layers: Sequence[int]) -> Follower:
+        shortened, fewer = _shortened(config, levers, layers)
+        name = (*(types[layer] for layer in layers), fewer)
+        if name not in steps:
+            steps[name] = _follow(shortened, fewer, card, settings, packs, pack_tokens, trains)
+        return steps[name]
+
+    short, longer = (shorten(types, levers.keeps(num_layers), more) for more in (0, 1))
+    turns = levers.num_slots in (None, LEAST_SLOTS)  # of more slots, few layers all have one
+    if turns and len(longer.layers) < num_layers:
+        few, more = follow(short.layers).sections, follow(longer.layers).sections
         with contextlib.suppress(LayersDiffer):
-            trace = extend(few.sections, more.sections, period, times)
-            totals = totals_of(few.work, card).extended(totals_of(more.work, card), times)
+            trace = extend(few, more, short.repeats)
+            totals = totals_of(extend_work(few, more, short.repeats), card)
             return rehearsal_of(trace, totals, card, limit_bytes=limit_bytes)
-    whole = follow(num_layers)
+    whole = follow(range(num_layers))
     trace = [(each, each.storage.nbytes) for each in happenings(whole.sections)]
-    return rehearsal_of(trace, totals_of(whole.work, card), card, limit_bytes=limit_bytes)
+    totals = totals_of(((each, 1) for each in whole.work), card)
+    return rehearsal_of(trace, totals, card, limit_bytes=limit_bytes)
 
 
-def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """The same model with its first layers alone."""
+def _shortened(
+    config: PretrainedConfig, levers: Levers, layers: Sequence[int]
+) -> tuple[PretrainedConfig, Levers]:
+    """The same model, and its levers, with some of its layers alone."""
+    kept = [levers.keeps(config.num_hidden_layers)[layer] for layer in layers]
     config = copy.deepcopy(config)
-    config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:num_layers]
-    return config
+    config.num_hidden_layers = len(layers)
+    if types := getattr(config, "layer_types", None):
+        config.layer_types = [types[layer] for layer in layers]
+    return config, replace(
+        levers, num_keep_all=kept.count("all"), num_keep_attention=kept.count("attention")
+    )
 
 
 def _follow(
     config: PretrainedConfig,
+    levers: Levers,
     card: Card,
     settings: StepSettings,
-    levers: Levers,
     packs: Sequence[Sequence[Tree]],
     pack_tokens: int,
     trains: bool,

@@ -1,3 +1,4 @@
+import errno
 import functools
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 
 from lowmem_dpo.machine.trial import (
     check_error,
+    is_out_of_memory,
     once_a_device,
     passes_trial,
     value_and_gradients,
@@ -45,6 +47,53 @@ def test_passes_trial_does_not_take_a_full_card_for_a_fault(error, capsys):
     with pytest.raises(torch.OutOfMemoryError):
         passes_trial(greedy, "norms", "the kernels", CPU, "PyTorch")
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        *map(
+            RuntimeError,
+            (
+                "CUDA error: out of memory",  # pinned memory, and what ran before
+                "CUDA driver error: out of memory",
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+                "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+                "Triton Error [CUDA]: out of memory",
+                "CUDA_ERROR_OUT_OF_MEMORY",
+                "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate "
+                "memory: you tried to allocate 8 bytes.",
+                "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+                "unable to mmap 8 bytes from file <x>: Cannot allocate memory (12)",
+                "std::bad_alloc",
+            ),
+        ),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_is_out_of_memory_knows_the_words_of_device_and_host(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shape mismatch: [8] and [9]"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+        RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376."),
+        RuntimeError("index 9 is out of bounds for dimension 0 with size 8"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("out of memory"),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_is_out_of_memory_takes_nothing_else_for_it(error):
+    assert not is_out_of_memory(error)
 
 
 @pytest.mark.parametrize("answers", [True, False])

@@ -1,9 +1,10 @@
 """The model of the caching allocator, against cases worked out by hand from torch's rules."""
 
 import itertools
-import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lowmem_dpo.memory.allocator import MIB, Allocator, CardIsFull
 
@@ -95,24 +96,68 @@ def test_a_full_card_keeps_segments_of_which_something_is_in_use(freed):
     assert allocator.reserved_bytes == 20 * MIB
 
 
-def test_any_order_of_requests_ends_with_whole_segments():
-    """Blocks never overlap, and all join again."""
-    allocator, rng = Allocator(), random.Random(0)
-    held, requested = [], 0
-    for _ in range(3000):
-        if held and rng.random() < 0.5:
-            nbytes, block = held.pop(rng.randrange(len(held)))
-            allocator.free(block)
-            requested -= nbytes
-        else:
-            nbytes = int(2 ** rng.uniform(0, 27))
-            held.append((nbytes, allocator.allocate(nbytes)))
-            requested += nbytes
-        assert requested <= allocator.allocated_bytes <= allocator.reserved_bytes
-        spans = sorted((b.address, b.address + b.size) for _, b in held)
-        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+FREES = st.integers(0, 99).map(lambda place: ("free", place))
+SIZES = st.one_of(st.integers(0, 2 * MIB), st.integers(0, 40 * MIB))
+# A request, or the place among what is held of a block that is freed.
+REQUESTS = st.lists(st.one_of(SIZES.map(lambda n: ("allocate", n)), FREES), max_size=60)
+
+
+def lead(requests, limit=None):
+    """The allocator after some requests, what is held then, and each peak on the way."""
+    allocator, held, peaks = Allocator(limit), [], []
+    for what, number in requests:
+        if what == "allocate":
+            held.append((number, allocator.allocate(number)))
+        elif held:
+            allocator.free(held.pop(number % len(held))[1])
+        assert sum(n for n, _ in held) <= allocator.allocated_bytes <= allocator.reserved_bytes
+        blocks = [block for _, block in held if block is not None]
+        assert sum(block.size for block in blocks) == allocator.allocated_bytes
+        spans = sorted((block.address, block.address + block.size) for block in blocks)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans)), "blocks overlap"
+        peaks.append((allocator.peak_allocated_bytes, allocator.peak_reserved_bytes))
+    assert peaks == sorted(peaks)
+    return allocator, held
+
+
+@given(REQUESTS)
+def test_blocks_never_overlap_and_all_join_again(requests):
+    allocator, held = lead(requests)
     for _, block in held:
         allocator.free(block)
     assert allocator.allocated_bytes == 0
-    allocator.limit_bytes = allocator.reserved_bytes
-    allocator.allocate(allocator.reserved_bytes)  # only if every segment could be given back
+    whole = max(20 * MIB, allocator.reserved_bytes)
+    allocator.limit_bytes = whole
+    allocator.allocate(whole)  # only if every segment could be given back
+    assert allocator.reserved_bytes == whole
+
+
+@given(REQUESTS, st.integers(0, 100 * MIB))
+def test_a_limit_is_kept_to_and_changes_nothing_where_it_is_not_met(requests, limit):
+    free, _ = lead(requests)
+    try:
+        limited, _ = lead(requests, limit)
+    except CardIsFull:
+        assert limit < free.peak_reserved_bytes
+        return
+    assert limited.peak_reserved_bytes <= limit
+    assert limited.peak_allocated_bytes == free.peak_allocated_bytes
+    if limit >= free.peak_reserved_bytes:
+        assert limited.peak_reserved_bytes == free.peak_reserved_bytes
+
+
+@given(REQUESTS, st.randoms(use_true_random=False))
+def test_what_is_freed_in_a_row_may_be_freed_in_any_order(requests, rng):
+    """On this `memory.extension` rests."""
+    one, held = lead(requests)
+    other, held_too = lead(requests)
+    order = list(range(len(held)))
+    rng.shuffle(order)
+    for i, j in enumerate(order):
+        one.free(held[i][1])
+        other.free(held_too[j][1])
+
+    def free_blocks(allocator):
+        return {size: [each[:2] for each in free] for size, free in allocator._free.items()}
+
+    assert free_blocks(one) == free_blocks(other)

@@ -38,7 +38,7 @@ def adapted_model(family="llama", *, dropout=0.0, own_norms=False, **changes):
     return model
 
 
-def with_halves(model, *, tile_rows=64, has_dropout=False, on_host=False, keeps="nothing"):
+def with_halves(model, *, tile_rows=64, has_dropout=False, on_host=False):
     """The same model with its layers replaced."""
     family = RECORDS[model.config.model_type]
     for i, layer in enumerate(model.model.layers):
@@ -49,7 +49,6 @@ def with_halves(model, *, tile_rows=64, has_dropout=False, on_host=False, keeps=
             inputs_on_host=on_host,
             has_dropout=has_dropout,
             tile_rows=tile_rows,
-            keeps=keeps,
         )
     return model
 
@@ -130,24 +129,6 @@ def test_several_tiles_repeat_their_dropout(family):
     settings = {"tile_rows": 7, "has_dropout": True}
     want = gradients(keeping_all(with_halves(adapted_model(family, dropout=0.3), **settings)))
     assert_close(gradients(with_halves(adapted_model(family, dropout=0.3), **settings)), want)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("tile_rows", [64, 7])
-@pytest.mark.parametrize("keeps", ["attention", "all"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_kept_changes_no_bit(family, keeps, tile_rows, dropout):
-    """But where all is kept of several tiles: then autograd adds the last one's gradient first."""
-
-    def found(keeps):
-        model = adapted_model(family, dropout=dropout, own_norms=True)
-        settings = {"tile_rows": tile_rows, "has_dropout": dropout > 0, "keeps": keeps}
-        return gradients(with_halves(model, **settings))
-
-    want, got = found("nothing"), found(keeps)
-    assert torch.equal(got["hidden"], want["hidden"])
-    is_exact = keeps != "all" or tile_rows > NUM_TOKENS
-    (assert_equal if is_exact else assert_close)(got, want)
 
 
 def test_without_saved_generators_a_second_run_would_draw_other_dropout():

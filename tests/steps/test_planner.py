@@ -83,6 +83,7 @@ def test_parts_that_cannot_move_stay():
     assert int8.embedding_on_host and not int8.head_on_host
 
 
+@pytest.mark.slow
 def test_host_memory_counts_too():
     least = planner().smallest()
     assert least.rehearsal.host_bytes > 2**20
@@ -92,6 +93,7 @@ def test_host_memory_counts_too():
     assert not little.take(least.levers, least.pack_tokens).fits
 
 
+@pytest.mark.slow
 def test_a_smaller_micro_batch_is_the_last_resort():
     """Four pairs in one micro-batch are the best of this work, one pair is the least."""
     usual = planner()

@@ -1,5 +1,6 @@
 """A step that runs out of memory, wherever that is, gives the gradient of an undisturbed one."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -7,14 +8,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_dpo.linears.lora import lora_parameters
+from lowmem_dpo.linears.nf4 import Nf4Weight
+from lowmem_dpo.memory.levers import Levers
+from lowmem_dpo.memory.weight_slots import Lanes, WeightSlots
 from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.steps.recovery import accumulate_in_memory
 from lowmem_dpo.stopping import RunStopped
+from lowmem_dpo.training import fit
 from lowmem_dpo.training.loop import evaluate
 from tests.conftest import random_pairs
+from tests.tiny import save_tiny_model
+from tests.training.conftest import write_rows
 from tests.training.test_identities import (
     SMALL_PACKS,
     adapter,  # noqa: F401 - prepare is made of it
+    config_for,
     prepare,  # noqa: F401 - a fixture
 )
 
@@ -36,14 +44,61 @@ class Full(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def run(prepare, monkeypatch):  # noqa: F811 - the fixture
-    # A mode of operations cannot see torch's own kind of mask, a subclass, being made.
+@pytest.fixture(autouse=True)
+def _masks(monkeypatch):
+    """A mode of operations cannot see torch's own kind of mask, a subclass, being made."""
     monkeypatch.setattr(
         "lowmem_dpo.model.attention.causal_lower_right",
         lambda rows, columns: torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows),
     )
+
+
+@pytest.fixture
+def run(prepare):  # noqa: F811 - the fixture
     return prepare(random_pairs(4), pack_tokens=SMALL_PACKS, lora_dropout=0.2)
+
+
+@pytest.fixture
+def deep_run(tmp_path):
+    """Of four layers in NF4, of which two are on the device where they are streamed."""
+    folder = save_tiny_model(tmp_path / "deep", num_hidden_layers=4)
+    data = write_rows(tmp_path / "deep.jsonl", random_pairs(4))
+    config = config_for(
+        folder,
+        tmp_path / "deep-out",
+        data=str(data),
+        batch_size=4,
+        quantization="nf4",
+        pack_tokens=SMALL_PACKS,
+        lora_dropout=0.2,
+    )
+    run = fit.prepare(config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in lora_parameters(run.policy.model.network).items():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    return run
+
+
+def follow_plan(run, levers, monkeypatch):
+    """Let the layers be as a plan has them, without a card."""
+    layers = run.policy.model.layers
+    for layer, keeps in zip(layers, levers.keeps(len(layers)), strict=True):
+        layer.keeps, layer.inputs_on_host = keeps, levers.inputs_on_host
+    monkeypatch.setattr("lowmem_dpo.model.layer._to_host", lambda x: x.detach().clone())
+    if levers.num_slots is not None:
+        weights = [[m for m in layer.modules() if isinstance(m, Nf4Weight)] for layer in layers]
+        slots = WeightSlots(weights, torch.device("cpu"), levers.num_slots, PoisoningLanes())
+        for i, layer in enumerate(layers):
+            layer.hold = functools.partial(slots.hold, i)
+
+
+class PoisoningLanes(Lanes):
+    """What a slot held before is gone when the next upload begins."""
+
+    def upload(self, slot, blob):
+        slot.fill_(0xFF)
+        slot.copy_(blob)
 
 
 def keep(run, keeps):
@@ -93,6 +148,52 @@ def test_a_failure_at_any_operation_changes_no_bit(run, keeps):
     check_every(run, 43)
 
 
+MIXED = Levers(num_keep_all=1, num_keep_attention=1, inputs_on_host=True)
+STREAMED = Levers(num_slots=2)
+
+
+@pytest.mark.parametrize("levers", [MIXED, STREAMED], ids=str)
+def test_a_failure_under_a_plan_changes_no_bit(deep_run, levers, monkeypatch):
+    check_plan(deep_run, levers, 2503, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "levers",
+    [MIXED, STREAMED, Levers(num_slots=3, inputs_on_host=True), Levers(num_keep_all=2)],
+    ids=str,
+)
+def test_a_failure_at_many_operations_of_a_plan_changes_no_bit(deep_run, levers, monkeypatch):
+    check_plan(deep_run, levers, 307, monkeypatch)
+
+
+def check_plan(run, levers, stride, monkeypatch):
+    """The bits of a resident model, and layers that are as the plan has them to the end."""
+    resident, _ = step(run)
+    follow_plan(run, levers, monkeypatch)
+    assert same(step(run)[0], resident)
+    check_every(run, stride)
+    layers = run.policy.model.layers
+    assert [layer.keeps for layer in layers] == levers.keeps(len(layers))
+
+
+def test_layers_of_a_mixed_plan_keep_less_rung_by_rung(deep_run, capsys, monkeypatch):
+    follow_plan(deep_run, Levers(num_keep_all=1, num_keep_attention=1), monkeypatch)
+    expected, count = step(deep_run)
+    layers = deep_run.policy.model.layers
+    twice = [count // 2, count // 2 + count // 3]  # the attempts count on from each other
+    rungs = [
+        (twice[:1], ["nothing", "nothing", "attention", "all"], "the same again"),
+        (twice, ["nothing"] * 2 + ["attention"] * 2, "1 layer that kept all keeps attention"),
+        (twice, ["nothing"] * 4, "2 layers that kept attention keep nothing"),
+    ]
+    for places, kept, said in rungs:
+        found, _ = step(deep_run, places)
+        assert same(found, expected)
+        assert [layer.keeps for layer in layers] == kept
+        assert f"the step is taken again: {said}" in capsys.readouterr().out
+
+
 def test_layers_keep_less_where_it_fails_again(run, capsys):
     expected, _ = step(run)
     keep(run, "all")
@@ -102,7 +203,7 @@ def test_layers_keep_less_where_it_fails_again(run, capsys):
     found, _ = step(run, places)
     assert same(found, expected)
     said = capsys.readouterr().out
-    assert said.index("the same again") < said.index("keep_activations attention from now on")
+    assert said.index("the same again") < said.index("2 layers that kept all keep attention")
     assert {layer.keeps for layer in run.policy.model.layers} == {"attention"}
 
 

@@ -1,12 +1,14 @@
 """Rehearsals for cards that are not here."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from transformers import AutoConfig
 
 from lowmem_dpo.machine.card_table import GIB, find_card
+from lowmem_dpo.memory.extension import Short
 from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.steps import rehearsed
@@ -63,44 +65,106 @@ def rehearsal(
 THIRDS = ["sliding_attention", "sliding_attention", "full_attention"] * 5
 
 
+def noted(monkeypatch):
+    """How many layers are followed, and the traces that are led through the allocator."""
+    rehearsed_layers, traces = [], []
+    follow, lead = rehearsed._follow, rehearsed.rehearsal_of
+
+    def noting_follow(config, *arguments):
+        rehearsed_layers.append(config.num_hidden_layers)
+        return follow(config, *arguments)
+
+    def noting_lead(trace, *arguments, **words):
+        traces.append(trace)
+        return lead(trace, *arguments, **words)
+
+    monkeypatch.setattr(rehearsed, "_follow", noting_follow)
+    monkeypatch.setattr(rehearsed, "rehearsal_of", noting_lead)
+    return rehearsed_layers, traces
+
+
 @pytest.mark.parametrize(
-    "family, changes, card",
+    "family, changes, card, levers",
     [
-        ("llama", {"num_hidden_layers": 7}, "3060"),
+        ("llama", {"num_hidden_layers": 7}, "3060", USUAL),
         *(
-            pytest.param(family, changes, card, marks=pytest.mark.slow)
-            for family, changes, card in (
-                ("llama", {"num_hidden_layers": 9}, "T4"),
-                ("gemma2", {"num_hidden_layers": 12}, "3060"),
-                ("gemma3", {"num_hidden_layers": 13, "layer_types": THIRDS[:13]}, "3060"),
-                ("gemma3", {"num_hidden_layers": 13, "layer_types": THIRDS[:13]}, "T4"),
+            pytest.param(family, changes, card, levers, marks=pytest.mark.slow)
+            for family, changes, card, levers in (
+                ("llama", {"num_hidden_layers": 9}, "T4", USUAL),
+                ("llama", {"num_hidden_layers": 9}, "3060", Levers(num_slots=3)),
+                ("llama", {"num_hidden_layers": 9}, "3060", Levers(num_keep_all=9)),
+                ("llama", {"num_hidden_layers": 12}, "T4", Levers(num_keep_all=1)),
+                ("llama", {"num_hidden_layers": 12}, "3060", Levers(num_keep_attention=5)),
+                (
+                    "llama",
+                    {"num_hidden_layers": 16},
+                    "3060",
+                    Levers(num_keep_all=5, num_keep_attention=5),
+                ),
+                ("gemma2", {"num_hidden_layers": 16}, "3060", Levers(num_keep_all=7)),
+                ("gemma2", {"num_hidden_layers": 12}, "3060", USUAL),
+                ("gemma3", {"num_hidden_layers": 13, "layer_types": THIRDS[:13]}, "3060", USUAL),
+                ("gemma3", {"num_hidden_layers": 13, "layer_types": THIRDS[:13]}, "T4", USUAL),
             )
         ),
     ],
 )
 def test_a_model_rehearsed_by_few_layers_is_the_whole_model_to_the_byte(
-    monkeypatch, family, changes, card
+    monkeypatch, family, changes, card, levers
 ):
     config = config_of(family, **changes)
-    rehearsed_layers = []
-    follow = rehearsed._follow
-
-    def noting(config, *arguments):
-        rehearsed_layers.append(config.num_hidden_layers)
-        return follow(config, *arguments)
-
-    monkeypatch.setattr(rehearsed, "_follow", noting)
-    extended = rehearsal(config, card, pairs=2)
-    monkeypatch.setattr(rehearsed, "layers_to_rehearse", lambda num_layers, period: num_layers)
-    whole = rehearsal(config, card)
+    rehearsed_layers, traces = noted(monkeypatch)
+    extended = rehearsal(config, card, levers)
+    monkeypatch.setattr(rehearsed, "shorten", lambda types, *_: Short(list(range(len(types))), []))
+    whole = rehearsal(config, card, levers)
     *few, all_layers = rehearsed_layers
     assert max(few) < all_layers == config.num_hidden_layers
+    for (ours, our_bytes), (theirs, their_bytes) in zip(*traces, strict=True):
+        assert (ours.key, ours.is_birth, our_bytes) == (theirs.key, theirs.is_birth, their_bytes)
     for name in ("flops", "bytes_moved", "link_bytes", "seconds"):
         assert getattr(extended, name) == pytest.approx(getattr(whole, name), rel=1e-12), name
     same = {
         name: getattr(whole, name) for name in ("flops", "bytes_moved", "link_bytes", "seconds")
     }
     assert dataclasses.replace(extended, **same) == whole
+
+
+@pytest.mark.parametrize(
+    "levers",
+    [
+        Levers(num_keep_all=1),
+        pytest.param(Levers(num_keep_all=3, num_keep_attention=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_layers_that_keep_different_things_are_rehearsed_as_such(levers):
+    """Between all that keep nothing and all that keep all, by what each layer keeps."""
+    config = config_of(num_hidden_layers=8, hidden_size=512, intermediate_size=1024)
+    found = [rehearsal(config, levers=each) for each in (USUAL, levers, Levers(num_keep_all=8))]
+    for less, more in itertools.pairwise(found):
+        assert less.flops > more.flops
+        assert less.peak_allocated_bytes < more.peak_allocated_bytes
+
+
+@pytest.mark.slow
+def test_steps_followed_before_serve_other_numbers_of_layers_that_keep_all(monkeypatch):
+    config, followed = config_of(num_hidden_layers=16), {}
+    rehearsed_layers, _ = noted(monkeypatch)
+    first, second = (
+        rehearse(
+            config,
+            find_card("3060"),
+            settings_of(),
+            Levers(num_keep_all=num_keep_all),
+            [[tree_of_shape(TreeShape(20, 20, 20))]] * 2,
+            pack_tokens=64,
+            followed=followed,
+        )
+        for num_keep_all in (5, 9)
+    )
+    assert rehearsed_layers == [8, 10]
+    assert second == rehearsal(config, "3060", Levers(num_keep_all=9))
+    assert first.flops > second.flops
 
 
 @pytest.mark.slow

@@ -90,11 +90,12 @@ def test_killed_at_any_moment_a_resumed_run_gives_the_uninterrupted_losses(
     rng = random.Random(seed)
     data = write_rows(tmp_path / "pairs.jsonl", random_pairs(16))
 
-    def words(name: str, save_steps: int = 1) -> list[str]:
+    def words(name: str, save_steps: int = 1, keeps: str = "nothing") -> list[str]:
         text = f"""train --model {llama_dir} --data {data} --output_dir {tmp_path / name}
             --cache_dir {tmp_path / f"cache-{name}"} --resume auto --batch_size 4 --max_steps 6
             --learning_rate 1e-3 --lora_r 4 --pack_tokens 128 --save_strategy steps
-            --save_steps {save_steps} --keep_checkpoints 1 --eval_fraction 0.3 --eval_steps 2"""
+            --save_steps {save_steps} --keep_checkpoints 1 --eval_fraction 0.3 --eval_steps 2
+            --keep_activations {keeps}"""
         return text.split()
 
     whole = server.run(words("whole"))
@@ -117,8 +118,9 @@ def test_killed_at_any_moment_a_resumed_run_gives_the_uninterrupted_losses(
                     moment = {"at_event": rng.randint(1, whole["events"])}
                 else:
                     moment = {"after_seconds": rng.uniform(0, whole["seconds"])}
-            moments.append(moment)
-            status = server.run(words(name, save_steps), **moment)["status"]
+            keeps = rng.choice(["nothing", "attention", "all"])  # of another plan each time
+            moments.append(moment | {"keeps": keeps})
+            status = server.run(words(name, save_steps, keeps), **moment)["status"]
             kills += status == -9
         where = f"CRASH_SEED={seed}, killed at {moments}\n{server.log.read_text()[-2000:]}"
         assert status == 0, where

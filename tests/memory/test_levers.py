@@ -1,0 +1,36 @@
+"""What a plan decides, as each layer sees it."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem_dpo.memory.levers import LEAST_SLOTS, Levers
+from lowmem_dpo.settings.configs import TrainConfig
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
+def test_keeps_has_an_entry_a_layer_and_what_keeps_most_comes_last(nothing, attention, all_):
+    levers = Levers(num_keep_all=all_, num_keep_attention=attention)
+    kept = levers.keeps(nothing + attention + all_)
+    assert kept == ["nothing"] * nothing + ["attention"] * attention + ["all"] * all_
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(1, 9))
+def test_keeps_refuses_more_layers_than_there_are(attention, all_, missing):
+    with pytest.raises(AssertionError):
+        Levers(num_keep_all=all_, num_keep_attention=attention).keeps(attention + all_ - missing)
+
+
+@pytest.mark.parametrize("keeps", ["nothing", "attention", "all"])
+@given(num_layers=st.integers(1, 100))
+def test_settings_are_of_all_layers(keeps, num_layers):
+    config = dataclasses.replace(TrainConfig(), keep_activations=keeps)
+    assert Levers.of(config, num_layers).keeps(num_layers) == [keeps] * num_layers
+
+
+def test_what_is_loaded_into_host_memory_is_what_the_levers_say():
+    assert Levers().parts_on_host == set()
+    assert Levers(num_slots=LEAST_SLOTS).parts_on_host == {"layers"}
+    assert Levers(num_slots=3, embedding_on_host=True).parts_on_host == {"layers", "embedding"}
