@@ -260,16 +260,26 @@ class Planner:
             return whole
         half = self.take(replace(levers, num_keep_attention=num_layers), plan.pack_tokens)
         costs = [_of_a_layer(each, plan, num_layers) for each in (whole, half)]
-        left = self.room.card_bytes - plan.rehearsal.peak_reserved_bytes
-        for share in ESTIMATES:
-            num_all, num_attention = _most_saved(costs, left * share, num_layers)
-            if not num_all and not num_attention:
-                break
-            kept = replace(levers, num_keep_all=num_all, num_keep_attention=num_attention)
-            found = half if num_attention == num_layers else self.take(kept, plan.pack_tokens)
-            if found.fits and sum(found.seconds) < sum(plan.seconds):
-                return found
-        return plan
+        best = plan
+        for places, freed_bytes in self._places_for_more(plan):
+            left = self.room.card_bytes - plan.rehearsal.peak_reserved_bytes + freed_bytes
+            for share in ESTIMATES:
+                num_all, num_attention = _most_saved(costs, left * share, num_layers)
+                if not num_all and not num_attention:
+                    break
+                kept = replace(places, num_keep_all=num_all, num_keep_attention=num_attention)
+                found = self.take(kept, plan.pack_tokens)
+                if found.fits:
+                    best = min(best, found, key=lambda each: sum(each.seconds))
+                    break
+        return best
+
+    def _places_for_more(self, plan: Plan) -> Iterator[tuple[Levers, int]]:
+        """Where layers may keep more: as planned, and with the embedding's memory too."""
+        yield plan.levers, 0
+        moved = replace(plan.levers, embedding_on_host=True)
+        if moved != plan.levers and moved in self._ladder():
+            yield moved, plan.rehearsal.components.get("embedding", 0)
 
 
 class _Cost(NamedTuple):
