@@ -42,7 +42,7 @@ from lowmem_dpo.model.head import HostHead
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.scoring import head_logps, score
 from lowmem_dpo.model.surgery import prepare_model
-from lowmem_dpo.packs.packing import pack_trees
+from lowmem_dpo.packs.packing import pack_trees, scored_tokens
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.reference.fill import Reference
 from lowmem_dpo.settings.groups import (
@@ -261,10 +261,7 @@ def follow_step(
 
 
 def _reference_of(trees: Sequence[Tree]) -> Reference:
-    logps = {
-        tree.digest: torch.zeros(tree.num_chosen_tokens + tree.num_rejected_tokens)
-        for tree in trees
-    }
+    logps = {tree.digest: torch.zeros(len(scored_tokens(tree).rows)) for tree in trees}
     return Reference(logps, same_fingerprint=True, num_scored=0, recheck_rms=None)
 
 

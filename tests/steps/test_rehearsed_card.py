@@ -10,10 +10,12 @@ from transformers import AutoConfig
 from lowmem_dpo.machine.card_table import GIB, find_card
 from lowmem_dpo.memory.extension import Short
 from lowmem_dpo.memory.levers import Levers
+from lowmem_dpo.packs.packing import scored_tokens
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.steps import rehearsed
 from lowmem_dpo.steps.rehearsed import StepSettings, TreeShape, rehearse, tree_of_shape
 from lowmem_dpo.training.policy import adapter_spec
+from tests.packs.folding import fold
 from tests.tiny import FAMILIES, SIZES
 
 USUAL = Levers()
@@ -200,6 +202,16 @@ def test_layer_inputs_and_head_on_the_host_leave_the_card():
     assert here.link_bytes < 2**20 < 2 * 7 * input_bytes < there.link_bytes
     # Two slices of the head, of 8,192 rows, are on the card while it is read.
     assert there.peak_allocated_bytes < here.peak_allocated_bytes - head_bytes / 2
+
+
+def test_pairs_whose_answers_begin_alike_are_rehearsed_too():
+    """What both score is scored once, and the prompt is not all of the trunk."""
+    alike = fold(0, (1,) * 40, (2,) * 30, (3,) * 20, 25, 25)
+    assert alike.num_chosen_tokens + alike.num_rejected_tokens > len(scored_tokens(alike).rows)
+    packs = [[alike, tree_of_shape(TreeShape(9, 9, 9))]] * 2
+    config = config_of(num_hidden_layers=1)
+    found = rehearse(config, find_card("3060"), settings_of(), USUAL, packs, pack_tokens=128)
+    assert found.fits and found.flops > 0
 
 
 @pytest.mark.slow
