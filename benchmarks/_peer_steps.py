@@ -25,13 +25,14 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import bitsandbytes
 import torch
-from _rehearsals import TreeShape, _collected_by_hand, _marked, extended
+from _rehearsals import Traced, TreeShape, _collected_by_hand, _marked, traced
 from _train_step_trl import bitsandbytes_linear
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -45,13 +46,13 @@ from lowmem_dpo.linears.lora import LoraLinear
 from lowmem_dpo.machine.card_table import Card
 from lowmem_dpo.machine.device import workspace_bytes
 from lowmem_dpo.memory.fake_card import CARD, FakeCard
-from lowmem_dpo.memory.rehearsal import Rehearsal, Totals, totals_of
+from lowmem_dpo.memory.rehearsal import Totals, totals_of
 from lowmem_dpo.memory.trace import Follower, Work
 from lowmem_dpo.weights.loading import unfilled_model
 
 RANK = 16
 DTYPE = torch.bfloat16
-ATTENTION = "flash_on_a_rehearsed_card"
+ATTENTION = "sdpa_on_a_rehearsed_card"
 _aten = torch.ops.aten
 
 
@@ -152,66 +153,96 @@ class PeerStep(NamedTuple):
     with_reference: bool = False
 
 
-def rehearse_peer(
-    config: PretrainedConfig, card: Card, step: PeerStep, limit_bytes: int | None = None
-) -> Rehearsal:
-    """A micro-batch and the update behind it, as `rehearse` does it for ours."""
-    return extended(config, card, lambda few: follow_peer(few, step)[0], limit_bytes)
+@dataclass(frozen=True)
+class PeerModel:
+    """A model as `DPOTrainer` has it behind the first micro-batch: gradients and moments are there.
 
-
-def peer_work(config: PretrainedConfig, step: PeerStep) -> list[tuple[list[Work], list[Work]]]:
-    """What a micro-batch computes and what the update does, with two layers and with three."""
-    found = []
-    for num_layers in (2, 3):
-        few = copy.deepcopy(config)
-        few.num_hidden_layers = num_layers
-        follower, place = follow_peer(few, step)
-        found.append((follower.work[:place], follower.work[place:]))
-    return found
-
-
-def totals_of_peer(
-    config: PretrainedConfig, card: Card, work: list[tuple[list[Work], list[Work]]]
-) -> tuple[Totals, Totals]:
-    """Of a micro-batch and of the update, of all layers, on a card."""
-    two, three = ([totals_of(part, card) for part in each] for each in work)
-    times = config.num_hidden_layers - 2
-    micro_batch, update = (a.extended(b, times) for a, b in zip(two, three, strict=True))
-    return micro_batch, update
-
-
-def follow_peer(config: PretrainedConfig, step: PeerStep) -> tuple[Follower, int]:
-    """Take a micro-batch and the update.
-
-    Returns:
-        What followed it, and where in its work the update begins.
+    Attributes:
+        mode: The card that it is on.
+        model: PEFT's.
+        layers: Its decoder layers.
+        parameters: Of the adapter.
+        optimizer: Theirs.
     """
-    follower, mode = Follower(CARD.type, {}), PickingCard()
+
+    mode: PickingCard
+    model: Any
+    layers: Any
+    parameters: list[nn.Parameter]
+    optimizer: Any
+
+
+def peer_model(config: PretrainedConfig) -> PeerModel:
+    """The model of a config, which stays as it is."""
+    mode, config = PickingCard(), copy.deepcopy(config)
     network = unfilled_model(config, quantization="nf4", dtype=DTYPE, device=CARD, mode=mode)
-    with mode, stand_ins(follower):
+    with mode:
         model = with_adapter(network.network)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = bitsandbytes.optim.AdamW(parameters, lr=5e-6, optim_bits=8)
         for index, parameter in enumerate(parameters):
             parameter.grad = torch.zeros_like(parameter)
             optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
-        trainer = trainer_of(model, precomputed=not step.with_reference)
-        _note_residents(follower, model, optimizer)
-        layers = SimpleNamespace(layers=network.layers, network=model)
-        with _collected_by_hand(), follower, _marked(follower, layers):  # type: ignore[arg-type]
-            follower.note_storage(workspace_bytes(), "other", "workspaces of cuBLAS")
-            follower.enter_section("data")
-            inputs = batch_of(step, mode)
-            loss = trainer.compute_loss(model, inputs)
-            follower.enter_section("head back")
-            (loss / 16).backward()
-            del loss, inputs
-            place = len(follower.work)
-            follower.enter_section("update")
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            with torch.no_grad():
-                for index, parameter in enumerate(parameters):
-                    optimizer.update_step(optimizer.param_groups[0], parameter, 0, index)
+    return PeerModel(mode, model, network.layers, parameters, optimizer)
+
+
+def trace_peer(config: PretrainedConfig, step: PeerStep) -> Traced:
+    """A micro-batch and the update behind it, as `rehearse` does it for ours."""
+    return traced(config, lambda few: follow_peer(peer_model(few), step)[0])
+
+
+def shortest(config: PretrainedConfig) -> list[PeerModel]:
+    """Models of one layer and of two."""
+    found = []
+    for num_layers in (1, 2):
+        few = copy.deepcopy(config)
+        few.num_hidden_layers = num_layers
+        found.append(peer_model(few))
+    return found
+
+
+def peer_work(models: list[PeerModel], step: PeerStep) -> list[tuple[list[Work], list[Work]]]:
+    """What a micro-batch computes and what the update does, with one layer and with two."""
+    found = []
+    for model in models:
+        follower, place = follow_peer(model, step)
+        found.append((follower.work[:place], follower.work[place:]))
+    return found
+
+
+def totals_of_peer(
+    num_layers: int, card: Card, work: list[tuple[list[Work], list[Work]]]
+) -> tuple[Totals, Totals]:
+    """Of a micro-batch and of the update, of all layers, on a card."""
+    one, two = ([totals_of(part, card) for part in each] for each in work)
+    micro_batch, update = (a.extended(b, num_layers - 1) for a, b in zip(one, two, strict=True))
+    return micro_batch, update
+
+
+def follow_peer(peer: PeerModel, step: PeerStep) -> tuple[Follower, int]:
+    """Take a micro-batch and the update.
+
+    Returns:
+        What followed it, and where in its work the update begins.
+    """
+    follower, optimizer = Follower(CARD.type, {}), peer.optimizer
+    trainer = trainer_of(peer.model, precomputed=not step.with_reference)
+    layers: Any = SimpleNamespace(layers=peer.layers, network=peer.model)
+    _note_residents(follower, peer)
+    with peer.mode, stand_ins(follower), _collected_by_hand(), follower, _marked(follower, layers):
+        follower.note_storage(workspace_bytes(), "other", "workspaces of cuBLAS")
+        follower.enter_section("data")
+        inputs = batch_of(step, peer.mode)
+        loss = trainer.compute_loss(peer.model, inputs)
+        follower.enter_section("head back")
+        (loss / 16).backward()
+        del loss, inputs
+        place = len(follower.work)
+        follower.enter_section("update")
+        torch.nn.utils.clip_grad_norm_(peer.parameters, 1.0)
+        with torch.no_grad():
+            for index, parameter in enumerate(peer.parameters):
+                optimizer.update_step(optimizer.param_groups[0], parameter, 0, index)
     return follower, place
 
 
@@ -282,15 +313,11 @@ def batch_of(step: PeerStep, mode: PickingCard) -> dict[str, Tensor]:
     return {name: tensor.to(CARD) for name, tensor in batch.items()}
 
 
-def _note_residents(follower: Follower, model: nn.Module, optimizer: Any) -> None:
+def _note_residents(follower: Follower, peer: PeerModel) -> None:
     """What is there before a step: weights and their scales, adapter, gradients, moments."""
-    layers = {
-        id(module): index
-        for index, layer in enumerate(model.get_base_model().model.layers)
-        for module in layer.modules()
-    }
+    layers = {id(module): i for i, layer in enumerate(peer.layers) for module in layer.modules()}
     adapter: list[tuple[nn.Parameter, int | None]] = []
-    for module in model.modules():
+    for module in peer.model.modules():
         place = layers.get(id(module))
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is None:
@@ -305,7 +332,7 @@ def _note_residents(follower: Follower, model: nn.Module, optimizer: Any) -> Non
                     follower.note_resident(part, "weights", place)
     for component in ("adapter", "gradients", "optimizer state"):
         for parameter, place in adapter:
-            held: list[Any] = list(optimizer.state[parameter].values())
+            held: list[Any] = list(peer.optimizer.state[parameter].values())
             held = {"adapter": [parameter], "gradients": [parameter.grad]}.get(component, held)
             for tensor in held:
                 if isinstance(tensor, Tensor):

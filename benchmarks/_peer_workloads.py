@@ -43,9 +43,15 @@ def of_file(
     preferences, _ = read_preferences(data)
     settings = EncodingSettings(max_length=max_length, on_bad_row="skip")
     trees, _ = encode_pairs(preferences, AutoTokenizer.from_pretrained(tokenizer), settings)
+    trees = [_of_its_shape(tree) for tree in trees]
     order = random.Random(seed).sample(trees, len(trees))
     starts = range(0, len(order) - num_pairs + 1, num_pairs)[:num_steps]
     return Workload("real lengths", trees, [order[s : s + num_pairs] for s in starts])
+
+
+def _of_its_shape(tree: Tree) -> Tree:
+    """Trunk and branches as long as the pair's; answers that begin alike count as prompt there."""
+    return tree_of_shape(TreeShape(tree.trunk_len, tree.chosen_len, tree.rejected_len))
 
 
 def shape_of(tree: Tree) -> TreeShape:

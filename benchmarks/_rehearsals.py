@@ -1,12 +1,13 @@
 """What benchmarks take from the program's rehearsals, in one place: our step, and what follows one.
 
-`rehearse_ours` is our side of every comparison; `extended` does for a peer's step what `rehearse`
-does for ours. All of it is rehearsed, never measured.
+`trace_ours` is our side of every comparison; `traced` does for a peer's step what `rehearse` does
+for ours. All of it is rehearsed, never measured.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from _common import ROOT
 from transformers import PretrainedConfig
@@ -15,7 +16,7 @@ from lowmem_dpo.machine.card_table import Card
 from lowmem_dpo.memory.extension import LayersDiffer, extend, happenings, layers_to_rehearse
 from lowmem_dpo.memory.levers import LEAST_SLOTS, Levers
 from lowmem_dpo.memory.rehearsal import CONTEXT_BYTES, Rehearsal, rehearsal_of, totals_of
-from lowmem_dpo.memory.trace import Follower
+from lowmem_dpo.memory.trace import Follower, Work
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, round_up_tokens
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.steps.rehearsed import (
@@ -39,11 +40,11 @@ __all__ = [
     "TreeShape",
     "_collected_by_hand",
     "_marked",
-    "extended",
     "fit_tokens",
     "model_config",
-    "rehearse_ours",
     "settings_of",
+    "trace_ours",
+    "traced",
     "tree_of_shape",
 ]
 
@@ -75,7 +76,28 @@ def fit_tokens(trees: Sequence[Tree]) -> int:
     return round_up_tokens(sum(tree.num_tokens for tree in trees), CARD_TOKEN_MULTIPLE)
 
 
-def rehearse_ours(
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A step that was followed; no card matters to it beside what kernels run there.
+
+    Attributes:
+        trace: Births and deaths, of all layers.
+        works: What is computed: with all layers, or with few and with one more.
+        times: How many layers more than few the model has; 0 with all layers.
+    """
+
+    trace: list[Any]
+    works: list[list[Work]]
+    times: int
+
+    def on(self, card: Card, limit_bytes: int | None = None) -> Rehearsal:
+        """That step on a card."""
+        totals = [totals_of(work, card) for work in self.works]
+        whole = totals[0].extended(totals[-1], self.times)
+        return rehearsal_of(self.trace, whole, card, limit_bytes=limit_bytes)
+
+
+def trace_ours(
     config: PretrainedConfig,
     card: Card,
     packs: Sequence[Sequence[Tree]],
@@ -83,8 +105,7 @@ def rehearse_ours(
     pack_tokens: int,
     levers: Levers = USUAL,
     trains: bool = True,
-    limit_bytes: int | None = None,
-) -> Rehearsal:
+) -> Traced:
     """Our step, from the embedding to the optimizer; arguments as of `rehearse`.
 
     Where some layers keep more than others, all of them are followed.
@@ -96,24 +117,20 @@ def rehearse_ours(
         return _follow(few, card, settings_of(), of_few, packs, pack_tokens, trains)
 
     are_alike = levers.num_keep_all in (0, config.num_hidden_layers)
-    return extended(config, card, follow, limit_bytes, are_alike=are_alike)
+    return traced(config, follow, are_alike=are_alike)
 
 
-def extended(
+def traced(
     config: PretrainedConfig,
-    card: Card,
     follow: Callable[[PretrainedConfig], Follower],
-    limit_bytes: int | None = None,
     *,
     are_alike: bool = True,
-) -> Rehearsal:
+) -> Traced:
     """A step of all layers, from two of few layers, as `rehearse` has it.
 
     Args:
         config: The model's config.json.
-        card: The card.
         follow: Follows the step of a model with fewer layers.
-        limit_bytes: As for `rehearse`.
         are_alike: Whether all layers do the same; if not, all are followed.
     """
     num_few = layers_to_rehearse(config.num_hidden_layers, 1)
@@ -122,8 +139,7 @@ def extended(
         few, more = (follow(_shortened(config, n)) for n in (num_few, num_few + 1))
         with contextlib.suppress(LayersDiffer):
             trace = extend(few.sections, more.sections, 1, times)
-            totals = totals_of(few.work, card).extended(totals_of(more.work, card), times)
-            return rehearsal_of(trace, totals, card, limit_bytes=limit_bytes)
+            return Traced(trace, [few.work, more.work], times)
     whole = follow(config)
     trace = [(each, each.storage.nbytes) for each in happenings(whole.sections)]
-    return rehearsal_of(trace, totals_of(whole.work, card), card, limit_bytes=limit_bytes)
+    return Traced(trace, [whole.work], 0)

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from _common import commit, versions, write_record
-from _peer_steps import PeerStep, peer_work, rehearse_peer, totals_of_peer
+from _peer_steps import PeerStep, peer_work, shortest, totals_of_peer, trace_peer
 from _peer_workloads import (
     Workload,
     micro_batches,
@@ -40,17 +40,18 @@ from _peer_workloads import (
 )
 from _rehearsals import (
     GIB,
-    Rehearsal,
+    Traced,
+    TreeShape,
     fit_tokens,
     model_config,
-    rehearse_ours,
+    trace_ours,
     tree_of_shape,
 )
 from transformers import PretrainedConfig
 
 from lowmem_dpo.machine.card_table import Card, find_card
 from lowmem_dpo.memory.levers import Levers
-from lowmem_dpo.memory.rehearsal import BEST, CONTEXT_BYTES, OTHER, Totals
+from lowmem_dpo.memory.rehearsal import BEST, CONTEXT_BYTES, OTHER, Rehearsal, Totals
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, choose_pack_tokens, pack_trees
 from lowmem_dpo.tokens.trees import Tree
 
@@ -79,6 +80,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if bool(options.data) != bool(options.tokenizer):
         parser.error("data and tokenizer go together; give both or none")
     options.batches = [int(size) for size in options.batches.split(",")]
+    if len({find_card(name).has_bfloat16 for name in options.cards.split(",")}) > 1:
+        parser.error("cards must run the same kernels; name those of Turing apart")
     if any(options.pairs % size for size in options.batches):
         parser.error(f"batches must divide the {options.pairs} pairs of a step")
     return options
@@ -103,21 +106,23 @@ class Bench:
         config: The model's config.json.
         card: The card.
         work_of: What a peer's micro-batch computes; no card matters to it.
-        peak_of: A rehearsal of a peer's micro-batch with all layers.
+        trace_of: A peer's micro-batch with all layers.
+        ours_of: Our step, by the pairs of its micro-batches, N and other arguments.
     """
 
     config: PretrainedConfig
     card: Card
     work_of: Callable[[PeerStep], Any]
-    peak_of: Callable[[PeerStep], Rehearsal]
+    trace_of: Callable[[PeerStep], Traced]
+    ours_of: Callable[..., Traced]
 
     def totals_of(self, step: PeerStep) -> tuple[Totals, Totals]:
         """Of a peer's micro-batch, and of the update."""
-        return totals_of_peer(self.config, self.card, self.work_of(step))
+        return totals_of_peer(self.config.num_hidden_layers, self.card, self.work_of(step))
 
     def ours(self, packs: Sequence[Sequence[Tree]], n: int, **options: Any) -> Rehearsal:
         """Our step in micro-batches of n tokens."""
-        return rehearse_ours(self.config, self.card, packs, pack_tokens=n, **options)
+        return self.ours_of(packs, n, **options).on(self.card)
 
 
 def peer_rows(bench: Bench, work: Workload, sizes: Sequence[int]) -> list[Row]:
@@ -126,7 +131,7 @@ def peer_rows(bench: Bench, work: Workload, sizes: Sequence[int]) -> list[Row]:
     def peak(size: int) -> Rehearsal:
         # The reference in the step needs no more: nothing of it is kept.
         batches = (batch for step in work.steps for batch in micro_batches(step, size))
-        return bench.peak_of(PeerStep(max(batches, key=padded_tokens)))
+        return bench.trace_of(PeerStep(max(batches, key=padded_tokens))).on(bench.card)
 
     fitting = [size for size in sizes if has_room(bench, peak(size).peak_reserved_bytes)]
     rows = []
@@ -192,9 +197,11 @@ def levers_of(bench: Bench, trees: list[Tree], n: int, usual: Totals) -> dict[st
         tree = tree_of_shape(shape)
         return totals_from(bench.ours([[tree]] * num_packs, fit_tokens([tree])))
 
-    # Two micro-batches less one: what every pair but the first adds.
     shapes = [shape_of(tree) for tree in trees]
-    more = [sub(alone(shape, 2), alone(shape, 1)) for shape in shapes[1:]]
+    # A step of two micro-batches less one of one is a micro-batch; the rest of this is an update.
+    one, two = alone(shapes[0], 1), alone(shapes[0], 2)
+    update = sub(one, sub(two, one))
+    singly = added([alone(shape, 1) for shape in shapes])
     packs = packed(trees, n)
     config = bench.config
     num_scored = sum(shape.chosen + shape.rejected for shape in shapes)
@@ -202,7 +209,7 @@ def levers_of(bench: Bench, trees: list[Tree], n: int, usual: Totals) -> dict[st
     last = 2.0 * n * len(packs) * config.hidden_size * config.intermediate_size
     off = {
         "prompts apart": totals_from(bench.ours(packed(apart, n_apart), n_apart)),
-        "a pair a micro-batch": added([alone(shapes[0], 1), *more]),
+        "a pair a micro-batch": sub(singly, added([update] * (len(shapes) - 1))),
         "logits a second time": added([usual, products(bench.card, head)]),
         "down product a second time": added(
             [usual, products(bench.card, last * config.num_hidden_layers)]
@@ -304,16 +311,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Rehearse, print, record."""
     options = parse(arguments)
     config = model_config(options.model)
-    work_of = functools.cache(functools.partial(peer_work, config))
+    work_of = functools.cache(functools.partial(peer_work, shortest(config)))
+    trace_of = functools.cache(functools.partial(trace_peer, config))
+    cards = [find_card(name) for name in options.cards.split(",")]
+
+    traces: dict[Any, Traced] = {}
+
+    def ours_of(packs: Sequence[Sequence[Tree]], n: int, **others: Any) -> Traced:
+        key = (*(tuple(tree.digest for tree in pack) for pack in packs), n, *others.items())
+        if key not in traces:
+            traces[key] = trace_ours(config, cards[0], packs, pack_tokens=n, **others)
+        return traces[key]
+
     known = versions()
     peers = ", ".join(f"{name} {known[name]}" for name in ("trl", "peft", "bitsandbytes"))
     print(f"{options.model}; rehearsed, not measured; {peers}; commit {commit()}")
     print("a ! behind reserved (GiB): does not fit beside the context")
     results: list[Row] = []
-    for card in map(find_card, options.cards.split(",")):
-        peak_of = functools.cache(functools.partial(rehearse_peer, config, card))
-        bench = Bench(config, card, work_of, peak_of)
-        for work in workloads(options):
+    for work in workloads(options):
+        for card in cards:
+            bench = Bench(config, card, work_of, trace_of, ours_of)
             results += rows_of(bench, work, options)
             if options.output:
                 names = ("model", "lengths", "max_length", "pairs", "steps", "batches", "seed")
