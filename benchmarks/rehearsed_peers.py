@@ -149,8 +149,8 @@ def peer_rows(bench: Bench, work: Workload, sizes: Sequence[int]) -> list[Row]:
     return rows
 
 
-def our_rows(bench: Bench, work: Workload, num_pairs: int) -> tuple[list[Row], dict[str, Any]]:
-    """Ours with layers that run again, and with as many as fit that keep all; levers."""
+def our_rows(bench: Bench, work: Workload, num_pairs: int) -> tuple[list[Row], list[Tree], int]:
+    """Ours with layers that run again, and with as many as fit that keep all; the step and N."""
     least = max(fit_tokens([tree]) for tree in work.trees)
     n = chosen_tokens(work.trees, num_pairs)
     steps = []
@@ -167,7 +167,7 @@ def our_rows(bench: Bench, work: Workload, num_pairs: int) -> tuple[list[Row], d
             name = f"ours, N {tokens}, {num_kept} layers keep all"
             figures = [totals_from(kept), len(packs), tokens * len(packs)]
             rows.append(row_of(name, *figures, kept.peak_reserved_bytes))
-    return rows, levers_of(bench, trees, n, totals_from(found))
+    return rows, trees, n
 
 
 def most_kept(
@@ -187,8 +187,9 @@ def most_kept(
     return max(num_kept, 0), found if num_kept > 0 else None
 
 
-def levers_of(bench: Bench, trees: list[Tree], n: int, usual: Totals) -> dict[str, Any]:
+def levers_of(bench: Bench, trees: list[Tree], n: int) -> dict[str, Any]:
     """Seconds of a step over ours, best and other case, with one lever off at a time."""
+    usual = totals_from(bench.ours(packed(trees, n), n))
     apart = [unshared(tree) for tree in trees]
     n_apart = chosen_tokens(apart, len(apart))
 
@@ -281,7 +282,7 @@ def row_of(impl: str, totals: Totals, num_batches: int, tokens: int, reserved_by
 
 def rows_of(bench: Bench, work: Workload, options: argparse.Namespace) -> list[Row]:
     """Print and give all rows of a card and some steps."""
-    ours, levers = our_rows(bench, work, options.pairs)
+    ours, trees, n = our_rows(bench, work, options.pairs)
     rows = [*ours, *peer_rows(bench, work, options.batches)]
     best = min(ours, key=lambda row: row["seconds"][0])
     print(f"\n{bench.card.name}, a step of {options.pairs} pairs, {work.name} (rehearsed)")
@@ -298,9 +299,10 @@ def rows_of(bench: Bench, work: Workload, options: argparse.Namespace) -> list[R
             f"{row['impl']:47}{row['micro_batches']:8}{row['tokens']:8}"
             f"{reserved + '!' * (not row['fits']):>10}{row['flops'] / 1e12:8.0f}"
             f"{row['bytes_moved'] / 1e9:8.0f}{row['launches']:10}{f'{low:.1f} to {high:.1f}':>16}"
-            f"{'{:.2f} to {:.2f}'.format(*row['ratio']):>14}"
+            f"{'{:.2f} to {:.2f}'.format(*row['ratio']):>14}",
+            flush=True,
         )
-    levers["layers run again"] = ours[0]["ratio"]
+    levers = levers_of(bench, trees, n) | {"layers run again": ours[0]["ratio"]}
     print("levers of ours off, seconds over ours:")
     for name, (low, high) in levers.items():
         print(f"  {name:45}{f'{low:.2f} to {high:.2f}':>14}", flush=True)

@@ -31,11 +31,15 @@ def step(levers, num_tokens, *, pairs=1, vocab_size=SHAPE_8B["vocab_size"]):
     return rehearse(config, find_card("3090"), settings, levers, packs, pack_tokens=num_tokens)
 
 
-@pytest.mark.parametrize("levers", [RESIDENT, STREAMED], ids=["resident", "streamed"])
-def test_memory_is_a_line_in_tokens_of_at_most_98_kb_each(levers):
-    few, more, most = (step(levers, n * TILE_ROWS).peak_allocated_bytes for n in (2, 3, 4))
+def test_memory_is_a_line_in_tokens_of_at_most_98_kb_each():
+    few, more, most = (step(RESIDENT, n * TILE_ROWS).peak_allocated_bytes for n in (2, 3, 4))
     assert most - few <= 2 * TILE_ROWS * BYTES_PER_TOKEN
     assert most - more == pytest.approx(more - few, rel=0.02)
+
+
+def test_memory_grows_by_at_most_98_kb_a_token_where_weights_are_streamed():
+    few, more = (step(STREAMED, n * TILE_ROWS).peak_allocated_bytes for n in (2, 3))
+    assert more - few <= TILE_ROWS * BYTES_PER_TOKEN
 
 
 def test_memory_does_not_grow_with_the_vocabulary_beside_embedding_and_head():
@@ -47,5 +51,5 @@ def test_memory_does_not_grow_with_the_vocabulary_beside_embedding_and_head():
 
 
 def test_memory_grows_with_the_pairs_of_a_step_by_a_few_numbers_each():
-    few, many = (step(RESIDENT, 384, pairs=n) for n in (2, 8))
-    assert abs(many.peak_allocated_bytes - few.peak_allocated_bytes) <= 6 * 8192
+    few, many = (step(RESIDENT, 384, pairs=n) for n in (2, 5))
+    assert abs(many.peak_allocated_bytes - few.peak_allocated_bytes) <= 3 * 8192
