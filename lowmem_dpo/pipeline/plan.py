@@ -7,7 +7,9 @@ printed is rehearsed, never measured.
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,7 +164,9 @@ def forecast_of(
         tokenizer = load_tokenizer(base, config.init_adapter, model)
         template = choose_template(tokenizer, config)
         folder = cache_folder(config.cache_dir)
-        pairs = load_pairs(config, config, template, folder, seed=config.seed)
+        # What is said of the pairs is no part of the object.
+        with redirect_stdout(sys.stderr) if config.json else nullcontext():
+            pairs = load_pairs(config, config, template, folder, seed=config.seed)
         trees = pairs.train + pairs.evaluation
         num_steps = Batches.of(config, len(pairs.train)).num_steps
     planner = planner_of(model, card, room, config, trees)
