@@ -57,7 +57,7 @@ def test_rehearsed_peers_counts_the_products_of_both_sides(tiny_config, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_PEERS, reason="needs trl, peft and bitsandbytes")
-def test_a_peer_of_few_layers_extended_is_the_whole_one(tiny_config):
+def test_a_peer_extended_from_one_layer_agrees_with_one_extended_from_five(tiny_config):
     from _peer_steps import PeerStep, peer_work, shortest, totals_of_peer, trace_peer
     from _rehearsals import TreeShape, model_config
 
