@@ -32,7 +32,7 @@ from unittest.mock import patch
 
 import bitsandbytes
 import torch
-from _rehearsals import Traced, TreeShape, _collected_by_hand, _marked, traced
+from _rehearsals import TreeShape, _collected_by_hand, _marked, trace_of_peer
 from _train_step_trl import bitsandbytes_linear
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ from trl.trainer.utils import add_fused_lm_head
 from lowmem_dpo.linears.lora import LoraLinear
 from lowmem_dpo.machine.card_table import Card
 from lowmem_dpo.machine.device import workspace_bytes
+from lowmem_dpo.memory.extension import Trace
 from lowmem_dpo.memory.fake_card import CARD, FakeCard
 from lowmem_dpo.memory.rehearsal import Totals, totals_of
 from lowmem_dpo.memory.trace import Follower, Work
@@ -186,9 +187,9 @@ def peer_model(config: PretrainedConfig) -> PeerModel:
     return PeerModel(mode, model, network.layers, parameters, optimizer)
 
 
-def trace_peer(config: PretrainedConfig, step: PeerStep) -> Traced:
+def trace_peer(config: PretrainedConfig, step: PeerStep) -> Trace:
     """A micro-batch and the update behind it, as `rehearse` does it for ours."""
-    return traced(config, lambda few: follow_peer(peer_model(few), step)[0])
+    return trace_of_peer(config, lambda few: follow_peer(peer_model(few), step)[0])
 
 
 def shortest(config: PretrainedConfig) -> list[PeerModel]:

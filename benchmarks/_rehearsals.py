@@ -1,22 +1,19 @@
 """What benchmarks take from the program's rehearsals, in one place: our step, and what follows one.
 
-`trace_ours` is our side of every comparison; `traced` does for a peer's step what `rehearse` does
-for ours. All of it is rehearsed, never measured.
+`trace_ours` is our side of every comparison; `trace_of_peer` does for a peer's step what `rehearse`
+does for ours. All of it is rehearsed, never measured.
 """
 
-import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from _common import ROOT
 from transformers import PretrainedConfig
 
 from lowmem_dpo.machine.card_table import Card
-from lowmem_dpo.memory.extension import LayersDiffer, extend, happenings, layers_to_rehearse
+from lowmem_dpo.memory.extension import Trace, trace_of
 from lowmem_dpo.memory.levers import LEAST_SLOTS, Levers
 from lowmem_dpo.memory.rehearsal import CONTEXT_BYTES, Rehearsal, rehearsal_of, totals_of
-from lowmem_dpo.memory.trace import Follower, Work
+from lowmem_dpo.memory.trace import Follower, Section
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, round_up_tokens
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.steps.rehearsed import (
@@ -26,6 +23,7 @@ from lowmem_dpo.steps.rehearsed import (
     _follow,
     _marked,
     _shortened,
+    shortened_config,
     tree_of_shape,
 )
 from lowmem_dpo.tokens.trees import Tree
@@ -42,9 +40,10 @@ __all__ = [
     "_marked",
     "fit_tokens",
     "model_config",
+    "rehearsed",
     "settings_of",
+    "trace_of_peer",
     "trace_ours",
-    "traced",
     "tree_of_shape",
 ]
 
@@ -76,25 +75,9 @@ def fit_tokens(trees: Sequence[Tree]) -> int:
     return round_up_tokens(sum(tree.num_tokens for tree in trees), CARD_TOKEN_MULTIPLE)
 
 
-@dataclasses.dataclass(frozen=True)
-class Traced:
-    """A step that was followed; no card matters to it beside what kernels run there.
-
-    Attributes:
-        trace: Births and deaths, of all layers.
-        works: What is computed: with all layers, or with few and with one more.
-        times: How many layers more than few the model has; 0 with all layers.
-    """
-
-    trace: list[Any]
-    works: list[list[Work]]
-    times: int
-
-    def on(self, card: Card, limit_bytes: int | None = None) -> Rehearsal:
-        """That step on a card."""
-        totals = [totals_of(work, card) for work in self.works]
-        whole = totals[0].extended(totals[-1], self.times)
-        return rehearsal_of(self.trace, whole, card, limit_bytes=limit_bytes)
+def rehearsed(trace: Trace, card: Card, limit_bytes: int | None = None) -> Rehearsal:
+    """A step that was followed, on a card: none matters to it beside what kernels run there."""
+    return rehearsal_of(trace.events, totals_of(trace.work, card), card, limit_bytes=limit_bytes)
 
 
 def trace_ours(
@@ -105,41 +88,25 @@ def trace_ours(
     pack_tokens: int,
     levers: Levers = USUAL,
     trains: bool = True,
-) -> Traced:
-    """Our step, from the embedding to the optimizer; arguments as of `rehearse`.
+) -> Trace:
+    """Our step, from the embedding to the optimizer; arguments as of `rehearse`."""
 
-    Where some layers keep more than others, all of them are followed.
-    """
+    def follow(layers: Sequence[int]) -> list[Section]:
+        few, fewer = _shortened(config, levers, layers)
+        return _follow(few, fewer, card, settings_of(), packs, pack_tokens, trains).sections
 
-    def follow(few: PretrainedConfig) -> Follower:
-        kept = {"num_keep_all": min(levers.num_keep_all, few.num_hidden_layers)}
-        of_few = dataclasses.replace(levers, **kept)
-        return _follow(few, card, settings_of(), of_few, packs, pack_tokens, trains)
-
-    are_alike = levers.num_keep_all in (0, config.num_hidden_layers)
-    return traced(config, follow, are_alike=are_alike)
+    kept = levers.keeps(config.num_hidden_layers)
+    return trace_of(["alike"] * len(kept), kept, follow)
 
 
-def traced(
-    config: PretrainedConfig,
-    follow: Callable[[PretrainedConfig], Follower],
-    *,
-    are_alike: bool = True,
-) -> Traced:
-    """A step of all layers, from two of few layers, as `rehearse` has it.
+def trace_of_peer(
+    config: PretrainedConfig, follow: Callable[[PretrainedConfig], Follower]
+) -> Trace:
+    """A peer's step of all layers, from two of few layers, as `rehearse` has it.
 
     Args:
         config: The model's config.json.
         follow: Follows the step of a model with fewer layers.
-        are_alike: Whether all layers do the same; if not, all are followed.
     """
-    num_few = layers_to_rehearse(config.num_hidden_layers, 1)
-    times = config.num_hidden_layers - num_few
-    if are_alike and times > 1:
-        few, more = (follow(_shortened(config, n)) for n in (num_few, num_few + 1))
-        with contextlib.suppress(LayersDiffer):
-            trace = extend(few.sections, more.sections, 1, times)
-            return Traced(trace, [few.work, more.work], times)
-    whole = follow(config)
-    trace = [(each, each.storage.nbytes) for each in happenings(whole.sections)]
-    return Traced(trace, [whole.work], 0)
+    alike = ["alike"] * config.num_hidden_layers
+    return trace_of(alike, alike, lambda layers: follow(shortened_config(config, layers)).sections)

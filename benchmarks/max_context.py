@@ -33,6 +33,7 @@ from _rehearsals import (
     TreeShape,
     fit_tokens,
     model_config,
+    rehearsed,
     trace_ours,
     tree_of_shape,
 )
@@ -120,7 +121,7 @@ def of_pairs(
     """Two micro-batches of so many pairs each; the second finds the gradients of the first."""
     trees = [tree_of_shape(shape)] * pairs
     n = fit_tokens(trees)
-    return trace_ours(config, card, [trees] * 2, pack_tokens=n, levers=levers).on(card)
+    return rehearsed(trace_ours(config, card, [trees] * 2, pack_tokens=n, levers=levers), card)
 
 
 def row_of(found: Rehearsal, pairs: int) -> dict[str, Any]:

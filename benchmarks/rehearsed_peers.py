@@ -40,10 +40,11 @@ from _peer_workloads import (
 )
 from _rehearsals import (
     GIB,
-    Traced,
+    Trace,
     TreeShape,
     fit_tokens,
     model_config,
+    rehearsed,
     trace_ours,
     tree_of_shape,
 )
@@ -113,8 +114,8 @@ class Bench:
     config: PretrainedConfig
     card: Card
     work_of: Callable[[PeerStep], Any]
-    trace_of: Callable[[PeerStep], Traced]
-    ours_of: Callable[..., Traced]
+    trace_of: Callable[[PeerStep], Trace]
+    ours_of: Callable[..., Trace]
 
     def totals_of(self, step: PeerStep) -> tuple[Totals, Totals]:
         """Of a peer's micro-batch, and of the update."""
@@ -122,7 +123,7 @@ class Bench:
 
     def ours(self, packs: Sequence[Sequence[Tree]], n: int, **options: Any) -> Rehearsal:
         """Our step in micro-batches of n tokens."""
-        return self.ours_of(packs, n, **options).on(self.card)
+        return rehearsed(self.ours_of(packs, n, **options), self.card)
 
 
 def peer_rows(bench: Bench, work: Workload, sizes: Sequence[int]) -> list[Row]:
@@ -131,7 +132,7 @@ def peer_rows(bench: Bench, work: Workload, sizes: Sequence[int]) -> list[Row]:
     def peak(size: int) -> Rehearsal:
         # The reference in the step needs no more: nothing of it is kept.
         batches = (batch for step in work.steps for batch in micro_batches(step, size))
-        return bench.trace_of(PeerStep(max(batches, key=padded_tokens))).on(bench.card)
+        return rehearsed(bench.trace_of(PeerStep(max(batches, key=padded_tokens))), bench.card)
 
     fitting = [size for size in sizes if has_room(bench, peak(size).peak_reserved_bytes)]
     rows = []
@@ -317,9 +318,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trace_of = functools.cache(functools.partial(trace_peer, config))
     cards = [find_card(name) for name in options.cards.split(",")]
 
-    traces: dict[Any, Traced] = {}
+    traces: dict[Any, Trace] = {}
 
-    def ours_of(packs: Sequence[Sequence[Tree]], n: int, **others: Any) -> Traced:
+    def ours_of(packs: Sequence[Sequence[Tree]], n: int, **others: Any) -> Trace:
         key = (*(tuple(tree.digest for tree in pack) for pack in packs), n, *others.items())
         if key not in traces:
             traces[key] = trace_ours(config, cards[0], packs, pack_tokens=n, **others)

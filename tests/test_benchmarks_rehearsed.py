@@ -59,13 +59,13 @@ def test_rehearsed_peers_counts_the_products_of_both_sides(tiny_config, tmp_path
 @pytest.mark.skipif(not HAS_PEERS, reason="needs trl, peft and bitsandbytes")
 def test_a_peer_extended_from_one_layer_agrees_with_one_extended_from_five(tiny_config):
     from _peer_steps import PeerStep, peer_work, shortest, totals_of_peer, trace_peer
-    from _rehearsals import TreeShape, model_config
+    from _rehearsals import TreeShape, model_config, rehearsed
 
     from lowmem_dpo.machine.card_table import find_card
 
     config, card = model_config(tiny_config), find_card("3090")
     step = PeerStep((TreeShape(20, 30, 25), TreeShape(10, 5, 40)), with_reference=True)
-    found = trace_peer(config, step).on(card)
+    found = rehearsed(trace_peer(config, step), card)
     parts = totals_of_peer(7, card, peer_work(shortest(config), step))
     assert sum(part.flops for part in parts) == pytest.approx(found.flops, rel=1e-12)
     assert sum(part.launches for part in parts) == found.launches

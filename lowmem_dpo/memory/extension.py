@@ -14,8 +14,9 @@ What dies between two births may die in any order: Python and autograd choose it
 objects are nested, and the allocator is the same after it. So here it is in the order of its names.
 """
 
+import contextlib
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from lowmem_dpo.memory.trace import Event, Key, Section, Storage, Work
@@ -261,3 +262,42 @@ def extend_work(
         yield from ((each, times) for each in section.work)
     for section in more:
         yield from ((each, ratio) for each in section.work)
+
+
+class Trace(NamedTuple):
+    """What a step of a whole model does.
+
+    Attributes:
+        events: Births and deaths in order, with the size of each storage.
+        work: What is computed, and how often.
+    """
+
+    events: list[tuple[Happening, int]]
+    work: list[tuple[Work, float]]
+
+
+def trace_of(
+    types: Sequence[Hashable],
+    kept: Sequence[Hashable],
+    follow: Callable[[Sequence[int]], Sequence[Section]],
+    *,
+    may_extend: bool = True,
+) -> Trace:
+    """Follow a step of few layers and of a few more, and extend it; or follow it as a whole.
+
+    Args:
+        types: Of each layer.
+        kept: What each layer keeps for the backward pass.
+        follow: Follows a step of some of the layers.
+        may_extend: Whether few layers can tell of all.
+    """
+    short, longer = (shorten(types, kept, num_more) for num_more in (0, 1))
+    if may_extend and len(longer.layers) < len(kept):
+        few, more = follow(short.layers), follow(longer.layers)
+        with contextlib.suppress(LayersDiffer):
+            return Trace(
+                extend(few, more, short.repeats), list(extend_work(few, more, short.repeats))
+            )
+    sections = follow(range(len(kept)))
+    events = [(each, each.storage.nbytes) for each in happenings(sections)]
+    return Trace(events, [(each, 1) for section in sections for each in section.work])

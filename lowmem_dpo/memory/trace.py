@@ -268,7 +268,8 @@ class Follower(TorchDispatchMode):
         if on_card and any(each.device.type != self.device_type for each in (*inputs, *outputs)):
             link_bytes = max(map(_nbytes, outputs), default=0)
         if on_card:
-            is_half = bool(inputs) and inputs[0].element_size() == 2
+            factor = inputs[:1] if first is None else [args[first]]
+            is_half = bool(factor) and factor[0].element_size() == 2
             self.sections[-1].work.append(Work(flops, nbytes, link_bytes, is_half))
 
 

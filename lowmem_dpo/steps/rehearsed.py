@@ -6,7 +6,6 @@ No formula says what a step needs, so none can be wrong of it: with real tensors
 sees the same bytes.
 """
 
-import contextlib
 import copy
 import gc
 import inspect
@@ -25,13 +24,7 @@ from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import LossChoice
 from lowmem_dpo.machine.card_table import Card
 from lowmem_dpo.machine.device import resolve_dtype, workspace_bytes
-from lowmem_dpo.memory.extension import (
-    LayersDiffer,
-    extend,
-    extend_work,
-    happenings,
-    shorten,
-)
+from lowmem_dpo.memory.extension import trace_of
 from lowmem_dpo.memory.fake_card import CARD, FakeCard
 from lowmem_dpo.memory.levers import LEAST_SLOTS, Levers
 from lowmem_dpo.memory.rehearsal import Rehearsal, rehearsal_of, totals_of
@@ -130,18 +123,14 @@ def rehearse(
             steps[name] = _follow(shortened, fewer, card, settings, packs, pack_tokens, trains)
         return steps[name]
 
-    short, longer = (shorten(types, levers.keeps(num_layers), more) for more in (0, 1))
-    turns = levers.num_slots in (None, LEAST_SLOTS)  # of more slots, few layers all have one
-    if turns and len(longer.layers) < num_layers:
-        few, more = follow(short.layers).sections, follow(longer.layers).sections
-        with contextlib.suppress(LayersDiffer):
-            trace = extend(few, more, short.repeats)
-            totals = totals_of(extend_work(few, more, short.repeats), card)
-            return rehearsal_of(trace, totals, card, limit_bytes=limit_bytes)
-    whole = follow(range(num_layers))
-    trace = [(each, each.storage.nbytes) for each in happenings(whole.sections)]
-    totals = totals_of(((each, 1) for each in whole.work), card)
-    return rehearsal_of(trace, totals, card, limit_bytes=limit_bytes)
+    trace = trace_of(
+        types,
+        levers.keeps(num_layers),
+        lambda layers: follow(layers).sections,
+        # Of many slots, few layers all have one.
+        may_extend=levers.num_slots in (None, LEAST_SLOTS),
+    )
+    return rehearsal_of(trace.events, totals_of(trace.work, card), card, limit_bytes=limit_bytes)
 
 
 def _shortened(
@@ -149,13 +138,19 @@ def _shortened(
 ) -> tuple[PretrainedConfig, Levers]:
     """The same model, and its levers, with some of its layers alone."""
     kept = [levers.keeps(config.num_hidden_layers)[layer] for layer in layers]
+    fewer = replace(
+        levers, num_keep_all=kept.count("all"), num_keep_attention=kept.count("attention")
+    )
+    return shortened_config(config, layers), fewer
+
+
+def shortened_config(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """The config.json of a model with some of its layers alone."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = len(layers)
     if types := getattr(config, "layer_types", None):
         config.layer_types = [types[layer] for layer in layers]
-    return config, replace(
-        levers, num_keep_all=kept.count("all"), num_keep_attention=kept.count("attention")
-    )
+    return config
 
 
 def _follow(

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from lowmem_dpo.machine.card_table import GIB, find_card
+from lowmem_dpo.memory import extension
 from lowmem_dpo.memory.extension import Short
 from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.packs.packing import scored_tokens
@@ -117,7 +118,7 @@ def test_a_model_rehearsed_by_few_layers_is_the_whole_model_to_the_byte(
     config = config_of(family, **changes)
     rehearsed_layers, traces = noted(monkeypatch)
     extended = rehearsal(config, card, levers)
-    monkeypatch.setattr(rehearsed, "shorten", lambda types, *_: Short(list(range(len(types))), []))
+    monkeypatch.setattr(extension, "shorten", lambda types, *_: Short(list(range(len(types))), []))
     whole = rehearsal(config, card, levers)
     *few, all_layers = rehearsed_layers
     assert max(few) < all_layers == config.num_hidden_layers
