@@ -10,7 +10,7 @@ import contextlib
 import copy
 import gc
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from lowmem_dpo.losses.types import LossChoice
 from lowmem_dpo.machine.card_table import Card
 from lowmem_dpo.machine.device import resolve_dtype, workspace_bytes
 from lowmem_dpo.memory.extension import (
+    Happening,
     LayersDiffer,
     extend,
     happenings,
@@ -34,8 +35,8 @@ from lowmem_dpo.memory.extension import (
 )
 from lowmem_dpo.memory.fake_card import CARD, FakeCard
 from lowmem_dpo.memory.levers import Levers
-from lowmem_dpo.memory.rehearsal import Rehearsal, rehearsal_of, totals_of
-from lowmem_dpo.memory.trace import Follower
+from lowmem_dpo.memory.rehearsal import Rehearsal, Totals, rehearsal_of, totals_of
+from lowmem_dpo.memory.trace import Follower, Section, Work
 from lowmem_dpo.model import layer as decoder_layer
 from lowmem_dpo.model.embedding import HostEmbedding
 from lowmem_dpo.model.head import HostHead
@@ -116,23 +117,64 @@ def rehearse(
         limit_bytes: What may be reserved; by default what the card has.
     """
 
-    def follow(num_layers: int) -> Follower:
-        shortened = _shortened(config, num_layers)
-        return _follow(shortened, card, settings, levers, packs, pack_tokens, trains)
+    def follow(shortened: PretrainedConfig) -> Followed:
+        follower = Follower(CARD.type, PLACES)
+        with unfilled(
+            shortened,
+            card,
+            follower,
+            settings.model,
+            settings.adapter,
+            levers,
+            settings.head_kernel,
+        ) as model:
+            follow_step(
+                model,
+                follower,
+                packs,
+                pack_tokens=pack_tokens,
+                objective=Objective.of(settings.loss),
+                optimizer=settings.optimizer,
+                trains=trains,
+            )
+        return follower.sections, [follower.work]
 
+    trace, (totals,) = trace_layers(config, card, follow)
+    return rehearsal_of(trace, totals, card, limit_bytes=limit_bytes)
+
+
+Followed = tuple[list[Section], list[list[Work]]]
+"""What happened, and what was computed, part by part."""
+
+
+def trace_layers(
+    config: PretrainedConfig, card: Card, follow: Callable[[PretrainedConfig], Followed]
+) -> tuple[list[tuple[Happening, int]], list[Totals]]:
+    """Follow a model with few layers, from which one with all of them is known.
+
+    Args:
+        config: The whole model's config.json.
+        card: The card.
+        follow: Follows a model of such a config.json.
+
+    Returns:
+        Births and deaths, with the size of each storage; and what each part computes.
+    """
     num_layers = config.num_hidden_layers
     period = period_of(getattr(config, "layer_types", None) or ["alike"] * num_layers)
     num_few = layers_to_rehearse(num_layers, period)
     times = (num_layers - num_few) // period
     if times > 1:
-        few, more = follow(num_few), follow(num_few + period)
+        few, few_parts = follow(_shortened(config, num_few))
+        more, more_parts = follow(_shortened(config, num_few + period))
         with contextlib.suppress(LayersDiffer):
-            trace = extend(few.sections, more.sections, period, times)
-            totals = totals_of(few.work, card).extended(totals_of(more.work, card), times)
-            return rehearsal_of(trace, totals, card, limit_bytes=limit_bytes)
-    whole = follow(num_layers)
-    trace = [(each, each.storage.nbytes) for each in happenings(whole.sections)]
-    return rehearsal_of(trace, totals_of(whole.work, card), card, limit_bytes=limit_bytes)
+            return extend(few, more, period, times), [
+                totals_of(one, card).extended(totals_of(other, card), times)
+                for one, other in zip(few_parts, more_parts, strict=True)
+            ]
+    whole, parts = follow(_shortened(config, num_layers))
+    trace = [(each, each.storage.nbytes) for each in happenings(whole)]
+    return trace, [totals_of(each, card) for each in parts]
 
 
 def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
@@ -144,45 +186,46 @@ def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
     return config
 
 
-def _follow(
+@contextmanager
+def unfilled(
     config: PretrainedConfig,
     card: Card,
-    settings: StepSettings,
+    follower: Follower,
+    settings: ModelSettings,
+    adapter: AdapterSpec | None,
     levers: Levers,
-    packs: Sequence[Sequence[Tree]],
-    pack_tokens: int,
-    trains: bool,
-) -> Follower:
-    """Follow a step of a whole model on tensors without memory."""
-    follower, mode = Follower(CARD.type, PLACES), FakeCard()
+    head_kernel: str,
+) -> Iterator[LanguageModel]:
+    """A prepared model on tensors without memory; inside, all tensors are such.
+
+    Args:
+        config: Its config.json.
+        card: The card, which need not be present.
+        follower: Is told of the kernels' launches.
+        settings: How it is stored, and by what it computes.
+        adapter: What kind of adapter it gets; None for none.
+        levers: Places in memory.
+        head_kernel: As for `prepare_model`.
+    """
+    mode = FakeCard()
     with rehearsing(RehearsedCard(card.capability, follower.note_launch)):
         model = unfilled_model(
             config,
-            quantization=settings.model.quantization,
-            dtype=resolve_dtype(settings.model.dtype, CARD),
+            quantization=settings.quantization,
+            dtype=resolve_dtype(settings.dtype, CARD),
             device=CARD,
             mode=mode,
             on_host=levers.parts_on_host,
         )
         with mode:
-            model = prepare_model(
+            yield prepare_model(
                 model,
-                settings.adapter,
+                adapter,
                 levers,
-                head_quantization=settings.model.head_quantization,
-                head_kernel=settings.head_kernel,
-                kernels=settings.model.allowed_kernels,
+                head_quantization=settings.head_quantization,
+                head_kernel=head_kernel,
+                kernels=settings.allowed_kernels,
             )
-            follow_step(
-                model,
-                follower,
-                packs,
-                pack_tokens=pack_tokens,
-                objective=Objective.of(settings.loss),
-                optimizer=settings.optimizer,
-                trains=trains,
-            )
-    return follower
 
 
 def tree_of_shape(shape: TreeShape) -> Tree:
@@ -225,10 +268,8 @@ def follow_step(
     parameters = lora_parameters(model.network)
     state = new_state(optimizer, list(parameters.values()), num_steps=1)
     allocate_moments(state.optimizer)
-    _note_residents(follower, model, state)
-    with _collected_by_hand(), follower, _marked(follower, model):
-        if model.device.type == "cuda":
-            follower.note_storage(workspace_bytes(), "other", "workspaces of cuBLAS")
+    note_residents(follower, model, state)
+    with followed(follower, model):
         follower.enter_section("data")
         trees = [tree for pack in packs for tree in pack]
         in_tensors = [pack for trees in packs for pack in pack_trees(trees, pack_tokens)]
@@ -267,17 +308,25 @@ def _step_optimizer(state: TrainingState) -> None:
 
 
 @contextmanager
-def _collected_by_hand() -> Iterator[None]:
-    """Inside, nothing dies at a moment that Python's collector of cycles happens to choose."""
+def followed(follower: Follower, model: LanguageModel) -> Iterator[None]:
+    """Inside, the follower follows, and the model's layers tell it where it is.
+
+    Nothing dies at a moment that Python's collector of cycles happens to choose.
+    """
     gc.disable()
     try:
-        yield
+        with follower, _marked(follower, model):
+            if model.device.type == "cuda":
+                follower.note_storage(workspace_bytes(), "other", "workspaces of cuBLAS")
+            yield
     finally:
         gc.enable()
 
 
-def _note_residents(follower: Follower, model: LanguageModel, state: TrainingState) -> None:
-    """What is there before a step: weights, adapter, the optimizer's moments."""
+def note_residents(
+    follower: Follower, model: LanguageModel, state: TrainingState | None = None
+) -> None:
+    """What is there before a step: weights, adapter, the optimizer's moments if there is one."""
     if model.slots is not None:  # before the layers' views of them
         for slot in model.slots.slots:
             follower.note_resident(slot.memory, "slots of NF4 layers", None)
@@ -307,6 +356,8 @@ def _note_residents(follower: Follower, model: LanguageModel, state: TrainingSta
         follower.note_resident(head.host, "head", None, is_pinned=follower.device_type == "cuda")
     for parameter, place in adapter:
         follower.note_resident(parameter, "adapter", place)
+    if state is None:
+        return
     for parameter, place in adapter:
         for value in state.optimizer.state[parameter].values():
             if isinstance(value, Tensor):

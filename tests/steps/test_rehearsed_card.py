@@ -83,13 +83,13 @@ def test_a_model_rehearsed_by_few_layers_is_the_whole_model_to_the_byte(
 ):
     config = config_of(family, **changes)
     rehearsed_layers = []
-    follow = rehearsed._follow
+    unfilled = rehearsed.unfilled
 
     def noting(config, *arguments):
         rehearsed_layers.append(config.num_hidden_layers)
-        return follow(config, *arguments)
+        return unfilled(config, *arguments)
 
-    monkeypatch.setattr(rehearsed, "_follow", noting)
+    monkeypatch.setattr(rehearsed, "unfilled", noting)
     extended = rehearsal(config, card, pairs=2)
     monkeypatch.setattr(rehearsed, "layers_to_rehearse", lambda num_layers, period: num_layers)
     whole = rehearsal(config, card)
