@@ -98,8 +98,11 @@ def choose_generation_levers(
     def plan(levers: Levers) -> GenerationPlan:
         what = config, card, settings, adapter, sampling, levers
         found = rehearse_generation(*what, prompt_tokens=prompt_tokens, limit_bytes=limit_bytes)
-        needed = found.rehearsal
-        return GenerationPlan(levers, needed.peak_reserved_bytes, found.token, needed.fits)
+        needed, fits = found.rehearsal.peak_reserved_bytes, found.rehearsal.fits
+        # What is free in it is given back where the limit is reached.
+        return GenerationPlan(
+            levers, min(needed, limit_bytes) if fits else needed, found.token, fits
+        )
 
     found = plan(Levers.of(places, config.num_hidden_layers))
     for changes in _rungs(config, settings, places):

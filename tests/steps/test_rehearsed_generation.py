@@ -46,8 +46,8 @@ def config_of(family="llama", **changes):
 
 def wide_config(**changes):
     """Of a model whose weights are large beside what the allocator rounds up."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 32768, "head_dim": 256}
-    return config_of(num_hidden_layers=8, **sizes | changes)
+    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "vocab_size": 32768, "head_dim": 256}
+    return config_of(num_hidden_layers=6, **sizes | changes)
 
 
 def real_model(folder, dtype, levers):
@@ -82,10 +82,10 @@ def test_a_rehearsal_has_the_bytes_of_the_real_one(
     tiny_checkpoint, family, dtype, levers, sampling
 ):
     folder, _ = tiny_checkpoint(family)
+    real, model = Follower("cpu", PLACES), real_model(folder, dtype, levers)
     for remembered in (dynamic_code, nf4_levels):
         remembered.cache_clear()
-    real = Follower("cpu", PLACES)
-    parts = follow_generation(real_model(folder, dtype, levers), real, sampling, 20)
+    parts = follow_generation(model, real, sampling, 20)
     found, mode = Follower("cpu", PLACES), FakeCard()
     how = {"quantization": "nf4", "dtype": dtype, "device": CPU, "on_host": levers.parts_on_host}
     with rehearsing(RehearsedCard((8, 6), found.note_launch)):
@@ -138,8 +138,9 @@ def test_memory_grows_with_the_answer_by_the_cache_alone(family, num_full):
     assert peaks[1] - peaks[0] == 64 * bytes_a_token
 
 
+@pytest.mark.slow
 def test_no_square_of_the_prompt_is_needed_by_any_family():
-    for family in FAMILIES:
+    for family in FAMILIES.keys() - {"phi3-longrope"}:  # which takes no long prompt
         peaks = [
             rehearse_generation(
                 config_of(family), card, SETTINGS, None, SETTINGS, Levers(), prompt_tokens=length
@@ -151,6 +152,7 @@ def test_no_square_of_the_prompt_is_needed_by_any_family():
             assert long < 2.2 * short, family
 
 
+@pytest.mark.slow
 def test_a_model_rehearsed_by_few_layers_is_the_whole_model(monkeypatch):
     config, changes = config_of("gemma2", num_hidden_layers=12), {"prompt_tokens": 20}
     found = rehearse_generation(config, CARD, SETTINGS, SPEC, SETTINGS, Levers(), **changes)
@@ -177,6 +179,7 @@ def peak_of(config, levers):
     return found.peak_reserved_bytes
 
 
+@pytest.mark.slow
 def test_as_much_stays_on_the_card_as_fits():
     config = wide_config()
     rungs = [
@@ -190,33 +193,35 @@ def test_as_much_stays_on_the_card_as_fits():
         plan = choose(config, f"{peak // 1024}KiB")
         assert (plan.levers, plan.reserved_bytes, plan.fits) == (levers, peak, True)
     least = peak_of(config, ON_HOST)
-    for num_slots in (2, 4, 7):
+    for num_slots in (2, 4):
         levers = dataclasses.replace(ON_HOST, num_slots=num_slots)
         peak = peak_of(config, levers)
         plan = choose(config, f"{min(peak + MIB, peaks[2] - MIB) // 1024}KiB")
         assert plan.levers == levers
         assert plan.reserved_bytes == pytest.approx(peak, abs=2 * MIB)
     with pytest.raises(ValueError, match=r"needs at least \d+ MiB, and RTX 3060 12 GB has \d+ MiB"):
-        choose(config, f"{least // 1024 - 1}KiB")
+        choose(config, f"{least // 2048}KiB")
 
 
+@pytest.mark.slow
 def test_settings_are_kept_and_the_refusal_names_them():
     config = wide_config()
-    limit = f"{peak_of(config, Levers(embedding_on_host=True)) // 1024}KiB"
+    limit = f"{peak_of(config, Levers()) * 9 // 10240}KiB"
     plan = choose(config, limit, embedding_weight="device", head_weight="device")
     assert not plan.levers.embedding_on_host and not plan.levers.head_on_host
     assert plan.levers.num_slots is not None
     assert choose(config, None, head_weight="host").levers == Levers(head_on_host=True)
-    assert choose(config, None, layer_weights="host").levers.num_slots == 7
+    assert choose(config, None, layer_weights="host").levers.num_slots == 5
     message = "leave embedding_weight device and layer_weights device out"
     with pytest.raises(ValueError, match=message):
         choose(config, "50MiB", embedding_weight="device", layer_weights="device")
 
 
+@pytest.mark.slow
 def test_what_a_model_has_not_is_not_moved():
     """A head that is the embedding, one in int8, and layers that are not in NF4."""
     tied = wide_config(tie_word_embeddings=True)
-    limit = f"{peak_of(tied, Levers()) // 1024 - 1}KiB"
+    limit = f"{peak_of(tied, Levers()) * 9 // 10240}KiB"
     plan = choose(tied, limit)
     assert not plan.levers.parts_on_host - {"layers"} and not plan.levers.head_on_host
     assert not choose(wide_config(), "250MiB", head_quantization="int8").levers.head_on_host
