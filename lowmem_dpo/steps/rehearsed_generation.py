@@ -15,6 +15,7 @@ from transformers import DynamicCache, PretrainedConfig
 from lowmem_dpo.console import size
 from lowmem_dpo.linears.lora import AdapterSpec
 from lowmem_dpo.machine.card_table import Card
+from lowmem_dpo.memory.allocator import MIDDLE_SEGMENT
 from lowmem_dpo.memory.fake_card import CARD
 from lowmem_dpo.memory.levers import LEAST_SLOTS, Levers
 from lowmem_dpo.memory.rehearsal import CONTEXT_BYTES, Rehearsal, Totals, rehearsal_of
@@ -54,12 +55,14 @@ class GenerationPlan:
     Attributes:
         levers: The places.
         reserved_bytes: What torch holds on the card at the peak.
+        allocated_bytes: What of it is in use then.
         token: As in `RehearsedGeneration`.
         fits: Whether the card or the limit has room for that.
     """
 
     levers: Levers
     reserved_bytes: int
+    allocated_bytes: int
     token: Totals
     fits: bool
 
@@ -98,11 +101,12 @@ def choose_generation_levers(
     def plan(levers: Levers) -> GenerationPlan:
         what = config, card, settings, adapter, sampling, levers
         found = rehearse_generation(*what, prompt_tokens=prompt_tokens, limit_bytes=limit_bytes)
-        needed, fits = found.rehearsal.peak_reserved_bytes, found.rehearsal.fits
-        # What is free in it is given back where the limit is reached.
-        return GenerationPlan(
-            levers, min(needed, limit_bytes) if fits else needed, found.token, fits
-        )
+        needed = found.rehearsal
+        reserved_bytes = needed.peak_reserved_bytes
+        if needed.fits:  # what is free in it is given back where the limit is reached
+            reserved_bytes = min(reserved_bytes, limit_bytes)
+        allocated_bytes = needed.peak_allocated_bytes
+        return GenerationPlan(levers, reserved_bytes, allocated_bytes, found.token, needed.fits)
 
     found = plan(Levers.of(places, config.num_hidden_layers))
     for changes in _rungs(config, settings, places):
@@ -152,13 +156,17 @@ def _with_more_slots(
     assert num_slots is not None
     more = plan(replace(least.levers, num_slots=num_slots + 1))
     token = plan(replace(least.levers, num_slots=None)).token
-    slot_bytes = max(1, more.reserved_bytes - least.reserved_bytes)
-    num_more = (limit_bytes - least.reserved_bytes) // slot_bytes
+    slot_bytes = max(
+        more.reserved_bytes - least.reserved_bytes, more.allocated_bytes - least.allocated_bytes
+    )
+    # Small slots may fill a segment of the allocator or not.
+    num_more = (limit_bytes - least.reserved_bytes - MIDDLE_SEGMENT) // slot_bytes
     num_more = max(0, min(num_more, num_layers - 1 - num_slots))
     num_uploads = uploads_a_token(num_layers, num_slots + num_more)
     return GenerationPlan(
         replace(least.levers, num_slots=num_slots + num_more),
         least.reserved_bytes + num_more * slot_bytes,
+        least.allocated_bytes + num_more * slot_bytes,
         token.with_uploads(num_uploads * slot_bytes, card),
         fits=True,
     )
