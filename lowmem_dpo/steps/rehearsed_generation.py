@@ -154,6 +154,8 @@ def _with_more_slots(
     """
     num_slots = least.levers.num_slots
     assert num_slots is not None
+    if num_slots >= num_layers - 1:
+        return least
     more = plan(replace(least.levers, num_slots=num_slots + 1))
     token = plan(replace(least.levers, num_slots=None)).token
     slot_bytes = max(
