@@ -51,7 +51,7 @@ def generate(config: GenerateConfig) -> None:
 
     plan = None
     if source.device.type == "cuda":
-        from lowmem_dpo.machine.cards import card_of
+        from lowmem_dpo.machine.card_here import card_of
 
         plan = plan_answers(config, source, card_of(source.device), max(map(len, rendered)))
     policy = load_policy(config, memory=config, levers=plan.levers if plan else None, source=source)
