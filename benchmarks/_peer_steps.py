@@ -32,7 +32,7 @@ from unittest.mock import patch
 
 import bitsandbytes
 import torch
-from _rehearsals import TreeShape, _collected_by_hand, _marked, trace_of_peer
+from _rehearsals import TreeShape, followed, trace_of_peer
 from _train_step_trl import bitsandbytes_linear
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -44,7 +44,6 @@ from trl.trainer.utils import add_fused_lm_head
 
 from lowmem_dpo.linears.lora import LoraLinear
 from lowmem_dpo.machine.card_table import Card
-from lowmem_dpo.machine.device import workspace_bytes
 from lowmem_dpo.memory.extension import Trace
 from lowmem_dpo.memory.fake_card import CARD, FakeCard
 from lowmem_dpo.memory.rehearsal import Totals, totals_of
@@ -228,10 +227,9 @@ def follow_peer(peer: PeerModel, step: PeerStep) -> tuple[Follower, int]:
     """
     follower, optimizer = Follower(CARD.type, {}), peer.optimizer
     trainer = trainer_of(peer.model, precomputed=not step.with_reference)
-    layers: Any = SimpleNamespace(layers=peer.layers, network=peer.model)
+    layers: Any = SimpleNamespace(layers=peer.layers, network=peer.model, device=CARD)
     _note_residents(follower, peer)
-    with peer.mode, stand_ins(follower), _collected_by_hand(), follower, _marked(follower, layers):
-        follower.note_storage(workspace_bytes(), "other", "workspaces of cuBLAS")
+    with peer.mode, stand_ins(follower), followed(follower, layers):
         follower.enter_section("data")
         inputs = batch_of(step, peer.mode)
         loss = trainer.compute_loss(peer.model, inputs)

@@ -19,10 +19,9 @@ from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.steps.rehearsed import (
     StepSettings,
     TreeShape,
-    _collected_by_hand,
     _follow,
-    _marked,
     _shortened,
+    followed,
     shortened_config,
     tree_of_shape,
 )
@@ -36,9 +35,8 @@ __all__ = [
     "STREAMED",
     "USUAL",
     "TreeShape",
-    "_collected_by_hand",
-    "_marked",
     "fit_tokens",
+    "followed",
     "model_config",
     "rehearsed",
     "settings_of",
@@ -77,7 +75,8 @@ def fit_tokens(trees: Sequence[Tree]) -> int:
 
 def rehearsed(trace: Trace, card: Card, limit_bytes: int | None = None) -> Rehearsal:
     """A step that was followed, on a card: none matters to it beside what kernels run there."""
-    return rehearsal_of(trace.events, totals_of(trace.work, card), card, limit_bytes=limit_bytes)
+    totals = totals_of(trace.work_of(), card)
+    return rehearsal_of(trace.events, totals, card, limit_bytes=limit_bytes)
 
 
 def trace_ours(

@@ -1,7 +1,8 @@
 """The command line: verbs, flags, YAML, exit codes.
 
 Exit codes: 0 done; 2 the user's input or setting is wrong (one line: what, where, how to mend); 130
-interrupted, after saving; 1 our own fault, or a check that stopped the run.
+interrupted, after saving; 141, as in other programs, nobody reads the output of what only prints
+(a verb that writes files goes on); 1 our own fault, or a check that stopped the run.
 """
 
 import errno
@@ -55,12 +56,14 @@ class Verb:
         config: Its settings.
         function: Does it with such settings. Imported when it is needed: `--help` loads no torch.
         first: The settings that its short help shows.
+        only_prints: Whether what it prints is all that it does: it ends where nobody reads that.
     """
 
     summary: str
     config: type[Settings]
     function: str
     first: tuple[str, ...]
+    only_prints: bool = False
 
 
 VERBS = {
@@ -84,6 +87,7 @@ VERBS = {
         "lowmem_dpo.pipeline.generate:generate",
         ("model", "adapter", "prompt", "prompts", "compare", "max_new_tokens", "temperature")
         + ("seed", "system_prompt", "device"),
+        only_prints=True,
     ),
     "plan": Verb(
         "say whether training fits on a card, which need not be here",
@@ -91,6 +95,7 @@ VERBS = {
         "lowmem_dpo.pipeline.plan:plan",
         ("model", "data", "card", "max_length", "batch_size", "memory_limit", "smallest")
         + ("all_cards", "picture", "json"),
+        only_prints=True,
     ),
     "cache": Verb(
         "list what the cache holds, and remove what is of no use",
@@ -131,6 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
         from lowmem_dpo.console import drop_output
 
         drop_output()
+        if isinstance(error, BrokenPipeError):
+            return 128 + 13  # what a shell makes of SIGPIPE
         return _fail(f"cannot write the output: {error.strerror}")
 
 
@@ -161,8 +168,10 @@ def _main(words: list[str]) -> int:
     try:
         config = parse_config(verb.config, [word for word in rest if word not in show])
         if not show:
-            return _run(verb.function, config, again)
+            return _run(verb, config, again)
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and verb.only_prints:
+            raise
         if os.environ.get("LOWMEM_DPO_DEBUG"):
             raise
         if isinstance(error, Faults):
@@ -172,7 +181,7 @@ def _main(words: list[str]) -> int:
     return 0
 
 
-def _run(function: str, config: Any, again: str) -> int:
+def _run(verb: Verb, config: Any, again: str) -> int:
     """Run a verb with quiet libraries; interrupts and failed checks end without a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -180,13 +189,14 @@ def _run(function: str, config: Any, again: str) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from transformers.utils.logging import disable_progress_bar
 
-    from lowmem_dpo.console import note
+    from lowmem_dpo.console import console, note
     from lowmem_dpo.stopping import RunStopped, catch_signals
 
     disable_progress_bar()
+    console.only_prints = verb.only_prints
     try:
         with catch_signals(requested=True):  # nothing to save yet: the first one stops at once
-            result = pkgutil.resolve_name(function)(config)
+            result = pkgutil.resolve_name(verb.function)(config)
             return 1 if result is False else 0  # the demo says whether it learned
     except KeyboardInterrupt:
         note(f"interrupted; {again}")

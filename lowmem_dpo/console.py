@@ -1,6 +1,7 @@
 """What a run says while it works: a progress bar where there is a terminal, else lines."""
 
 import contextlib
+import errno
 import os
 import sys
 import threading
@@ -22,8 +23,17 @@ from rich.table import Column
 
 
 class _Console(Console):
+    only_prints = False
+    """Whether what is printed is all that is done, so that it ends with its reader."""
+
     def on_broken_pipe(self) -> None:
-        """Go on: that nobody reads the output, as after `| head`, is no reason to stop a run."""
+        """Go on: that nobody reads the output, as after `| head`, is no reason to stop a run.
+
+        Raises:
+            BrokenPipeError: If `only_prints`.
+        """
+        if self.only_prints:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
         drop_output()
         note("nobody reads the output any more; going on without it")
 
@@ -38,12 +48,17 @@ def say(message: Any = "", style: str | None = None) -> None:
     """Print a line, or anything that rich can draw; square brackets are left as they are.
 
     What the terminal cannot show is escaped: a path or a prompt stops no run.
+
+    Raises:
+        BrokenPipeError: If nobody reads the output of what only prints.
     """
     if isinstance(message, str):
         encoding = console.encoding
         message = message.encode(encoding, "backslashreplace").decode(encoding)
     try:
         console.print(message, style=style, markup=False)
+    except BrokenPipeError:  # of a program that ends with its reader
+        raise
     except OSError as error:
         drop_output()
         note(f"cannot write the output: {error.strerror}; going on without it")

@@ -34,6 +34,46 @@ def test_a_run_goes_on_where_nobody_reads_its_output():
     assert error == "lowmem_dpo: nobody reads the output any more; going on without it\n"
 
 
+@NEEDS_PIPES
+@pytest.mark.parametrize(
+    "words",
+    [["train", "--help_all"], ["--version"], ["generate", "--print_config"], ["generate", "--go"]],
+    ids=" ".join,
+)
+def test_what_only_prints_ends_quietly_with_its_reader(words):
+    read, write = os.pipe()
+    os.close(read)
+    program = """
+import sys
+from lowmem_dpo import cli
+from lowmem_dpo.console import say
+def fake(config):
+    say("prompt: a")
+    raise AssertionError("it went on")
+cli.pkgutil.resolve_name = lambda name: fake
+words = {words}
+sys.exit(cli.main([word for word in words if word != "--go"]))
+"""
+    code, error = run_python(program.replace("{words}", str(words)), write)
+    os.close(write)
+    assert (code, error) == (141, "")
+
+
+@NEEDS_PIPES
+def test_an_answer_ends_with_its_reader(llama_dir):
+    words = ["generate", "--model", str(llama_dir), "--prompt", "hello"]
+    command = [sys.executable, "-m", "lowmem_dpo", *words, "--max_new_tokens", "400"]
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as run:
+        assert run.stdout is not None and run.stderr is not None
+        while b"base:" not in run.stdout.readline():
+            pass
+        run.stdout.close()
+        error = run.stderr.read()
+    assert (run.returncode, error) == (141, b"")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_run_goes_on_where_its_output_is_full():
     with open("/dev/full", "w") as full:

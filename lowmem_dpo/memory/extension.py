@@ -249,8 +249,8 @@ def extend(
 
 def extend_work(
     few: Sequence[Section], more: Sequence[Section], repeats: Sequence[Repeat]
-) -> Iterator[tuple[Work, float]]:
-    """What a whole model computes, and how many times each; arguments as for `extend`.
+) -> Iterator[tuple[str, Work, float]]:
+    """What a whole model computes, in which phase, how many times each; arguments as for `extend`.
 
     A layer that repeats computes what it was seen to. What else the second trace has more, outside
     of the layers or where weights pass through slots, grows with their number.
@@ -259,9 +259,9 @@ def extend_work(
     for section in few:
         repeat = _repeat_of(section.layer, repeats)
         times = 1 - ratio + (repeat.copies - ratio if repeat else 0)
-        yield from ((each, times) for each in section.work)
+        yield from ((section.phase, each, times) for each in section.work)
     for section in more:
-        yield from ((each, ratio) for each in section.work)
+        yield from ((section.phase, each, ratio) for each in section.work)
 
 
 class Trace(NamedTuple):
@@ -269,11 +269,15 @@ class Trace(NamedTuple):
 
     Attributes:
         events: Births and deaths in order, with the size of each storage.
-        work: What is computed, and how often.
+        work: What is computed, in which phase, and how often.
     """
 
     events: list[tuple[Happening, int]]
-    work: list[tuple[Work, float]]
+    work: list[tuple[str, Work, float]]
+
+    def work_of(self, *phases: str) -> list[tuple[Work, float]]:
+        """What some phases compute, by default all of them."""
+        return [(each, times) for phase, each, times in self.work if not phases or phase in phases]
 
 
 def trace_of(
@@ -300,4 +304,5 @@ def trace_of(
             )
     sections = follow(range(len(kept)))
     events = [(each, each.storage.nbytes) for each in happenings(sections)]
-    return Trace(events, [(each, 1) for section in sections for each in section.work])
+    work = [(section.phase, each, 1.0) for section in sections for each in section.work]
+    return Trace(events, work)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lowmem_dpo.settings.groups import MemorySettings
+from lowmem_dpo.settings.groups import MemorySettings, PlaceSettings
 
 Keeps = Literal["nothing", "attention", "all"]
 
@@ -32,13 +32,14 @@ class Levers:
     head_on_host: bool = False
 
     @classmethod
-    def of(cls, memory: MemorySettings, num_layers: int) -> "Levers":
+    def of(cls, memory: PlaceSettings, num_layers: int) -> "Levers":
         """As the settings say; what they leave open stays on the device, and layers run again."""
-        keeps = memory.keep_activations
+        step = memory if isinstance(memory, MemorySettings) else MemorySettings()
+        keeps = step.keep_activations
         return cls(
             num_keep_all=num_layers if keeps == "all" else 0,
             num_keep_attention=num_layers if keeps == "attention" else 0,
-            inputs_on_host=memory.layer_inputs == "host",
+            inputs_on_host=step.layer_inputs == "host",
             num_slots=LEAST_SLOTS if memory.layer_weights == "host" else None,
             embedding_on_host=memory.embedding_weight == "host",
             head_on_host=memory.head_weight == "host",

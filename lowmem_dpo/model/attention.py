@@ -39,6 +39,7 @@ from lowmem_dpo.linears.lora import project
 from lowmem_dpo.machine.rotation import rotation
 from lowmem_dpo.machine.trial import check_error, once_a_device, passes_trial, value_and_gradients
 from lowmem_dpo.memory.fake_card import fake_attention
+from lowmem_dpo.model.language_model import head_sizes
 from lowmem_dpo.model.tiled_attention import tiled_attention
 from lowmem_dpo_kernels import TreeLayout, TreePlan, tree_attention_path, twins
 from lowmem_dpo_kernels.triton_support import capability_of, is_rehearsing
@@ -46,6 +47,7 @@ from lowmem_dpo_kernels.triton_support import capability_of, is_rehearsing
 # One family of kernels for both segments of a tree; cuDNN would plan anew for every length.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+SEQUENCE_ATTENTION = "lowmem_dpo_sequence"
 TREE_ATTENTION = "lowmem_dpo_tree"
 TREE_ATTENTION_BY_TORCH = "lowmem_dpo_tree_torch"
 
@@ -130,14 +132,11 @@ def attention_path(config: PretrainedConfig, device: torch.device, dtype: torch.
         device: Where it computes.
         dtype: In what it computes.
     """
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
     # Some layers of a model may have its window, and a window longer than a pack is none.
     has_window = getattr(config, "sliding_window", None) is not None
     paths = [
-        _kernel_path(device, dtype, Variant(heads, key_heads, head_size, window, has_softcap))
+        _kernel_path(device, dtype, Variant(*head_sizes(config), window, has_softcap))
         for window in ((False, True) if has_window else (False,))
         if config._attn_implementation != TREE_ATTENTION_BY_TORCH
     ]
@@ -239,6 +238,38 @@ def joined_attention(
     return module.o_proj(attend(module, *heads, attention_mask, **arguments)[0].flatten(2))
 
 
+def sequence_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **ignored: Any,
+) -> tuple[Tensor, None]:
+    """Attention of the last tokens of one plain sequence; those before are in a cache.
+
+    Args:
+        module: The calling attention layer.
+        query: [1, H, Q, E].
+        key: [1, K, S, E], of the last S positions; K divides H.
+        value: [1, K, S, E].
+        attention_mask: None; there is no padding.
+        scaling: As for `tree_attention`.
+        sliding_window: As for `tree_attention`.
+        softcap: As for `tree_attention`.
+        **ignored: As for `tree_attention`.
+
+    Returns:
+        [1, Q, H, E], and None for the weights.
+    """
+    kind = AttentionKind(scaling, sliding_window, softcap)
+    return _attend(query, key, value, kind).transpose(1, 2).contiguous(), None
+
+
 def segment_attention(
     query: Tensor, key: Tensor, value: Tensor, tree_layout: TreeLayout, kind: AttentionKind
 ) -> Tensor:
@@ -277,10 +308,15 @@ def _causal(
     key_parts: list[int],
     kind: AttentionKind,
 ) -> Tensor:
-    """One segment: the named query parts over the named key parts, causal from the bottom right."""
+    """One segment: the named query parts over the named key parts."""
     q = torch.cat([queries[i] for i in query_parts], dim=2)
     k = torch.cat([keys[i] for i in key_parts], dim=2)
     v = torch.cat([values[i] for i in key_parts], dim=2)
+    return _attend(q, k, v, kind)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind) -> Tensor:
+    """Queries [1, H, Q, E] over keys [1, K, S, E], causal from the bottom right."""
     window = kind.sliding_window
     if kind.softcap is not None or (window is not None and window < k.shape[2]):
         return tiled_attention(q, k, v, scaling=kind.scaling, window=window, softcap=kind.softcap)
@@ -292,7 +328,9 @@ def _causal(
         return fake_attention(q, k, v, kind.scaling, _has_flash(q.device, q.dtype))
     mask: Tensor | None = None
     square = q.shape[2] == k.shape[2]
-    if not square and on_card:
+    if q.shape[2] == 1:
+        square = False  # one query sees all keys
+    elif not square and on_card:
         mask = causal_lower_right(q.shape[2], k.shape[2])
     elif not square:  # elsewhere torch would make the same of it
         mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
@@ -315,6 +353,7 @@ def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 # transformers builds no mask for an attention function that has no mask function beside it.
+AttentionInterface.register(SEQUENCE_ATTENTION, sequence_attention)
 AttentionInterface.register(TREE_ATTENTION, tree_attention)
 AttentionInterface.register(
     TREE_ATTENTION_BY_TORCH, functools.partial(tree_attention, may_use_kernels=False)

@@ -1,22 +1,29 @@
-"""Text from the policy: transformers' sampling over our layers, with plain attention."""
+"""Text from the policy: transformers' sampling and cache over our layers.
+
+A prompt alone has our attention, which is quadratic in its length for no family. Prompts of several
+lengths are padded, and have the plain attention of transformers.
+"""
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     TextStreamer,
 )
+from transformers.cache_utils import DynamicLayer
 
 from lowmem_dpo.machine.device import cuda_devices
-from lowmem_dpo.model.language_model import LanguageModel, rope_limit
+from lowmem_dpo.model.attention import SEQUENCE_ATTENTION
+from lowmem_dpo.model.language_model import LanguageModel, head_sizes, rope_limit
 from lowmem_dpo.model.scoring import other_attention
 from lowmem_dpo.settings.groups import SamplingSettings
 
 
-@torch.no_grad()
 def generate_text(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -49,6 +56,37 @@ def generate_text(
     for row, ids in enumerate(prompts):
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         mask[row, width - len(ids) :] = 1
+    streamer = (
+        TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    )
+    with torch.random.fork_rng(cuda_devices(device)):
+        torch.manual_seed(sampling.seed)
+        input_ids, mask = input_ids.to(device), mask.to(device)
+        cache = answer_cache(model, len(prompts), width + sampling.max_new_tokens)
+        output = continue_ids(model, input_ids, mask, cache, sampling, stop, streamer)
+    return tokenizer.batch_decode(output[:, width:].cpu(), skip_special_tokens=True)
+
+
+def continue_ids(
+    model: LanguageModel,
+    input_ids: Tensor,
+    mask: Tensor,
+    cache: DynamicCache,
+    sampling: SamplingSettings,
+    stop: list[int],
+    streamer: TextStreamer | None = None,
+) -> Tensor:
+    """Prompts and their answers, [S, prompt and answer]; the head computes the last position alone.
+
+    Args:
+        model: The model.
+        input_ids: [S, N], left-padded.
+        mask: [S, N], 0 for padding.
+        cache: Keys and values of the first tokens, or of none.
+        sampling: Settings.
+        stop: Tokens that end an answer.
+        streamer: Gets the tokens as they come.
+    """
     greedy = sampling.temperature == 0
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -58,22 +96,63 @@ def generate_text(
         **({} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p}),
         **({} if greedy else {"top_k": sampling.top_k}),
     )
-    streamer = (
-        TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    )
-    with (
-        other_attention(model, model.family.plain_attention),
-        torch.random.fork_rng(cuda_devices(device)),
-    ):
-        torch.manual_seed(sampling.seed)
-        network: Any = model.network
-        output = network.generate(
-            input_ids.to(device),
-            attention_mask=mask.to(device),
+    network: Any = model.network
+    attention = SEQUENCE_ATTENTION if len(input_ids) == 1 else model.family.plain_attention
+    with torch.no_grad(), other_attention(model, attention):
+        return network.generate(
+            input_ids,
+            attention_mask=mask,
             generation_config=settings,
             streamer=streamer,
+            past_key_values=cache,
         )
-    return tokenizer.batch_decode(output[:, width:].cpu(), skip_special_tokens=True)
+
+
+def answer_cache(model: LanguageModel, num_prompts: int, num_tokens: int) -> DynamicCache:
+    """An empty cache of keys and values, whose memory does not grow.
+
+    Args:
+        model: The model.
+        num_prompts: That are answered together.
+        num_tokens: Of the longest prompt and its answer.
+    """
+    cache, sizes = DynamicCache(config=model.config), head_sizes(model.config)
+    layers: list[Any] = cache.layers
+    with_all = [i for i, layer in enumerate(layers) if not layer.is_sliding]
+    shape = len(with_all), 2, num_prompts, sizes.num_key_heads, num_tokens, sizes.head_size
+    # In one piece: a piece a layer would leave gaps between what else comes and goes.
+    memory = torch.empty(shape, dtype=model.dtype, device=model.device)
+    for i, (keys, values) in zip(with_all, memory, strict=True):
+        layers[i] = _LayerCache(keys, values)
+    return cache
+
+
+class _LayerCache(DynamicLayer):
+    """Keys and values of a layer, written into memory that is there.
+
+    transformers' own takes new memory for all tokens at each token; what that leaves is too small
+    for the next ones, so that a card ends up holding up to twice as much.
+
+    Args:
+        all_keys: [S, K, N, E], with room for all tokens.
+        all_values: [S, K, N, E].
+    """
+
+    def __init__(self, all_keys: Tensor, all_values: Tensor) -> None:
+        super().__init__()
+        self.all_keys, self.all_values = all_keys, all_values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add those of [S, K, N, E], and give all."""
+        start = self.get_seq_length()
+        stop = start + key_states.shape[2]
+        self.all_keys[:, :, start:stop] = key_states
+        self.all_values[:, :, start:stop] = value_states
+        self.keys, self.values = self.all_keys[:, :, :stop], self.all_values[:, :, :stop]
+        self.is_initialized = True
+        return self.keys, self.values
 
 
 def check_prompts(

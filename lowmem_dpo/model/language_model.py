@@ -1,7 +1,7 @@
 """A causal language model in memory, and what is read off its config.json."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,23 @@ class LanguageModel:
             logit_softcap=family.logit_softcap(config),
             storage=storage or [],
         )
+
+
+class HeadSizes(NamedTuple):
+    """Of attention: query heads, the key heads that they share, and the size of each."""
+
+    num_heads: int
+    num_key_heads: int
+    head_size: int
+
+
+def head_sizes(config: PretrainedConfig) -> HeadSizes:
+    """The heads of a model's attention."""
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    return HeadSizes(
+        heads, key_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+    )
 
 
 def rope_limit(config: PretrainedConfig) -> int | None:

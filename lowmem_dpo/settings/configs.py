@@ -19,6 +19,7 @@ from lowmem_dpo.settings.groups import (
     ModelSettings,
     OptimizerSettings,
     OutputSettings,
+    PlaceSettings,
     RunSettings,
     SamplingSettings,
     SeedSettings,
@@ -26,7 +27,7 @@ from lowmem_dpo.settings.groups import (
 )
 
 
-def _check_places(model: ModelSettings, memory: MemorySettings) -> None:
+def _check_places(model: ModelSettings, memory: PlaceSettings) -> None:
     """Refuse places in memory, and kernels, that cannot be beside the model's settings."""
     if model.head_quantization != "none" and memory.head_weight == "host":
         raise ValueError(
@@ -35,8 +36,9 @@ def _check_places(model: ModelSettings, memory: MemorySettings) -> None:
         )
     if model.quantization == "none" and memory.layer_weights == "host":
         raise ValueError("layer_weights host is for NF4; leave it or quantization none out")
-    if "head" not in model.allowed_kernels and memory.head_kernel not in ("auto", "torch"):
-        raise ValueError(f"head_kernel {memory.head_kernel} is not among kernels; leave one out")
+    head_kernel = getattr(memory, "head_kernel", "torch")  # what only answers has none
+    if "head" not in model.allowed_kernels and head_kernel not in ("auto", "torch"):
+        raise ValueError(f"head_kernel {head_kernel} is not among kernels; leave one out")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class PlanConfig(
 
 
 @dataclass(frozen=True)
-class GenerateConfig(ModelSettings, TemplateSettings, SamplingSettings):
+class GenerateConfig(ModelSettings, TemplateSettings, SamplingSettings, PlaceSettings):
     """What is answered, and by what."""
 
     adapter: str | None = None
@@ -143,7 +145,8 @@ class GenerateConfig(ModelSettings, TemplateSettings, SamplingSettings):
     """Show the base's answer beside the adapter's."""
 
     def check(self) -> None:
-        """Refuse an empty prompt, and prompts from two places."""
+        """Refuse an empty prompt, prompts from two places, and places that cannot be together."""
+        _check_places(self, self)
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("prompt is empty; give it some text")
         if self.prompt is not None and self.prompts is not None:

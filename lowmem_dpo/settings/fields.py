@@ -115,8 +115,8 @@ class Settings:
             if faults and group is type(self):
                 break  # it holds groups against each other, and counts on each
             own = inspect.get_annotations(group).keys()
-            # A group at its defaults has nothing to refuse; a config without own settings may.
-            if "check" in vars(group) and (not own or changed & own):
+            # A group at its defaults has nothing to refuse; a config, of many groups, may.
+            if "check" in vars(group) and (group is type(self) or changed & own):
                 try:
                     vars(group)["check"](self)
                 except ValueError as error:

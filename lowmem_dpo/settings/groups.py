@@ -292,11 +292,28 @@ class AdapterSettings(Settings):
 
 
 @dataclass(frozen=True)
-class MemorySettings(Settings):
-    """Memory; on a card, what is auto is planned."""
+class PlaceSettings(Settings):
+    """Places in memory; auto: a plan chooses on a card, all stays on a CPU."""
 
     memory_limit: str | None = None
     """Use no more GPU memory than this, such as 8GB or 7.5GiB. CUDA only."""
+    layer_weights: Literal["auto", "device", "host"] = "auto"
+    """Where the layers' NF4 weights stay: device, or host memory, streamed by layers (CUDA)."""
+    embedding_weight: Literal["auto", "device", "host"] = "auto"
+    """Where the embedding stays: device, or host memory, from where the rows of tokens come."""
+    head_weight: Literal["auto", "device", "host"] = "auto"
+    """Where the output head stays: device, or pinned host memory, streamed in slices (CUDA)."""
+
+    def check(self) -> None:
+        """Refuse a limit that is no size."""
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit)
+
+
+@dataclass(frozen=True)
+class MemorySettings(PlaceSettings):
+    """Memory of a step; auto: a plan chooses on a card, layers run again on a CPU."""
+
     host_memory_limit: str | None = None
     """Use no more host memory for weights and layer inputs than this; by default what is free."""
     memory_check: Literal["error", "warn"] = "error"
@@ -309,26 +326,19 @@ class MemorySettings(Settings):
     """What layers keep for the backward pass: nothing (they run again), attention's, or all."""
     layer_inputs: Literal["auto", "device", "host"] = "auto"
     """Where layer inputs wait for the backward pass: device, or pinned host memory (CUDA)."""
-    layer_weights: Literal["auto", "device", "host"] = "auto"
-    """Where the layers' NF4 weights stay: device, or host memory, streamed by layers (CUDA)."""
-    embedding_weight: Literal["auto", "device", "host"] = "auto"
-    """Where the embedding stays: device, or host memory, from where a micro-batch's rows come."""
-    head_weight: Literal["auto", "device", "host"] = "auto"
-    """Where the output head stays: device, or pinned host memory, streamed in slices (CUDA)."""
     head_kernel: Literal["auto", "torch", "triton", "fused"] = "auto"
     """How the head is computed: auto chooses by the card; fused never writes logits (CUDA)."""
 
     def check(self) -> None:
-        """Refuse a limit that is no size, and what layers cannot keep."""
+        """Refuse what layers cannot keep."""
         for name in ("layer_inputs", "layer_weights"):
             if self.keep_activations in ("attention", "all") and getattr(self, name) == "host":
                 raise ValueError(
                     f"{name} host is for layers that run again in the backward pass; leave it or "
                     f"keep_activations {self.keep_activations} out"
                 )
-        for name in ("memory_limit", "host_memory_limit"):
-            if (limit := getattr(self, name)) is not None:
-                parse_bytes(limit, name)
+        if self.host_memory_limit is not None:
+            parse_bytes(self.host_memory_limit, "host_memory_limit")
 
 
 @dataclass(frozen=True)

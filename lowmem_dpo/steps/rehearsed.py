@@ -130,7 +130,8 @@ def rehearse(
         # Of many slots, few layers all have one.
         may_extend=levers.num_slots in (None, LEAST_SLOTS),
     )
-    return rehearsal_of(trace.events, totals_of(trace.work, card), card, limit_bytes=limit_bytes)
+    totals = totals_of(trace.work_of(), card)
+    return rehearsal_of(trace.events, totals, card, limit_bytes=limit_bytes)
 
 
 def _shortened(
@@ -163,35 +164,61 @@ def _follow(
     trains: bool,
 ) -> Follower:
     """Follow a step of a whole model on tensors without memory."""
-    follower, mode = Follower(CARD.type, PLACES), FakeCard()
+    follower, adapter = Follower(CARD.type, PLACES), settings.adapter
+    how = levers, settings.head_kernel
+    with unfilled(config, card, follower, settings.model, adapter, *how) as model:
+        follow_step(
+            model,
+            follower,
+            packs,
+            pack_tokens=pack_tokens,
+            objective=Objective.of(settings.loss),
+            optimizer=settings.optimizer,
+            trains=trains,
+        )
+    return follower
+
+
+@contextmanager
+def unfilled(
+    config: PretrainedConfig,
+    card: Card,
+    follower: Follower,
+    settings: ModelSettings,
+    adapter: AdapterSpec | None,
+    levers: Levers,
+    head_kernel: str,
+) -> Iterator[LanguageModel]:
+    """A prepared model on tensors without memory; inside, all tensors are such.
+
+    Args:
+        config: Its config.json.
+        card: The card, which need not be present.
+        follower: Is told of the kernels' launches.
+        settings: How it is stored, and by what it computes.
+        adapter: What kind of adapter it gets; None for none.
+        levers: Places in memory.
+        head_kernel: As for `prepare_model`.
+    """
+    mode = FakeCard()
     with rehearsing(RehearsedCard(card.capability, follower.note_launch)):
         model = unfilled_model(
             config,
-            quantization=settings.model.quantization,
-            dtype=resolve_dtype(settings.model.dtype, CARD),
+            quantization=settings.quantization,
+            dtype=resolve_dtype(settings.dtype, CARD),
             device=CARD,
             mode=mode,
             on_host=levers.parts_on_host,
         )
         with mode:
-            model = prepare_model(
+            yield prepare_model(
                 model,
-                settings.adapter,
+                adapter,
                 levers,
-                head_quantization=settings.model.head_quantization,
-                head_kernel=settings.head_kernel,
-                kernels=settings.model.allowed_kernels,
+                head_quantization=settings.head_quantization,
+                head_kernel=head_kernel,
+                kernels=settings.allowed_kernels,
             )
-            follow_step(
-                model,
-                follower,
-                packs,
-                pack_tokens=pack_tokens,
-                objective=Objective.of(settings.loss),
-                optimizer=settings.optimizer,
-                trains=trains,
-            )
-    return follower
 
 
 def tree_of_shape(shape: TreeShape) -> Tree:
@@ -234,10 +261,8 @@ def follow_step(
     parameters = lora_parameters(model.network)
     state = new_state(optimizer, list(parameters.values()), num_steps=1)
     allocate_moments(state.optimizer)
-    _note_residents(follower, model, state)
-    with _collected_by_hand(), follower, _marked(follower, model):
-        if model.device.type == "cuda":
-            follower.note_storage(workspace_bytes(), "other", "workspaces of cuBLAS")
+    note_residents(follower, model, state)
+    with followed(follower, model):
         follower.enter_section("data")
         trees = [tree for pack in packs for tree in pack]
         in_tensors = [pack for trees in packs for pack in pack_trees(trees, pack_tokens)]
@@ -273,17 +298,25 @@ def _step_optimizer(state: TrainingState) -> None:
 
 
 @contextmanager
-def _collected_by_hand() -> Iterator[None]:
-    """Inside, nothing dies at a moment that Python's collector of cycles happens to choose."""
+def followed(follower: Follower, model: LanguageModel) -> Iterator[None]:
+    """Inside, the follower follows, and the model's layers tell it where it is.
+
+    Nothing dies at a moment that Python's collector of cycles happens to choose.
+    """
     gc.disable()
     try:
-        yield
+        with follower, _marked(follower, model):
+            if model.device.type == "cuda":
+                follower.note_storage(workspace_bytes(), "other", "workspaces of cuBLAS")
+            yield
     finally:
         gc.enable()
 
 
-def _note_residents(follower: Follower, model: LanguageModel, state: TrainingState) -> None:
-    """What is there before a step: weights, adapter, the optimizer's moments."""
+def note_residents(
+    follower: Follower, model: LanguageModel, state: TrainingState | None = None
+) -> None:
+    """What is there before a step: weights, adapter, the optimizer's moments if there is one."""
     if model.slots is not None:  # before the layers' views of them
         for slot in model.slots.slots:
             follower.note_resident(slot.memory, "slots of NF4 layers", None)
@@ -313,6 +346,8 @@ def _note_residents(follower: Follower, model: LanguageModel, state: TrainingSta
         follower.note_resident(head.host, "head", None, is_pinned=follower.device_type == "cuda")
     for parameter, place in adapter:
         follower.note_resident(parameter, "adapter", place)
+    if state is None:
+        return
     for parameter, place in adapter:
         for value in state.optimizer.state[parameter].values():
             if isinstance(value, Tensor):

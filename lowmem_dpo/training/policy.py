@@ -38,6 +38,7 @@ from lowmem_dpo.settings.groups import (
     AdapterSettings,
     MemorySettings,
     ModelSettings,
+    PlaceSettings,
     parse_bytes,
 )
 from lowmem_dpo.weights.adapters import (
@@ -86,7 +87,7 @@ class Source:
 
 def read_source(
     settings: ModelSettings,
-    memory: MemorySettings | None = None,
+    memory: PlaceSettings | None = None,
     *,
     init_adapter: str | None = None,
     adapter_setting: str = "init_adapter",
@@ -112,18 +113,19 @@ def read_source(
     for line in ([note] if note else []) + notes:
         say(line)
     for name in ("layer_inputs", "layer_weights", "embedding_weight", "head_weight"):
-        if getattr(memory, name) == "host" and device.type != "cuda":
+        if getattr(memory, name, "auto") == "host" and device.type != "cuda":
             raise ValueError(f"{name} host has no effect on {device.type}; leave it out")
     if memory.memory_limit is not None:
         limit_memory(parse_bytes(memory.memory_limit), device)
     if device.type != "cuda":
         for name in ("host_memory_limit", "memory_check"):
-            if getattr(memory, name) != getattr(MemorySettings, name):
+            usual = getattr(MemorySettings, name)
+            if getattr(memory, name, usual) != usual:
                 raise ValueError(f"{name} has no effect on {device.type}; leave it out")
     if settings.kernels != "auto" and device.type != "cuda":
         raise ValueError(f"kernels {settings.kernels} has no effect on {device}; leave it out")
     try:
-        resolve_implementation(memory.head_kernel, device)
+        resolve_implementation(_head_kernel(memory), device)
     except ValueError as error:
         raise ValueError(f"head_kernel: {error}") from None
     config = load_config(base, max_length)
@@ -147,8 +149,13 @@ def read_source(
     return Source(base, init_adapter, config, tokenizer, device, dtype, storage, cache_dir)
 
 
+def _head_kernel(memory: PlaceSettings) -> str:
+    """The setting; what only answers takes all logits of a token, and tries no kernel for that."""
+    return memory.head_kernel if isinstance(memory, MemorySettings) else "torch"
+
+
 def _check_head(
-    base: str, config: PretrainedConfig, settings: ModelSettings, memory: MemorySettings
+    base: str, config: PretrainedConfig, settings: ModelSettings, memory: PlaceSettings
 ) -> None:
     """Refuse settings of the head that do not fit one which is the embedding."""
     wanted = settings.head_quantization, memory.head_weight, memory.embedding_weight
@@ -243,7 +250,7 @@ def _triton_version() -> str | None:
 def load_policy(
     settings: ModelSettings,
     adapter: AdapterSettings | None = None,
-    memory: MemorySettings | None = None,
+    memory: PlaceSettings | None = None,
     *,
     levers: Levers | None = None,
     source: Source | None = None,
@@ -288,7 +295,7 @@ def load_policy(
         levers,
         seed=seed,
         head_quantization=settings.head_quantization,
-        head_kernel=memory.head_kernel,
+        head_kernel=_head_kernel(memory),
         kernels=settings.allowed_kernels,
     )
     if source.init_adapter:

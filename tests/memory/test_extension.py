@@ -147,5 +147,5 @@ def test_work_is_that_of_the_layers_that_are_there_and_outside_of_them_linear():
     few, more = (shorten("a" * 23, "n" * 13 + "x" * 10, more) for more in (0, 1))
     assert (len(few.layers), len(more.layers)) == (8, 10)
     work = list(extend_work(sections_of(4, 4), sections_of(5, 5), few.repeats))
-    assert sum(times * each.flops for each, times in work) == 13 * 2 + 10 * 5 + 23
-    assert sum(times for _, times in work) == 23 + 1
+    assert sum(times * each.flops for _, each, times in work) == 13 * 2 + 10 * 5 + 23
+    assert sum(times for _, _, times in work) == 23 + 1

@@ -59,7 +59,7 @@ def greedy_ids(model, ids, num_tokens, ends):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generate_text_answers_padded_prompts_as_eager_attention_without_a_cache(tmp_path, family):
+def test_generate_text_answers_prompts_as_eager_attention_without_a_cache(tmp_path, family):
     untied = {"tie_word_embeddings": False}  # a random tied model repeats its last token
     folder = save_tiny_model(tmp_path / "model", family, **untied)
     policy = policy_for(
@@ -72,6 +72,9 @@ def test_generate_text_answers_padded_prompts_as_eager_attention_without_a_cache
     twin = tiny_model(family, **untied)
     wanted = [greedy_ids(twin, ids, 12, stop_ids(policy.model, tokenizer)) for ids in prompts]
     assert answers == tokenizer.batch_decode(wanted, skip_special_tokens=True)
+    # A prompt alone has another attention.
+    alone = [generate_text(policy.model, tokenizer, [ids], sampling)[0] for ids in prompts]
+    assert alone == answers
     assert len(set(wanted[1])) > 3
 
 

@@ -1,8 +1,14 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lowmem_dpo.cli import main
+from lowmem_dpo.machine.card_table import find_card
+from lowmem_dpo.memory.levers import Levers
+from lowmem_dpo.pipeline.generate import plan_answers
+from lowmem_dpo.settings.configs import GenerateConfig
+from lowmem_dpo.training.policy import read_source
 from lowmem_dpo.weights import size
 from tests.errors import one_line_error
 from tests.tiny import save_tiny_model
@@ -106,3 +112,27 @@ def test_generate_with_a_large_model_only_says_that_it_is_slow(monkeypatch, llam
     monkeypatch.setattr(size, "LARGE_FOR_A_CPU", 1000)
     assert generate(llama_dir, "--prompt", "hello", "--max_new_tokens", "2") == 0
     assert "on a CPU: an answer takes minutes" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_plan_of_an_answer_is_said_in_a_line(llama_dir, capsys):
+    config = GenerateConfig(model=str(llama_dir), device="cpu")
+    source = read_source(config, config)
+    plan = plan_answers(config, source, find_card("RTX 3060 12 GB"), 2**33, 50)
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert line.startswith("plan: ") and " of RTX 3060 12 GB at the peak, in host memory: " in line
+    assert "in host memory: nothing; " in line and line.endswith(" tokens a second")
+    assert plan.levers == Levers()
+    config = replace(config, layer_weights="host", head_weight="host")
+    plan_answers(config, source, find_card("RTX 3060 12 GB"), 2**33, 50)
+    assert "head, the layers, 2 of 2 at a time on the card;" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"of 256 tokens to a prompt of 50 needs at least .* has"):
+        plan_answers(replace(config, memory_limit="1MiB"), source, find_card("3060 Ti"), 2**33, 50)
+
+
+def test_generate_refuses_places_in_memory_that_have_no_effect(llama_dir, capsys):
+    for words in (["--layer_weights", "host"], ["--head_weight", "host"]):
+        assert generate(llama_dir, "--prompt", "hello", "--device", "cpu", *words) == 2
+        assert f"{words[0][2:]} host has no effect on cpu; leave it out" in one_line_error(capsys)
+    assert generate(llama_dir, "--prompt", "a", "--device", "cpu", "--memory_limit", "8GB") == 2
+    assert "memory_limit has no effect on cpu" in one_line_error(capsys)

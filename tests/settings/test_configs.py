@@ -372,7 +372,7 @@ def test_to_yaml_round_trips_every_setting(tmp_path):
 
 def test_to_yaml_has_the_groups_in_the_order_of_the_help():
     names = list(yaml.safe_load(to_yaml(TrainConfig())))
-    assert names[:2] == ["model", "quantization"] and names[-1] == "head_kernel"
+    assert names[:2] == ["model", "quantization"] and names[-1] == "head_weight"
     assert sorted(names) == sorted(field.name for field in dataclasses.fields(TrainConfig))
 
 
