@@ -55,6 +55,7 @@ from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.steps import rehearsed
 from lowmem_dpo.steps.gradients import accumulate
 from lowmem_dpo.steps.update import allocate_moments, clip_gradients, new_state
+from lowmem_dpo.tokens.trees import Tree
 from lowmem_dpo.weights.loading import unfilled_model
 from lowmem_dpo_kernels.triton_support import RehearsedCard, rehearsing
 
@@ -89,6 +90,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "smollm2-135m": {"model_type": "llama", **_SMOLLM2},
 }
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+SETTINGS = TrainConfig(optim="adamw")
+ADAPTER = AdapterSpec(16, 16.0, 0.0, "all", rank_stabilised=False)
+OBJECTIVE = Objective.of(SETTINGS)
 PLANS = ("nothing", "attention", "mixed", "all", "streamed")
 
 
@@ -127,18 +131,17 @@ class Task:
     case: Case
     device: torch.device
 
-    def __post_init__(self) -> None:
+    @property
+    def packs(self) -> list[list[Tree]]:
+        """Two micro-batches of one pair."""
         half = self.case.length // 2
-        tree = rehearsed.tree_of_shape(rehearsed.TreeShape(half, half, half))
-        multiple = CARD_TOKEN_MULTIPLE if self.device.type == "cuda" else 64
-        object.__setattr__(self, "packs", [[tree]] * 2)
-        object.__setattr__(self, "pack_tokens", round_up_tokens(tree.num_tokens, multiple))
+        return [[rehearsed.tree_of_shape(rehearsed.TreeShape(half, half, half))]] * 2
 
-    packs: Any = None
-    pack_tokens: int = 0
-    settings = TrainConfig(optim="adamw", lora_r=16)
-    adapter = AdapterSpec(16, 16.0, 0.0, "all", rank_stabilised=False)
-    objective = Objective.of(settings)
+    @property
+    def pack_tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        multiple = CARD_TOKEN_MULTIPLE if self.device.type == "cuda" else 64
+        return round_up_tokens(self.packs[0][0].num_tokens, multiple)
 
     def model(self, mode: Any) -> LanguageModel:
         """Its tensors made in a mode."""
@@ -154,12 +157,12 @@ class Task:
     def follow(self, model: LanguageModel, follower: Follower) -> None:
         """As a rehearsal follows it."""
         rehearsed.follow_step(
-            prepare_model(model, self.adapter, self.case.levers),
+            prepare_model(model, ADAPTER, self.case.levers),
             follower,
             self.packs,
             pack_tokens=self.pack_tokens,
-            objective=self.objective,
-            optimizer=self.settings,
+            objective=OBJECTIVE,
+            optimizer=SETTINGS,
         )
 
 
@@ -296,7 +299,7 @@ def measure_on_card(task: Task) -> dict[str, Any]:
     """Bytes and seconds of a step, and what a rehearsal says of the card that is here."""
     device, case = task.device, task.case
     settings = rehearsed.StepSettings(
-        replace(task.settings, dtype=case.dtype), task.adapter, task.settings, task.settings
+        replace(SETTINGS, dtype=case.dtype), ADAPTER, SETTINGS, SETTINGS
     )
     said = rehearsed.rehearse(
         case.config,
@@ -331,8 +334,8 @@ def measure_on_card(task: Task) -> dict[str, Any]:
 def _ready(task: Task) -> tuple[LanguageModel, Any]:
     """A model of random weights with its adapter, and its optimizer with moments."""
     model = _filled(task.model(contextlib.nullcontext()))
-    model = prepare_model(model, task.adapter, task.case.levers)
-    state = new_state(task.settings, list(lora_parameters(model.network).values()), num_steps=9)
+    model = prepare_model(model, ADAPTER, task.case.levers)
+    state = new_state(SETTINGS, list(lora_parameters(model.network).values()), num_steps=9)
     allocate_moments(state.optimizer)
     return model, state
 
@@ -362,9 +365,9 @@ def _step(task: Task, model: LanguageModel, state: Any) -> None:
     trees = [tree for pack in task.packs for tree in pack]
     packs = [pack for some in task.packs for pack in pack_trees(some, task.pack_tokens)]
     reference = rehearsed._reference_of(trees)
-    stats = accumulate(model, task.objective, reference, packs, state.scaler)
+    stats = accumulate(model, OBJECTIVE, reference, packs, state.scaler)
     assert all(value.isfinite().all() for block in stats.blocks for value in block.values())
-    clip_gradients(state, lora_parameters(model.network), task.settings.max_grad_norm)
+    clip_gradients(state, lora_parameters(model.network), SETTINGS.max_grad_norm)
     state.scaler.step(state.optimizer)
     state.optimizer.zero_grad(set_to_none=True)
 
