@@ -154,6 +154,20 @@ STEPS = (
         _toy_step("--impl", "ours", "--quantization", "nf4", "--num_slots", "2"),
     ),
     Step(
+        "plan-accuracy",
+        "peaks and seconds of steps as rehearsed and as measured, by length and plan",
+        2,
+        _benchmark(
+            "plan_accuracy",
+            *("--device", "cuda", "--models", "llama-3.1-8b,qwen3,gemma2,phi3"),
+            *("--lengths", "1024", "--plans", "nothing,mixed,streamed", "--dtypes", "auto"),
+        ),
+        _benchmark(
+            "plan_accuracy",
+            *("--models", "llama", "--lengths", "64", "--plans", "mixed", "--dtypes", "float32"),
+        ),
+    ),
+    Step(
         "head",
         "the head beside TRL, Liger, Cut Cross-Entropy and torch's linear_cross_entropy",
         2,

@@ -87,6 +87,38 @@ def test_layer_memory_sees_what_halves_and_norms_save(monkeypatch):
     assert peaks[2] < 0.7 * peaks[1]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_plan_accuracy_rehearses_what_torch_gives_out(tmp_path):
+    output = tmp_path / "record.json"
+    words = ["--models", "llama", "--lengths", "64", "--plans", "mixed", "--dtypes", "float32"]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "plan_accuracy.py"),
+        *words,
+        "--output",
+        str(output),
+    ]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert run.returncode == 0, run.stdout
+    (found,) = json.loads(output.read_text())["results"]
+    assert found["rehearsed"] == found["followed"] > 2**20
+    assert found["torch"] == pytest.approx(found["rehearsed"], rel=0.01)
+    assert found["mapped"] > found["torch"] - 2**20 and found["resident"] > 0
+
+
+def test_plan_accuracy_fails_where_bytes_differ(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    import plan_accuracy
+
+    found = {"rehearsed": 2**20, "followed": 2**21, "error": "rehearsed and followed differ"}
+    monkeypatch.setattr(plan_accuracy, "_in_a_process", lambda *_, **__: found)
+    words = ["--models", "llama", "--lengths", "64", "--plans", "all", "--dtypes", "float32"]
+    assert plan_accuracy.main(words) == 1
+    assert "1.00 MiB" in capsys.readouterr().out
+
+
 def result(impl: str, **changes: float) -> dict[str, object]:
     right = {"loss_0": math.log(2), "logps_chosen_0": -80.0, "logps_rejected_0": -90.0}
     return {"impl": impl, "ms": 1.0, "steps_ms": [1.0], "grad_norm_0": 2.0, **right, **changes}

@@ -98,11 +98,10 @@ def test_resume_equals_the_uninterrupted_run_exactly(config, tmp_path, changes):
 @pytest.mark.parametrize("keeps", ["nothing", "attention", "all"])
 def test_resume_auto_after_kill_9_continues_to_the_same_losses(config, tmp_path, keeps):
     """Under every plan that a CPU can run, with the bits of a run that keeps nothing."""
-    config = replace(config, lora_dropout=0.2)
-    usual = replace(config, keep_activations="nothing", output_dir=str(tmp_path / "usual"))
-    Trainer(usual).fit()
-    config = replace(config, keep_activations=keeps)
-    Trainer(config).fit()
+    usual = replace(config, lora_dropout=0.2, output_dir=str(tmp_path / "usual"))
+    config = replace(config, lora_dropout=0.2, keep_activations=keeps)
+    for each in (replace(usual, keep_activations="nothing"), config):
+        Trainer(each).fit()
     assert_same_run(config.output_dir, usual.output_dir)
     first = dict(zip(("step", *EXACT), rows(config.output_dir)[0], strict=True))
     assert first["rewards/margins"] == 0.0 and first["loss"] == pytest.approx(math.log(2), abs=1e-7)
