@@ -36,8 +36,10 @@ def _check_places(model: ModelSettings, memory: MemorySettings) -> None:
             f"head_quantization={model.head_quantization} keeps the head on the device; "
             "leave it or head_weight host out"
         )
-    if model.quantization == "none" and memory.layer_weights == "host":
-        raise ValueError("layer_weights host is for NF4; leave it or quantization none out")
+    if model.quantization == "none" and memory.layer_weights in ("host", "disk"):
+        raise ValueError(
+            f"layer_weights {memory.layer_weights} is for NF4; leave it or quantization none out"
+        )
     if "head" not in model.allowed_kernels and memory.head_kernel not in ("auto", "torch"):
         raise ValueError(f"head_kernel {memory.head_kernel} is not among kernels; leave one out")
 

@@ -305,8 +305,9 @@ class MemorySettings(Settings):
     """What layers keep for the backward pass: nothing (they run again), attention's, or all."""
     layer_inputs: Literal["auto", "device", "host"] = "auto"
     """Where layer inputs wait for the backward pass: device, or pinned host memory (CUDA)."""
-    layer_weights: Literal["auto", "device", "host"] = "auto"
-    """Where the layers' NF4 weights stay: device, or host memory, streamed by layers (CUDA)."""
+    layer_weights: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where the layers' NF4 weights stay: device, host memory (CUDA), or disk; streamed by layers.
+    """
     embedding_weight: Literal["auto", "device", "host"] = "auto"
     """Where the embedding stays: device, or host memory, from where a micro-batch's rows come."""
     head_weight: Literal["auto", "device", "host"] = "auto"
@@ -317,10 +318,11 @@ class MemorySettings(Settings):
     def check(self) -> None:
         """Refuse a limit that is no size, and what layers cannot keep."""
         for name in ("layer_inputs", "layer_weights"):
-            if self.keep_activations in ("attention", "all") and getattr(self, name) == "host":
+            place = getattr(self, name)
+            if self.keep_activations in ("attention", "all") and place in ("host", "disk"):
                 raise ValueError(
-                    f"{name} host is for layers that run again in the backward pass; leave it or "
-                    f"keep_activations {self.keep_activations} out"
+                    f"{name} {place} is for layers that run again in the backward pass; leave it "
+                    f"or keep_activations {self.keep_activations} out"
                 )
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)

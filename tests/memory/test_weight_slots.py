@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lowmem_dpo.memory.weight_slots import COMPUTE, UPLOAD, Lanes, WeightSlots
+from lowmem_dpo.memory.lanes import COMPUTE, UPLOAD, Lanes
+from lowmem_dpo.memory.weight_slots import WeightSlots
 
 
 class Weight(nn.Module):

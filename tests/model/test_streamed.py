@@ -14,8 +14,8 @@ from lowmem_dpo.linears.lora import (
     wrap_linears,
 )
 from lowmem_dpo.linears.nf4 import quantize_nf4
+from lowmem_dpo.memory.lanes import Lanes
 from lowmem_dpo.memory.levers import Levers
-from lowmem_dpo.memory.weight_slots import Lanes
 from lowmem_dpo.model.embedding import HostEmbedding
 from lowmem_dpo.model.generation import generate_text
 from lowmem_dpo.model.language_model import LanguageModel, StorageRow
