@@ -63,11 +63,12 @@ class CudaLanes(Lanes):
     def upload(self, slot: Tensor, blob: Any) -> None:
         """See `Lanes`."""
         slot.record_stream(self.uploads)  # a model that goes may still be sent a layer
+        for target, source in zip(slot.split(PIECE_BYTES), blob.split(PIECE_BYTES), strict=True):
+            self._send(target, source)
+
+    def _send(self, target: Tensor, piece: Tensor) -> None:
         with torch.cuda.stream(self.uploads):
-            for target, source in zip(
-                slot.split(PIECE_BYTES), blob.split(PIECE_BYTES), strict=True
-            ):
-                target.copy_(source, non_blocking=True)
+            target.copy_(piece, non_blocking=True)
 
 
 class ReadingLanes(Lanes):
@@ -123,16 +124,15 @@ class ReadingCudaLanes(CudaLanes):
 
     def upload(self, slot: Tensor, blob: Any) -> None:
         """See `Lanes`."""
-        self._last = self._reader.submit(self._send, slot, blob)
-
-    def _send(self, slot: Tensor, blob: LayerOnDisk) -> Any:
         slot.record_stream(self.uploads)
+        self._last = self._reader.submit(self._read_and_send, slot, blob)
+
+    def _read_and_send(self, slot: Tensor, blob: LayerOnDisk) -> Any:
         for i, target in enumerate(slot.split(PIECE_BYTES)):
             sent, piece = self._sent[i % 2], self._staging[i % 2][: len(target)]
             sent.synchronize()  # the card has taken what the piece held before
             blob.read_into(memoryview(piece.numpy()), i * PIECE_BYTES)  # type: ignore[arg-type]
-            with torch.cuda.stream(self.uploads):
-                target.copy_(piece, non_blocking=True)
+            self._send(target, piece)
             sent.record(self.uploads)
         return super().record(UPLOAD)
 

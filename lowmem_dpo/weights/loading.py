@@ -128,7 +128,7 @@ def load_model(
                     "start again once nothing writes to them"
                 )
         if quantise and layers_on_disk:  # so far there is nothing but the copy
-            assert copies is not None, "refused by policy.read_source"
+            assert copies, "read_source refuses that"
             network = _read_copied(copies, identity, source, config, placing)
             if network is None:
                 raise ValueError(
@@ -366,10 +366,9 @@ def _fill(
         quantise: Whether to quantise the linears of the decoder layers.
         writer: Gets everything, what is not quantised in the source's own numbers; or None.
     """
-    linears, dtype = _linear_weights(model), placing.dtype
+    linears, dtype, host = _linear_weights(model), placing.dtype, torch.device("cpu")
     copies_alone = quantise and placing.layers_on_disk
     open_file = functools.cache(WeightFile)
-    host = torch.device("cpu")
     # Only the part of the buffer that something goes through takes memory.
     size_of_largest = max((stored.nbytes for stored in weights.values()), default=0)
     buffer = torch.empty(size_of_largest, dtype=torch.uint8)
