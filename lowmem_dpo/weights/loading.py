@@ -29,6 +29,7 @@ from lowmem_dpo.console import say, size
 from lowmem_dpo.files import in_use
 from lowmem_dpo.linears.lora import linear_layers, wrap_linears
 from lowmem_dpo.linears.nf4 import BLOCK, BLOCK2, QUANTISER_VERSION, Nf4Weight, quantize_nf4
+from lowmem_dpo.memory.limits import give_back_freed_memory
 from lowmem_dpo.memory.weight_files import WeightFile
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.weights.bitsandbytes_files import (
@@ -96,6 +97,8 @@ def load_model(
     """
     folder = Path(source) if Path(source).is_dir() else download_model(source)
     device = torch.device(device)
+    if layers_on_disk:
+        give_back_freed_memory()
     sources = [folder / "config.json", *weight_files(folder)]
     hashed = [hash_file(path, cache_dir) for path in sources]
     stored = _stored_weights(folder, config)
