@@ -223,9 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if any(result["losses"] != results[0]["losses"] for result in results):
         raise SystemExit(f"losses differ: {[result['losses'] for result in results]}")
     print(f"losses equal to the last digit: {results[0]['losses']}")
-    print(
-        f"{'layer_weights':15}{'peak':>9}{'base':>9}{'planned':>9}{'over':>8}{'s/step':>8}{'CPU s':>8}  MiB"
-    )
+    columns = {"peak": 9, "base": 9, "planned": 9, "over": 8, "s/step": 8, "CPU s": 8}
+    head = "".join(f"{name:>{width}}" for name, width in columns.items())
+    print(f"{'layer_weights':15}{head}  MiB")
     for result in results:
         sizes = (result[name] for name in ("peak_mib", "base_mib", "planned_mib"))
         text = "".join(f"{size:9.1f}" for size in sizes)

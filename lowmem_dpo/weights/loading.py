@@ -187,12 +187,7 @@ def unfilled_model(
 
 
 def _unfilled_nf4(shape: tuple[int, int], device: torch.device) -> Nf4Weight:
-    """A weight of the sizes that `quantize_nf4` gives, of any content.
-
-    Args:
-        shape: (out, in).
-        device: Where it lies.
-    """
+    """A weight of shape (out, in), of the sizes that `quantize_nf4` gives and of any content."""
     blocks = -(-shape[0] * shape[1] // BLOCK)
     return Nf4Weight(
         torch.empty(shape[0] * shape[1] // 2, dtype=torch.uint8, device=device),
