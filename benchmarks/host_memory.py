@@ -45,7 +45,7 @@ from lowmem_dpo.reference.fill import Reference
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.steps.gradients import accumulate
 from lowmem_dpo.steps.rehearsed import PLACES, TreeShape, follow_step, tree_of_shape
-from lowmem_dpo.steps.update import clip_gradients, new_state
+from lowmem_dpo.steps.update import allocate_moments, clip_gradients, new_state
 from lowmem_dpo.weights.folders import load_config
 from lowmem_dpo.weights.loading import load_model, unfilled_model
 from lowmem_dpo_kernels.triton_support import RehearsedCard, rehearsing
@@ -139,6 +139,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     )
     parameters = lora_parameters(model.network)
     state = new_state(settings, list(parameters.values()), num_steps=options.steps)
+    allocate_moments(state.optimizer)
     packs = pack_trees([tree for (tree,) in packs_of(options.tokens)], options.tokens)
     logps = {
         tree.digest: torch.zeros(tree.num_chosen_tokens + tree.num_rejected_tokens)

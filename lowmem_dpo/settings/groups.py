@@ -293,7 +293,7 @@ class AdapterSettings(Settings):
 
 @dataclass(frozen=True)
 class MemorySettings(Settings):
-    """Memory; on a card a plan chooses what is auto. On a CPU all stays, and layers run again."""
+    """Memory; on a card a plan chooses what is auto, on a CPU all is in memory."""
 
     memory_limit: str | None = None
     """Use no more GPU memory than this, such as 8GB or 7.5GiB. CUDA only."""
