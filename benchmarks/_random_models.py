@@ -4,14 +4,18 @@ A model is built on the meta device, then each tensor is drawn by a generator se
 So two implementations get the same weights, in NF4 the same codes, whatever they wrap them in.
 """
 
+import json
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowmem_dpo.linears.nf4 import BLOCK, BLOCK2, Nf4Weight
+from lowmem_dpo.weights.bitsandbytes_files import nf4_config, nf4_tensors
 
 _FIELDS = (
     "vocab_size",
@@ -28,6 +32,8 @@ SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "layer-dominated": ("llama", (2048, 768, 2688, 4, 12, 4, 64, False)),
     "head-dominated": ("llama", (128256, 512, 1408, 2, 8, 4, 64, False)),
     "qwen2.5-0.5b": ("qwen2", (151936, 896, 4864, 24, 14, 2, 64, True)),
+    "200mb": ("llama", (2048, 1024, 4096, 24, 16, 4, 64, True)),
+    "1b": ("llama", (8192, 2048, 8192, 16, 32, 8, 64, True)),
     "llama-3.2-1b": ("llama", (128256, 2048, 8192, 16, 32, 8, 64, True)),
     "llama-3.1-8b": ("llama", (128256, 4096, 14336, 32, 32, 8, 128, False)),
     "qwen3-8b": ("qwen3", (151936, 4096, 12288, 36, 32, 8, 128, False)),
@@ -116,6 +122,39 @@ def random_nf4(name: str, size: tuple[int, int], device: torch.device) -> Nf4Wei
         offset=torch.tensor(scale, device=device),
         shape=size,
     )
+
+
+def write_random_checkpoint(shape: str, folder: Path) -> None:
+    """A model of random weights as a folder in bitsandbytes' 4-bit format, a layer at a time."""
+    config, cpu = shape_config(shape), torch.device("cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(
+        json.dumps(nf4_config(config.to_dict() | {"dtype": "float32"})), encoding="utf-8"
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    files: dict[str, str] = {}
+    parts = {f"model.layers.{i}": layer for i, layer in enumerate(model.model.layers)}
+    for part, module in [*parts.items(), ("model.norm", model.model.norm)]:
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in module.named_parameters(prefix=part):
+            size = tuple(parameter.shape)
+            if len(size) == 2:
+                weight = random_nf4(name, (size[0], size[1]), cpu)
+                tensors |= nf4_tensors(name, weight, torch.float32)
+            else:
+                tensors[name] = torch.ones(size)
+        save_file(tensors, folder / f"{part}.safetensors")
+        files |= dict.fromkeys(tensors, f"{part}.safetensors")
+    std = LOGIT_STD * config.hidden_size**-0.5
+    names = ["model.embed_tokens.weight"] + ["lm_head.weight"] * (not config.tie_word_embeddings)
+    for name in names:
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        table.normal_(std=std, generator=_generator(name, cpu))
+        files[name] = f"{name}.safetensors"
+        save_file({name: table}, folder / files[name])
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -212,3 +212,19 @@ def test_real_model_measures_a_whole_run_on_the_pairs_that_fit(llama_dir, pairs_
     (result,) = json.loads(output.read_text())["results"]
     assert result["loss_0"] == pytest.approx(math.log(2), abs=1e-6)
     assert result["cpu_seconds"] > 0 and result["peak_mib"] > 100 and "ours-nf4" in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_layers_on_the_disk_take_the_host_memory_that_is_planned(tmp_path):
+    output = tmp_path / "host_memory.json"
+    command = [sys.executable, str(BENCHMARKS / "host_memory.py"), "--shape", "200mb"]
+    command += ["--steps", "1", "--output", str(output)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    device, disk = json.loads(output.read_text(encoding="utf-8"))["results"]
+    assert device["losses"] == disk["losses"]
+    assert abs(device["over"]) < 0.05 and abs(disk["over"]) < 0.05
+    planned = device["planned_mib"] - disk["planned_mib"]
+    assert planned > 150
+    assert device["peak_mib"] - disk["peak_mib"] == pytest.approx(planned, rel=0.1)

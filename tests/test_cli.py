@@ -180,6 +180,8 @@ def test_train_refuses_bad_data_in_one_line(train, tmp_path, capsys, name):
         (["--device", "tpu"], "device must be"),
         (["--layer_inputs", "host"], "has no effect on cpu"),
         (["--layer_weights", "host"], "has no effect on cpu"),
+        (["--layer_weights", "disk", "--quantized_copy", "false"], "quantized_copy false out"),
+        (["--layer_weights", "disk", "--quantization", "none"], "layer_weights disk is for NF4"),
         (["--embedding_weight", "host"], "has no effect on cpu"),
         (["--memory_limit", "8GB"], "has no effect on cpu"),
         (["--dtype", "float16"], "float16"),

@@ -95,7 +95,7 @@ class TreePlan:
         place = ("query", size, device)
         if place not in self._tables:
             tiles = sorted(self._query_tiles(size), key=lambda t: -t.prefix_len - t.own_len)
-            self._tables[place] = torch.tensor(tiles, dtype=torch.int32).to(device)
+            self._tables[place] = _table(tiles, device)
         return self._tables[place]
 
     def key_tiles(self, size: int, device: torch.device) -> Tensor:
@@ -103,7 +103,7 @@ class TreePlan:
         place = ("key", size, device)
         if place not in self._tables:
             tiles = sorted(self._key_tiles(size), key=lambda t: -t.num_own - t.num_other)
-            self._tables[place] = torch.tensor(tiles, dtype=torch.int32).to(device)
+            self._tables[place] = _table(tiles, device)
         return self._tables[place]
 
     def _query_tiles(self, size: int) -> Iterator[QueryTile]:
@@ -138,3 +138,12 @@ def _causal_pairs(length: int, window: int | None) -> int:
 def _cut(length: int, size: int) -> Iterator[tuple[int, int]]:
     """(first, count) of consecutive runs of at most `size`."""
     return ((i, min(size, length - i)) for i in range(0, length, size))
+
+
+def _table(tiles: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """Tiles on a device; on a card by a copy for which the host does not wait.
+
+    torch's allocator of pinned memory keeps it until that copy is done.
+    """
+    table = torch.tensor(tiles, dtype=torch.int32)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

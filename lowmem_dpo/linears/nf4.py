@@ -18,11 +18,13 @@ Source: Dettmers et al., QLoRA (arXiv 2305.14314), sections 3 and 4.
 """
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lowmem_dpo.machine.trial import once_a_device, passes_trial
+from lowmem_dpo.memory.weight_files import FileRange, WeightFile
 from lowmem_dpo.memory.weight_slots import Lease
 from lowmem_dpo_kernels.triton_support import runs_triton
 from lowmem_dpo_kernels.twins import NF4_BLOCK
@@ -54,6 +56,7 @@ class Nf4Weight(nn.Module):
         nbytes: Bytes that the weight takes.
         may_use_kernel: Let a Triton kernel undo both levels on a card, if it is right there.
         lease: Of a weight that is on the device by turns; None of one that stays.
+        on_disk: Of one that is read from its files in its turn, where they hold which buffer.
     """
 
     packed: Tensor
@@ -81,6 +84,18 @@ class Nf4Weight(nn.Module):
         self.nbytes = sum(buffer.nbytes for buffer in self.buffers())
         self.may_use_kernel = True
         self.lease: Lease | None = None
+        self.on_disk: dict[str, FileRange] = {}
+
+    def leave_on_disk(self, places: Mapping[str, tuple[WeightFile | None, int]]) -> None:
+        """Let go of buffers that are read in the weight's turn from now on.
+
+        Args:
+            places: Their files, and their first bytes there.
+        """
+        for name, (file, start) in places.items():
+            buffer = self.get_buffer(name)
+            self.on_disk[name] = FileRange(file, start, buffer.dtype, buffer.shape)
+            self._buffers[name] = None
 
     @torch.no_grad()
     def scales(self) -> Tensor:

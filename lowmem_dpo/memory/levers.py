@@ -19,7 +19,8 @@ class Levers:
             their input alone and run again.
         inputs_on_host: Whether the inputs of layers that run again wait in pinned host memory.
         num_slots: Layers whose NF4 weights are on the device at a time, the others' being in host
-            memory; None for all.
+            memory or on the disk; None for all.
+        layers_on_disk: Whether these are on the disk, in the model's quantised files.
         embedding_on_host: Whether the embedding is in host memory.
         head_on_host: Whether the head is in pinned host memory.
     """
@@ -28,6 +29,7 @@ class Levers:
     num_keep_attention: int = 0
     inputs_on_host: bool = False
     num_slots: int | None = None
+    layers_on_disk: bool = False
     embedding_on_host: bool = False
     head_on_host: bool = False
 
@@ -40,7 +42,8 @@ class Levers:
             num_keep_all=num_layers if keeps == "all" else 0,
             num_keep_attention=num_layers if keeps == "attention" else 0,
             inputs_on_host=step.layer_inputs == "host",
-            num_slots=LEAST_SLOTS if memory.layer_weights == "host" else None,
+            num_slots=LEAST_SLOTS if memory.layer_weights in ("host", "disk") else None,
+            layers_on_disk=memory.layer_weights == "disk",
             embedding_on_host=memory.embedding_weight == "host",
             head_on_host=memory.head_weight == "host",
         )
@@ -48,7 +51,8 @@ class Levers:
     @property
     def parts_on_host(self) -> set[str]:
         """Of layers and embedding, what is loaded into host memory."""
-        parts = {"layers": self.num_slots is not None, "embedding": self.embedding_on_host}
+        layers = self.num_slots is not None and not self.layers_on_disk
+        parts = {"layers": layers, "embedding": self.embedding_on_host}
         return {part for part, on_host in parts.items() if on_host}
 
     def words(self, num_layers: int) -> str:
@@ -61,7 +65,8 @@ class Levers:
         if not parts:
             parts = ["layers run again for the backward pass"]
         if self.num_slots is not None:
-            parts.append(f"NF4 layers streamed from the host, {self.num_slots} at a time")
+            source = "disk" if self.layers_on_disk else "host"
+            parts.append(f"NF4 layers streamed from the {source}, {self.num_slots} at a time")
         on_host = {
             "embedding": self.embedding_on_host,
             "head": self.head_on_host,

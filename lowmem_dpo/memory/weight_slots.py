@@ -1,11 +1,11 @@
-"""Frozen weights that wait in host memory and pass through a few slots on the device.
+"""Frozen weights that wait in host memory, or on the disk, and pass through a few slots.
 
-    host     [layer 0][layer 1][layer 2] ... [layer L-1]   a blob of bytes each
+    host     [layer 0][layer 1][layer 2] ... [layer L-1]   a blob of bytes each, or their files
     slots              [layer 1][layer 2]                  on the device, allocated once
 
-While a layer computes, its neighbour is uploaded. In training a pass turns at the last layer and
-comes back, so what was uploaded last is used again at once; elsewhere it starts again at the first.
-A slot is taken from the layer that is needed last.
+While a layer computes, its neighbour is uploaded (`lanes`). In training a pass turns at the last
+layer and comes back, so what was uploaded last is used again at once; elsewhere it starts again at
+the first. A slot is taken from the layer that is needed last.
 
 Uploads go on a lane of their own. Two orders must hold between it and the lane of computation:
 
@@ -26,55 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_dpo.console import say, size
+from lowmem_dpo.memory.lanes import COMPUTE, UPLOAD, Lanes, lanes_of, staging_of
+from lowmem_dpo.memory.weight_files import FileRange, LayerOnDisk
 from lowmem_dpo_kernels.triton_support import is_rehearsing
 
 ALIGNMENT = 256  # of a tensor in its blob
-PIECE_BYTES = 2**24  # of an upload: what else is to be sent waits for no more than one piece
-COMPUTE, UPLOAD = "compute", "upload"
-
-
-class Lanes:
-    """Two queues of work, and events between them; here, on the host, all is done at once."""
-
-    def record(self, lane: str) -> Any:
-        """An event at the present end of a lane."""
-
-    def wait(self, lane: str, event: Any) -> None:
-        """Let what a lane gets from now on start after an event."""
-
-    def upload(self, slot: Tensor, blob: Tensor) -> None:
-        """Copy bytes from the host on the upload lane."""
-        slot.copy_(blob)
-
-
-class CudaLanes(Lanes):
-    """Streams of a card: the present one, asked for each time, and one for uploads."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.uploads = torch.cuda.Stream(device)
-
-    def _stream(self, lane: str) -> torch.cuda.Stream:
-        return self.uploads if lane == UPLOAD else torch.cuda.current_stream(self.device)
-
-    def record(self, lane: str) -> torch.cuda.Event:
-        """See `Lanes`."""
-        event = torch.cuda.Event()
-        event.record(self._stream(lane))
-        return event
-
-    def wait(self, lane: str, event: torch.cuda.Event) -> None:
-        """See `Lanes`."""
-        self._stream(lane).wait_event(event)
-
-    def upload(self, slot: Tensor, blob: Tensor) -> None:
-        """See `Lanes`."""
-        slot.record_stream(self.uploads)  # a model that goes may still be sent a layer
-        with torch.cuda.stream(self.uploads):
-            for target, source in zip(
-                slot.split(PIECE_BYTES), blob.split(PIECE_BYTES), strict=True
-            ):
-                target.copy_(source, non_blocking=True)
 
 
 class Slot:
@@ -128,6 +84,7 @@ class _Place:
     nbytes: int
     dtype: torch.dtype
     shape: torch.Size
+    on_disk: FileRange | None  # where it is read from; None of one in memory
 
     def in_memory(self, memory: Tensor) -> Tensor:
         return memory[self.start : self.start + self.nbytes].view(self.dtype).view(self.shape)
@@ -139,14 +96,16 @@ class WeightSlots:
     Args:
         layers: Of each layer, modules whose buffers are on the host and are wanted on the device;
             each has an attribute `lease`, which it checks before it reads them. The buffers become
-            views of slots.
+            views of slots. What a module's `on_disk` names, if anything, is read from there, and
+            its other buffers stay.
         device: Where they are wanted.
         num_slots: Layers on the device at a time, at least 2.
         lanes: By default those of the device.
 
     Attributes:
-        blobs: The bytes of each layer in host memory.
+        blobs: Of each layer its bytes in host memory, or where they are on the disk.
         slots: What is on the device.
+        staging: Pinned memory that reads from the disk go through to a card.
         num_uploads: So far.
     """
 
@@ -158,18 +117,16 @@ class WeightSlots:
         lanes: Lanes | None = None,
     ) -> None:
         assert num_slots >= 2, "a layer computes while another one is uploaded"
-        on_card = device.type == "cuda" and not is_rehearsing()
-        self._lanes = lanes or (CudaLanes(device) if on_card else Lanes())
         self._layers = [_places(modules) for modules in layers]
         sizes = [sum(_aligned(place.nbytes) for place in places) for places in self._layers]
-        self.blobs = []
-        for places, num_bytes in zip(self._layers, sizes, strict=True):
-            blob = torch.empty(num_bytes, dtype=torch.uint8)
-            for place in places:
-                place.in_memory(blob).copy_(place.module.get_buffer(place.name))
-                place.module._buffers[place.name] = None  # freed before the next is copied
-            self.blobs.append(blob)
-        if on_card:
+        on_disk = any(place.on_disk for places in self._layers for place in places)
+        self.staging = staging_of(device, on_disk=on_disk)
+        self._lanes = lanes or lanes_of(device, on_disk=on_disk, staging=self.staging)
+        self.blobs = [
+            _blob_of(places, num_bytes)
+            for places, num_bytes in zip(self._layers, sizes, strict=True)
+        ]
+        if device.type == "cuda" and not is_rehearsing() and not on_disk:
             self._pin(device)
         self.slots = [
             Slot(torch.empty(max(sizes), dtype=torch.uint8, device=device))
@@ -189,6 +146,7 @@ class WeightSlots:
         """
         runtime = torch.cuda.cudart()
         for i, blob in enumerate(self.blobs):
+            assert isinstance(blob, Tensor)
             code = int(runtime.cudaHostRegister(blob.data_ptr(), len(blob), 0))
             if code:
                 rest = sum(map(len, self.blobs[i:]))
@@ -282,10 +240,25 @@ def _places(modules: Sequence[nn.Module]) -> list[_Place]:
     """Where each buffer of some modules lies in their blob."""
     places, start = [], 0
     for module in modules:
-        for name, buffer in module.named_buffers(recurse=False):
-            places.append(_Place(module, name, start, buffer.nbytes, buffer.dtype, buffer.shape))
-            start += _aligned(buffer.nbytes)
+        on_disk: dict[str, FileRange] = getattr(module, "on_disk", {})
+        for name, it in on_disk.items() or module.named_buffers(recurse=False):
+            place = _Place(module, name, start, it.nbytes, it.dtype, it.shape, on_disk.get(name))
+            places.append(place)
+            start += _aligned(it.nbytes)
     return places
+
+
+def _blob_of(places: Sequence[_Place], num_bytes: int) -> Tensor | LayerOnDisk:
+    """A layer's tensors in one piece of memory, out of which they are taken; or their files."""
+    ranges = tuple((place.start, place.on_disk) for place in places if place.on_disk is not None)
+    if ranges:
+        assert len(ranges) == len(places), "some of a layer is in memory, some on the disk"
+        return LayerOnDisk(num_bytes, ranges)
+    blob = torch.empty(num_bytes, dtype=torch.uint8)
+    for place in places:
+        place.in_memory(blob).copy_(place.module.get_buffer(place.name))
+        place.module._buffers[place.name] = None  # freed before the next is copied
+    return blob
 
 
 def _aligned(num_bytes: int) -> int:

@@ -24,5 +24,12 @@ class HostEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows [..., D] on the device of ids [...], which are best on the host."""
-        rows = F.embedding(ids.cpu(), self.host).to(self.device)
+        ids = ids.cpu()
+        if self.device.type == "cuda":  # gathered in pinned memory, so that nobody waits
+            shape = (*ids.shape, self.host.shape[1])
+            pinned = torch.empty(shape, dtype=self.host.dtype, pin_memory=True)
+            torch.index_select(self.host, 0, ids.flatten(), out=pinned.flatten(0, -2))
+            rows = pinned.to(self.device, non_blocking=True)
+        else:
+            rows = F.embedding(ids, self.host)
         return rows if self.scale is None else rows * self.scale.to(rows.dtype)

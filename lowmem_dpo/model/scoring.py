@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem_dpo.machine.trial import check_error, passes_trial
+from lowmem_dpo.machine.uploads import to_device
 from lowmem_dpo.model.embedding import HostEmbedding
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.packs.packing import Pack
@@ -62,21 +63,20 @@ def score(model: LanguageModel, pack: Pack, **layer_arguments: Any) -> Tensor:
     Returns:
         [T] fp32, in nats, in the order of `pack.rows`.
     """
-    device = model.device
-    embedding, ids = model.backbone.get_input_embeddings(), pack.input_ids
-    if not isinstance(embedding, HostEmbedding):
-        ids = ids.to(device)
-    embeddings = embedding(ids[None])
+    sent = [pack.input_ids, pack.position_ids, pack.rows, pack.targets]
+    ids, positions, rows, targets = to_device(sent, model.device)
+    embedding = model.backbone.get_input_embeddings()
+    embeddings = embedding((pack.input_ids if isinstance(embedding, HostEmbedding) else ids)[None])
     if torch.is_grad_enabled():
         embeddings.requires_grad_()  # or no layer's backward would run: all before is frozen
     hidden = model.backbone(
         inputs_embeds=embeddings,
-        position_ids=pack.position_ids.to(device)[None],
+        position_ids=positions[None],
         use_cache=False,
         tree_layout=pack.layout,
         **layer_arguments,
     ).last_hidden_state[0]
-    return head_logps(model, hidden, pack.rows.to(device), pack.targets.to(device))
+    return head_logps(model, hidden, rows, targets)
 
 
 def head_logps(model: LanguageModel, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:

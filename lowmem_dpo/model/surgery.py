@@ -101,13 +101,17 @@ def prepare_model(
 
 
 def _with_slots(model: LanguageModel, num_slots: int) -> LanguageModel:
-    """The NF4 weights of decoder layers in host memory, a few at a time on the device.
+    """The NF4 weights of decoder layers in host memory or on the disk, a few where they compute.
 
     Before adapters are added, which go where the weights are.
     """
     layers = [[m for m in layer.modules() if isinstance(m, Nf4Weight)] for layer in model.layers]
     slots = WeightSlots(layers, model.device, num_slots)
-    where = f", in host memory, {min(num_slots, len(layers))} layers at a time on the device"
+    is_on_disk = any(weight.on_disk for weights in layers for weight in weights)
+    where = "on the disk, {} layers at a time in memory"
+    if not is_on_disk:
+        where = "in host memory, {} layers at a time on the device"
+    where = ", " + where.format(len(slots.slots))
     return replace(_with_storage(model, "linears", where), slots=slots)
 
 

@@ -34,8 +34,10 @@ def _check_places(model: ModelSettings, memory: PlaceSettings) -> None:
             f"head_quantization={model.head_quantization} keeps the head on the device; "
             "leave it or head_weight host out"
         )
-    if model.quantization == "none" and memory.layer_weights == "host":
-        raise ValueError("layer_weights host is for NF4; leave it or quantization none out")
+    if model.quantization == "none" and memory.layer_weights in ("host", "disk"):
+        raise ValueError(
+            f"layer_weights {memory.layer_weights} is for NF4; leave it or quantization none out"
+        )
     head_kernel = getattr(memory, "head_kernel", "torch")  # what only answers has none
     if "head" not in model.allowed_kernels and head_kernel not in ("auto", "torch"):
         raise ValueError(f"head_kernel {head_kernel} is not among kernels; leave one out")

@@ -297,8 +297,9 @@ class PlaceSettings(Settings):
 
     memory_limit: str | None = None
     """Use no more GPU memory than this, such as 8GB or 7.5GiB. CUDA only."""
-    layer_weights: Literal["auto", "device", "host"] = "auto"
-    """Where the layers' NF4 weights stay: device, or host memory, streamed by layers (CUDA)."""
+    layer_weights: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where the layers' NF4 weights stay: device, host memory (CUDA), or disk; streamed by layers.
+    """
     embedding_weight: Literal["auto", "device", "host"] = "auto"
     """Where the embedding stays: device, or host memory, from where the rows of tokens come."""
     head_weight: Literal["auto", "device", "host"] = "auto"
@@ -332,10 +333,11 @@ class MemorySettings(PlaceSettings):
     def check(self) -> None:
         """Refuse what layers cannot keep."""
         for name in ("layer_inputs", "layer_weights"):
-            if self.keep_activations in ("attention", "all") and getattr(self, name) == "host":
+            place = getattr(self, name)
+            if self.keep_activations in ("attention", "all") and place in ("host", "disk"):
                 raise ValueError(
-                    f"{name} host is for layers that run again in the backward pass; leave it or "
-                    f"keep_activations {self.keep_activations} out"
+                    f"{name} {place} is for layers that run again in the backward pass; leave it "
+                    f"or keep_activations {self.keep_activations} out"
                 )
         if self.host_memory_limit is not None:
             parse_bytes(self.host_memory_limit, "host_memory_limit")

@@ -26,6 +26,7 @@ from lowmem_dpo.losses.functions import log_odds_ratios
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.pairs import PairLogps, join_pairs
 from lowmem_dpo.machine.device import cuda_devices
+from lowmem_dpo.machine.uploads import to_device
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import Pack, sequence_logps
@@ -173,18 +174,22 @@ def pair_logps(
     """
     ld_alpha = objective.ld_alpha
     policy_chosen, policy_rejected = sequence_logps(logps, pack, ld_alpha)
-    if reference is None:
-        reference_chosen = reference_rejected = torch.zeros_like(policy_chosen)
+    lengths = [[tree.num_chosen_tokens, tree.num_rejected_tokens] for tree in pack.trees]
+    sent = list(torch.tensor(lengths, dtype=policy_chosen.dtype).T.contiguous())
+    if reference is not None:
+        sent.append(reference.of(pack))
+    num_chosen, num_rejected, *known = to_device(sent, logps.device)
+    if known:
+        reference_chosen, reference_rejected = sequence_logps(known[0], pack, ld_alpha)
     else:
-        known = reference.of(pack).to(logps.device)
-        reference_chosen, reference_rejected = sequence_logps(known, pack, ld_alpha)
+        reference_chosen = reference_rejected = torch.zeros_like(policy_chosen)
     return PairLogps(
         policy_chosen,
         policy_rejected,
         reference_chosen,
         reference_rejected,
-        policy_chosen.new_tensor([tree.num_chosen_tokens for tree in pack.trees]),
-        policy_chosen.new_tensor([tree.num_rejected_tokens for tree in pack.trees]),
+        num_chosen,
+        num_rejected,
         None if ld_alpha is None else sequence_logps(logps, pack)[0],
     )
 

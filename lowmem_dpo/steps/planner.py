@@ -159,6 +159,7 @@ class Planner:
                 if plan.fits:
                     break
                 plan = self.take(levers, pack_tokens)
+            plan = self._from_the_disk(plan)
             if plan.fits:
                 return self._with_the_rest_spent(plan)
         return plan
@@ -170,7 +171,7 @@ class Planner:
     def smallest(self) -> Plan:
         """The plan that needs the least memory on the card."""
         pack_tokens = self.memory.pack_tokens or self.work.least_pack_tokens
-        return self.take(self._ladder()[-1], pack_tokens)
+        return self._from_the_disk(self.take(self._ladder()[-1], pack_tokens))
 
     def take(self, levers: Levers, pack_tokens: int) -> Plan:
         """Rehearse a step with certain places in memory."""
@@ -224,6 +225,15 @@ class Planner:
             least = found.peak_allocated_bytes - sum(found.components.get(name, 0) for name in rid)
             if least <= self.room.card_bytes or levers is ladder[-1]:
                 yield levers
+
+    def _from_the_disk(self, plan: Plan) -> Plan:
+        """The same plan where host memory has room for it, else with the layers on the disk."""
+        is_open = self.memory.layer_weights == "auto" and plan.levers.num_slots is not None
+        if plan.fits or not plan.rehearsal.fits or not is_open:
+            return plan
+        if not self.settings.model.quantized_copy:
+            return plan
+        return self.take(replace(plan.levers, layers_on_disk=True), plan.pack_tokens)
 
     def _with_the_rest_spent(self, plan: Plan) -> Plan:
         """The same plan, with memory that is left put to use."""

@@ -209,6 +209,7 @@ def unfilled(
             device=CARD,
             mode=mode,
             on_host=levers.parts_on_host,
+            layers_on_disk=levers.layers_on_disk,
         )
         with mode:
             yield prepare_model(
@@ -341,7 +342,10 @@ def note_residents(
         follower.note_resident(embedding.host, "embedding", None)
     if model.slots is not None:
         for i, blob in enumerate(model.slots.blobs):
-            follower.note_resident(blob, "NF4 weights", i)
+            if isinstance(blob, Tensor):  # or else it is on the disk
+                follower.note_resident(blob, "NF4 weights", i)
+        for piece in model.slots.staging:
+            follower.note_resident(piece, "pieces from the disk", None, is_pinned=True)
     if isinstance(head, HostHead):
         follower.note_resident(head.host, "head", None, is_pinned=follower.device_type == "cuda")
     for parameter, place in adapter:

@@ -132,6 +132,11 @@ def read_source(
     comes_quantised = bool(getattr(config, "quantization_config", None))
     if comes_quantised:
         check_kept_quantised(base, settings.quantization)
+    elif memory.layer_weights == "disk" and not settings.quantized_copy:
+        raise ValueError(
+            "layer_weights disk reads layers from the model's quantised copy; leave it or "
+            "quantized_copy false out"
+        )
     _check_head(base, config, settings, memory)
     cache_dir = cache_folder(settings.cache_dir)
     if Path(base).is_dir():
@@ -290,6 +295,7 @@ def load_policy(
             cache_dir=source.cache_dir,
             quantized_copy=settings.quantized_copy,
             on_host=levers.parts_on_host,
+            layers_on_disk=levers.layers_on_disk,
         ),
         spec,
         levers,

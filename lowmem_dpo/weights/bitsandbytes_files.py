@@ -15,7 +15,7 @@ Source: bitsandbytes, `functional.QuantState.from_dict` and `as_dict`.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lowmem_dpo.linears.nf4 import BLOCK, BLOCK2, Nf4Weight, dynamic_code, nf4_levels
+from lowmem_dpo.memory.weight_files import WeightFile
 from lowmem_dpo.weights.safetensors_files import StoredTensor
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -126,6 +127,26 @@ class StoredNf4:
             self.shape,
             None if known else code.to(device),
         )
+
+    def left_on_disk(
+        self, device: torch.device, open_file: Callable[[Path], WeightFile]
+    ) -> Nf4Weight:
+        """The weight with its codes and scales in their files; they are read once, to judge them.
+
+        Args:
+            device: Where what files do not hold as it is needed goes: a few bytes.
+            open_file: Opens one of them, before it is judged.
+
+        Raises:
+            ValueError: As for `read`.
+        """
+        stored = {"packed": self.codes, "absmax": self.parts[_SCALES]}
+        if self.offset is not None:
+            stored["absmax2"] = self.parts[_SCALES2]
+        files = {name: open_file(tensor.path) for name, tensor in stored.items()}
+        weight = self.read(torch.device("cpu"))
+        weight.leave_on_disk({name: (files[name], each.offset) for name, each in stored.items()})
+        return weight.to(device)
 
 
 def group_nf4(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor | StoredNf4]:

@@ -11,10 +11,13 @@ What was quantised goes to disk at the same time, in the format of bitsandbytes'
 """
 
 import copy
+import functools
 import hashlib
 import math
+import weakref
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +29,8 @@ from lowmem_dpo.console import say, size
 from lowmem_dpo.files import in_use
 from lowmem_dpo.linears.lora import linear_layers, wrap_linears
 from lowmem_dpo.linears.nf4 import BLOCK, BLOCK2, QUANTISER_VERSION, Nf4Weight, quantize_nf4
+from lowmem_dpo.memory.limits import give_back_freed_memory
+from lowmem_dpo.memory.weight_files import WeightFile
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.weights.bitsandbytes_files import (
     StoredNf4,
@@ -69,6 +74,7 @@ def load_model(
     cache_dir: Path | None = None,
     quantized_copy: bool = True,
     on_host: Collection[str] = (),
+    layers_on_disk: bool = False,
 ) -> LanguageModel:
     """Load a base model.
 
@@ -82,12 +88,17 @@ def load_model(
         cache_dir: Where digests of files are remembered and quantised copies lie; None for neither.
         quantized_copy: Whether to keep what is quantised here, and to read it the next time.
         on_host: What is left in host memory: layers (what is quantised), embedding.
+        layers_on_disk: Whether what is quantised of the layers stays in its files, those of the
+            quantised copy or the model's own; no more than a layer of it is ever in memory.
 
     Raises:
-        ValueError: If files are missing, damaged, being changed, or do not fit config.json.
+        ValueError: If files are missing, damaged, being changed, or do not fit config.json, or if
+            layers are to stay in a copy that cannot be made.
     """
     folder = Path(source) if Path(source).is_dir() else download_model(source)
     device = torch.device(device)
+    if layers_on_disk:
+        give_back_freed_memory()
     sources = [folder / "config.json", *weight_files(folder)]
     hashed = [hash_file(path, cache_dir) for path in sources]
     stored = _stored_weights(folder, config)
@@ -104,19 +115,27 @@ def load_model(
         config = copy.deepcopy(config)
         config.tie_word_embeddings = False
     identity = _identity(hashed, quantization, quantise, own_head)
+    placing = _Placing(dtype, device, on_host, layers_on_disk)
     copies, network = None, None
     if quantise and quantized_copy and cache_dir:
         copies = cache_dir / COPIES_FOLDER
-        network = _read_copied(copies, identity, source, config, dtype, device, on_host)
+        network = _read_copied(copies, identity, source, config, placing)
     if network is None:
         network = _empty_model(config, dtype)
         weights = _matched(source, network, stored)
         with _copy_writer(copies, identity, source, folder, network, weights) as writer:
-            _fill(network, weights, source, dtype, device, quantise, writer, on_host)
+            _fill(network, weights, source, placing, quantise, writer)
             if not all(file.is_unchanged() for file in hashed):
                 raise ValueError(
                     f"the files of {source} changed while they were read; "
                     "start again once nothing writes to them"
+                )
+        if quantise and layers_on_disk:  # so far there is nothing but the copy
+            assert copies, "read_source refuses that"
+            network = _read_copied(copies, identity, source, config, placing)
+            if network is None:
+                raise ValueError(
+                    "layer_weights disk: the disk does not give back what it was given"
                 )
     if comes_quantised:
         _say_as_stored(source, network, quantized_copy)
@@ -133,6 +152,7 @@ def unfilled_model(
     device: torch.device,
     mode: AbstractContextManager[Any],
     on_host: Collection[str] = (),
+    layers_on_disk: bool = False,
 ) -> LanguageModel:
     """The model that `load_model` would make, its tensors of the same sizes and of any content.
 
@@ -143,6 +163,7 @@ def unfilled_model(
         device: As for `load_model`.
         mode: Entered where tensors are given memory; it may give them none.
         on_host: As for `load_model`.
+        layers_on_disk: As for `load_model`.
     """
     network = _empty_model(config, dtype)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -154,7 +175,10 @@ def unfilled_model(
         for name, shape in expected.items():
             if name in linears:
                 place = host if "layers" in on_host else device
-                _put(network, name, _unfilled_nf4((shape[0], shape[1]), place))
+                weight = _unfilled_nf4((shape[0], shape[1]), place)
+                if layers_on_disk:
+                    weight.leave_on_disk(dict.fromkeys(("packed", "absmax", "absmax2"), (None, 0)))
+                _put(network, name, weight)
             else:
                 place = host if name == _EMBEDDING and "embedding" in on_host else device
                 _put(network, name, torch.empty(shape, dtype=dtype, device=place))
@@ -163,12 +187,7 @@ def unfilled_model(
 
 
 def _unfilled_nf4(shape: tuple[int, int], device: torch.device) -> Nf4Weight:
-    """A weight of the sizes that `quantize_nf4` gives, of any content.
-
-    Args:
-        shape: (out, in).
-        device: Where it lies.
-    """
+    """A weight of shape (out, in), of the sizes that `quantize_nf4` gives and of any content."""
     blocks = -(-shape[0] * shape[1] // BLOCK)
     return Nf4Weight(
         torch.empty(shape[0] * shape[1] // 2, dtype=torch.uint8, device=device),
@@ -179,28 +198,36 @@ def _unfilled_nf4(shape: tuple[int, int], device: torch.device) -> Nf4Weight:
     )
 
 
+@dataclass(frozen=True)
+class _Placing:
+    """Where a model's tensors go, and in what type; the arguments are those of `load_model`."""
+
+    dtype: torch.dtype
+    device: torch.device
+    on_host: Collection[str]
+    layers_on_disk: bool
+
+
 def _read_copied(
-    copies: Path,
-    identity: str,
-    source: str,
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    on_host: Collection[str],
+    copies: Path, identity: str, source: str, config: PretrainedConfig, placing: _Placing
 ) -> PreTrainedModel | None:
     """The model from its quantised copy; None if there is none that can be believed."""
     for folder in find_copies(copies, identity):
         try:
-            model = _empty_model(config, dtype)
-            with in_use(folder):
+            model = _empty_model(config, placing.dtype)
+            with ExitStack() as held:
+                held.enter_context(in_use(folder))
                 weights = _matched(source, model, group_nf4(read_copy(folder, identity)))
-                _fill(model, weights, source, dtype, device, False, None, on_host)
+                _fill(model, weights, source, placing, False, None)
+                if placing.layers_on_disk:  # as long as there is a model that reads from it
+                    weakref.finalize(model, held.pop_all().close)
             taken = size(sum(path.stat().st_size for path in folder.iterdir()))
         except (OSError, ValueError) as error:
             say(f"model: quantised again; its copy cannot be used and is removed: {error}")
             remove_copy(folder)
             continue
-        say(f"model: read from its quantised copy {folder} ({taken})")
+        stays = ", where its layers stay" if placing.layers_on_disk else ""
+        say(f"model: read from its quantised copy {folder} ({taken}){stays}")
         return model
     return None
 
@@ -323,49 +350,47 @@ def _fill(
     model: PreTrainedModel,
     weights: Weights,
     source: str,
-    dtype: torch.dtype,
-    device: torch.device,
+    placing: _Placing,
     quantise: bool,
     writer: CopyWriter | None,
-    on_host: Collection[str],
 ) -> None:
     """Read every tensor to its place.
 
     Args:
-        model: From `_empty_model`.
+        model: From `_empty_model`; stays so if layers are to be read from the copy that is made.
         weights: From `_matched`.
         source: For messages.
-        dtype: Of what is not quantised.
-        device: Where the model goes.
+        placing: Where it goes.
         quantise: Whether to quantise the linears of the decoder layers.
         writer: Gets everything, what is not quantised in the source's own numbers; or None.
-        on_host: As for `load_model`.
     """
-    linears = _linear_weights(model)
+    linears, dtype, host = _linear_weights(model), placing.dtype, torch.device("cpu")
+    copies_alone = quantise and placing.layers_on_disk
+    open_file = functools.cache(WeightFile)
     # Only the part of the buffer that something goes through takes memory.
     size_of_largest = max((stored.nbytes for stored in weights.values()), default=0)
     buffer = torch.empty(size_of_largest, dtype=torch.uint8)
     for name, stored in weights.items():
         is_linear = name in linears
+        is_layers = is_linear and (quantise or isinstance(stored, StoredNf4))
+        part = "layers" if is_layers else "embedding" if name == _EMBEDDING else ""
+        place = host if part in placing.on_host else placing.device
         tensors: dict[str, Tensor] = {}
         value: Tensor | Nf4Weight
-        if isinstance(stored, StoredNf4):
-            stays = is_linear and "layers" in on_host
-            value = stored.read(torch.device("cpu") if stays else device, buffer)
+        if isinstance(stored, StoredNf4) and is_linear and placing.layers_on_disk:
+            value = stored.left_on_disk(placing.device, open_file)
+        elif isinstance(stored, StoredNf4):
+            value = stored.read(place, buffer)
             value = value if is_linear else value.dequantize(dtype)
         elif quantise and is_linear:
             # Codes come from the stored numbers, so that they do not depend on the compute type.
             try:
-                value = quantize_nf4(stored.read(buffer).to(device))
-                value = value.to("cpu") if "layers" in on_host else value
+                value = quantize_nf4(stored.read(buffer).to(placing.device)).to(place)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             if writer is not None:
                 tensors = nf4_tensors(name, value, stored.dtype)
         else:
-            place = device
-            if name == _EMBEDDING and "embedding" in on_host:
-                place = torch.device("cpu")
             stays = place.type == "cpu" and stored.dtype == dtype
             tensor = stored.read(None if stays else buffer)
             value = tensor.to(device=place, dtype=dtype, copy=not stays)
@@ -373,8 +398,12 @@ def _fill(
             tensors = {name: tensor if stays or writer is None else tensor.clone()}
         if writer is not None:
             writer.add(name, tensors)
-        _put(model, name, value)
-    _complete(source, model, device)
+        if not copies_alone:
+            _put(model, name, value)
+        elif writer is not None and writer.note:
+            raise ValueError(f"layer_weights disk needs the quantised copy, but {writer.note}")
+    if not copies_alone:
+        _complete(source, model, placing.device)
 
 
 def _put(model: PreTrainedModel, name: str, value: Tensor | Nf4Weight) -> None:

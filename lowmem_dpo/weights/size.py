@@ -34,7 +34,7 @@ def storage_rows(model: PreTrainedModel) -> list[StorageRow]:
     for path, module in model.named_modules():
         if isinstance(module, Nf4Weight):
             kind = _LINEAR_KINDS.get(path.split(".")[-3], "other linears")
-            text = "nf4, double quantised" if module.absmax2 is not None else "nf4"
+            text = "nf4, double quantised" if module.offset is not None else "nf4"
             sizes.setdefault((kind, text), []).append(module.nbytes)
             continue
         for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:

@@ -1,12 +1,19 @@
 """Weights in slots: every layer reads its own bytes, and no schedule leaves an order to chance."""
 
+import threading
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lowmem_dpo.memory.weight_slots import COMPUTE, UPLOAD, Lanes, WeightSlots
+from lowmem_dpo.memory import lanes as lanes_of_memory
+from lowmem_dpo.memory.lanes import COMPUTE, UPLOAD, Lanes, ReadingCudaLanes, ReadingLanes
+from lowmem_dpo.memory.weight_files import FileRange, WeightFile
+from lowmem_dpo.memory.weight_slots import WeightSlots
+from lowmem_dpo.stopping import RunStopped
 
 
 class Weight(nn.Module):
@@ -22,6 +29,19 @@ class Weight(nn.Module):
     def read(self) -> set[float]:
         self.lease.check()
         return {self.scale.item(), *self.packed.tolist()}
+
+    def leave_on_disk(self, folder):
+        """Let a file of its own have the bytes, between others."""
+        path = folder / f"{self.layer}-{id(self)}"
+        with path.open("wb") as file:
+            places = {}
+            for name, buffer in list(self.named_buffers()):
+                file.write(b"between")
+                places[name] = file.tell(), buffer.dtype, buffer.shape
+                file.write(buffer.view(-1).view(torch.uint8).numpy().tobytes())
+                self._buffers[name] = None
+        opened = WeightFile(path)
+        self.on_disk = {name: FileRange(opened, *place) for name, place in places.items()}
 
 
 class Conflict(Exception):
@@ -238,6 +258,162 @@ def test_memory_that_cannot_be_pinned_is_said_and_its_error_stays_with_nobody(mo
     assert not latched and not given_back
     del stream
     assert given_back == [address]
+
+
+class Gated(ReadingLanes):
+    """A reading thread that fills a slot when somebody waits for it, or after a while.
+
+    Args:
+        without: Number of a wait of computation that is left out, as a fault would.
+    """
+
+    def __init__(self, without=None) -> None:
+        super().__init__()
+        self.num_waits, self.without = 0, without
+        self.gate = threading.Event()
+
+    def record(self, lane):
+        if lane == COMPUTE:
+            return None
+        return self.gate, super().record(lane)
+
+    def wait(self, lane, event):
+        if lane == COMPUTE:
+            self.num_waits += 1
+            if self.num_waits - 1 != self.without:
+                event[0].set()
+                super().wait(lane, event[1])
+
+    def upload(self, slot, blob):
+        slot.fill_(0xFF)
+        self.gate = threading.Event()
+        self._last = self._reader.submit(self._read_late, slot, blob, self.gate)
+
+    def _read_late(self, slot, blob, gate):
+        gate.wait(1)
+        self._read(slot, blob)
+
+
+def on_disk(tmp_path, layers, slots, lanes=None):
+    """Layers in files, and the slots that they pass through."""
+    weights = [[Weight(i), Weight(i)] for i in range(layers)]
+    for layer in weights:
+        for weight in layer:
+            weight.leave_on_disk(tmp_path)
+    return weights, WeightSlots(weights, torch.device("cpu"), slots, lanes)
+
+
+def pass_through(weights, stream, passes=(True,)):
+    for returns in passes:
+        order = [*range(len(weights))]
+        for i in [*order, *reversed(order)] if returns else order:
+            with stream.hold(i, returns=returns):
+                for weight in weights[i]:
+                    assert weight.read() == {float(i)}
+
+
+@pytest.mark.parametrize(("layers", "slots"), [(1, 2), (2, 2), (5, 2), (6, 3), (3, 5)])
+@pytest.mark.parametrize("lanes", [Gated, None])
+def test_layers_on_the_disk_read_their_own_bytes(tmp_path, layers, slots, lanes):
+    weights, stream = on_disk(tmp_path, layers, slots, lanes and lanes())
+    assert not any(isinstance(blob, torch.Tensor) for blob in stream.blobs)
+    pass_through(weights, stream, [True, False, True])
+
+
+def test_a_wait_for_the_reading_thread_that_is_left_out_is_found(tmp_path):
+    lanes = Gated()
+    pass_through(*on_disk(tmp_path, 4, 2, lanes))
+    assert lanes.num_waits == 4 + 2
+    for number in range(lanes.num_waits):
+        with pytest.raises(AssertionError):
+            pass_through(*on_disk(tmp_path, 4, 2, Gated(without=number)))
+
+
+def test_the_next_layer_is_read_while_the_present_one_computes(tmp_path):
+    class Noting(ReadingLanes):
+        def _read(self, slot, blob):
+            super()._read(slot, blob)
+            done.append(threading.current_thread())
+
+    done = []
+    weights, stream = on_disk(tmp_path, 3, 2, Noting())
+    with stream.hold(0, returns=True):
+        until = time.monotonic() + 10
+        while len(done) < 2 and time.monotonic() < until:
+            time.sleep(0.001)
+        assert len(done) == 2  # layer 1 is there, and nobody waited for it
+    (reader,) = set(done)
+    assert reader is not threading.current_thread()
+    del weights, stream
+    reader.join(10)
+    assert not reader.is_alive()
+
+
+def test_what_the_reading_thread_meets_is_raised_where_it_is_waited_for(tmp_path):
+    weights, stream = on_disk(tmp_path, 4, 2)
+    path = weights[2][0].on_disk["packed"].file.path
+    with path.open("r+b") as file:
+        file.truncate(9)
+    for i in (0, 1):
+        with stream.hold(i, returns=True):
+            pass
+    for _ in range(2):  # and again, should anybody try
+        with pytest.raises(RunStopped, match=f"{path} was changed"), stream.hold(2, returns=True):
+            pytest.fail("the layer ran")
+    assert not any(slot.held for slot in stream.slots)
+    with stream.hold(1, returns=True):
+        assert weights[1][0].read() == {1.0}
+
+
+class Stream:
+    """A queue of a card, worked off as far as somebody waits for it."""
+
+    def __init__(self, *_) -> None:
+        self.work, self.num_done = [], 0
+
+    def run(self, end):
+        for target, source in self.work[self.num_done : end]:
+            target.copy_(source)
+        self.num_done = max(self.num_done, end)
+
+    def wait_event(self, event):
+        event.synchronize()
+
+
+class Event:
+    def __init__(self) -> None:
+        self.stream, self.end = Stream(), 0
+
+    def record(self, stream):
+        self.stream, self.end = stream, len(stream.work)
+
+    def synchronize(self):
+        self.stream.run(self.end)
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_pieces_on_their_way_to_a_card_are_not_filled_again_before_they_are_sent(
+    tmp_path, monkeypatch, slots
+):
+    compute = Stream()
+    for name, fake in (
+        ("Stream", Stream),
+        ("Event", Event),
+        ("current_stream", lambda device: compute),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(lanes_of_memory, "PIECE_BYTES", 64)  # a layer has eight and more
+
+    class OnTheHost(ReadingCudaLanes):
+        def _send(self, target, piece):
+            target.fill_(0xFF)
+            self.uploads.work.append((target, piece))
+
+    staging = [torch.empty(64, dtype=torch.uint8) for _ in range(2)]
+    lanes = OnTheHost(torch.device("cpu"), staging)
+    pass_through(*on_disk(tmp_path, 5, slots, lanes), [True, False, True])
+    assert lanes.uploads.num_done > 5 * 8
 
 
 def test_sizes_are_those_of_the_blobs():

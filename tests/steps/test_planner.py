@@ -91,6 +91,12 @@ def test_host_memory_counts_too():
     assert enough.take(least.levers, least.pack_tokens).fits
     little = replace(enough, room=Room(MUCH, least.rehearsal.host_bytes - 1))
     assert not little.take(least.levers, least.pack_tokens).fits
+    room = Room(least.rehearsal.peak_reserved_bytes, least.rehearsal.host_bytes - 1)
+    from_disk = replace(enough, room=room).best()
+    assert from_disk.fits and from_disk.levers.layers_on_disk
+    assert from_disk.rehearsal.host_bytes < least.rehearsal.host_bytes - 2**20
+    held = replace(planner(quantized_copy=False), room=room).best()
+    assert not held.fits and not held.levers.layers_on_disk
 
 
 @pytest.mark.slow

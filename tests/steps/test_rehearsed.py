@@ -61,9 +61,10 @@ def events(follower):
 
 def both(folder, quantization="nf4", dtype=torch.float32, **changes):
     config = load_config(str(folder))
-    on_host = changes.get("levers", USUAL).parts_on_host
-    how = {"quantization": quantization, "dtype": dtype, "on_host": on_host}
-    real = load_model(str(folder), config=config, device=CPU, quantized_copy=False, **how)
+    levers = changes.get("levers", USUAL)
+    how = {"quantization": quantization, "dtype": dtype, "on_host": levers.parts_on_host}
+    how["layers_on_disk"] = levers.layers_on_disk
+    real = load_model(str(folder), config=config, device=CPU, cache_dir=folder / "cache", **how)
     mode = FakeCard()
     with rehearsing(RehearsedCard((8, 6), lambda *_: None)):
         fake = unfilled_model(config, device=CPU, mode=mode, **how)
@@ -110,6 +111,7 @@ def test_a_rehearsal_has_the_bytes_of_the_real_step(tiny_checkpoint, family, qua
         {"levers": Levers(num_keep_all=1, num_keep_attention=1)},
         {"levers": Levers(num_keep_attention=2), "dropout": 0.1},
         {"levers": Levers(num_slots=2)},
+        {"levers": Levers(num_slots=2, layers_on_disk=True)},
     ],
     ids=str,
 )

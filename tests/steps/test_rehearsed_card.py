@@ -260,3 +260,37 @@ def test_memory_of_8b_is_linear_in_tokens_and_no_matter_of_pairs_and_vocabulary(
     grown = rehearsal(wider, "H100", length=1024).peak_allocated_bytes - peaks[1024]
     assert grown == 2 * (2 * 128256 * 4096)
     assert at[2048].peak_reserved_bytes < 9 * GIB
+
+
+@pytest.mark.parametrize(
+    "card, levers, expected",
+    [
+        # Integers of the pack, numbers of its pairs; three tables where attention is a kernel.
+        ("T4", USUAL, 2),
+        ("3090", USUAL, 5),
+        ("3090", Levers(embedding_on_host=True), 6),
+    ],
+)
+def test_a_micro_batch_is_sent_to_a_card_in_few_copies(card, levers, expected):
+    def num_copies(num_packs):
+        config = config_of(num_hidden_layers=2)
+        packs = [[tree_of_shape(TreeShape(20 + i, 20, 20))] for i in range(num_packs)]
+        arguments = find_card(card), settings_of(), levers, packs, 128, True
+        work = rehearsed._follow(config, *arguments).work
+        return sum(each.link_bytes > 0 for each in work)
+
+    assert num_copies(3) - num_copies(2) == expected
+
+
+def test_layers_on_the_disk_come_through_two_pinned_pieces_and_take_no_host_memory():
+    config = config_of(num_hidden_layers=5)
+    on_host, on_disk = (
+        rehearsal(config, levers=Levers(num_slots=2, layers_on_disk=on_disk))
+        for on_disk in (False, True)
+    )
+    assert on_disk.peak_allocated_bytes - on_host.peak_allocated_bytes < 5 * 7 * 512  # offsets
+    assert "NF4 weights" in on_host.host_components
+    assert "NF4 weights" not in on_disk.host_components
+    assert on_disk.host_components["pieces from the disk"] == 2 * 2**24
+    # 5 + 3 uploads of the first micro-batch, 3 + 3 of the second; offsets do not travel.
+    assert on_host.link_bytes - on_disk.link_bytes == (8 + 6) * 7 * 256

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lowmem_dpo.files import is_held
 from lowmem_dpo.records.checkpoints import find_damage, list_checkpoints
 from tests.conftest import random_pairs
 from tests.training.conftest import environment, read_metrics, read_record, write_rows
@@ -90,12 +91,12 @@ def test_killed_at_any_moment_a_resumed_run_gives_the_uninterrupted_losses(
     rng = random.Random(seed)
     data = write_rows(tmp_path / "pairs.jsonl", random_pairs(16))
 
-    def words(name: str, save_steps: int = 1, keeps: str = "nothing") -> list[str]:
+    def words(name: str, save_steps: int = 1, plan: str = "") -> list[str]:
         text = f"""train --model {llama_dir} --data {data} --output_dir {tmp_path / name}
             --cache_dir {tmp_path / f"cache-{name}"} --resume auto --batch_size 4 --max_steps 6
             --learning_rate 1e-3 --lora_r 4 --pack_tokens 128 --save_strategy steps
             --save_steps {save_steps} --keep_checkpoints 1 --eval_fraction 0.3 --eval_steps 2
-            --keep_activations {keeps}"""
+            {plan}"""
         return text.split()
 
     whole = server.run(words("whole"))
@@ -118,14 +119,16 @@ def test_killed_at_any_moment_a_resumed_run_gives_the_uninterrupted_losses(
                     moment = {"at_event": rng.randint(1, whole["events"])}
                 else:
                     moment = {"after_seconds": rng.uniform(0, whole["seconds"])}
-            keeps = rng.choice(["nothing", "attention", "all"])  # of another plan each time
-            moments.append(moment | {"keeps": keeps})
-            status = server.run(words(name, save_steps, keeps), **moment)["status"]
+            plans = [f"--keep_activations {keeps}" for keeps in ("nothing", "attention", "all")]
+            plan = rng.choice([*plans, "--layer_weights disk"])  # another one each time
+            moments.append(moment | {"plan": plan})
+            status = server.run(words(name, save_steps, plan), **moment)["status"]
             kills += status == -9
         where = f"CRASH_SEED={seed}, killed at {moments}\n{server.log.read_text()[-2000:]}"
         assert status == 0, where
         assert numbers(output) == expected, where
         assert_whole(output, cache)
+        assert not [path for path in (cache / "models").glob(".*.lock") if is_held(path)]
         for file in ("adapter", "best"):
             path = f"{file}/adapter_model.safetensors"
             assert (output / path).read_bytes() == (tmp_path / "whole" / path).read_bytes(), where
