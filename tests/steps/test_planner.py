@@ -20,7 +20,7 @@ MUCH = 2**40
 
 
 def planner(card_bytes=MUCH, host_bytes=None, family="llama", trees=(TREE,) * 4, **settings):
-    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128, "vocab_size": 32768}
+    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "head_dim": 128, "vocab_size": 32768}
     model = AutoConfig.for_model(
         **SIZES | FAMILIES[family] | sizes | {"num_hidden_layers": NUM_LAYERS}
     )

@@ -275,7 +275,7 @@ def test_a_micro_batch_is_sent_to_a_card_in_few_copies(card, levers, expected):
     def num_copies(num_packs):
         config = config_of(num_hidden_layers=2)
         packs = [[tree_of_shape(TreeShape(20 + i, 20, 20))] for i in range(num_packs)]
-        arguments = find_card(card), settings_of(), levers, packs, 128, True
+        arguments = levers, find_card(card), settings_of(), packs, 128, True
         work = rehearsed._follow(config, *arguments).work
         return sum(each.link_bytes > 0 for each in work)
 
