@@ -55,6 +55,11 @@ class Levers:
         parts = {"layers": layers, "embedding": self.embedding_on_host}
         return {part for part, on_host in parts.items() if on_host}
 
+    @property
+    def few_tell_of_all(self) -> bool:
+        """Whether a step of few layers tells of one of all; of many slots, few layers all have one."""
+        return self.num_slots is None or self.num_slots <= LEAST_SLOTS + 1
+
     def words(self, num_layers: int) -> str:
         """For the user, such as `embedding on the host, 3 of 32 layers keep all`."""
         parts = []

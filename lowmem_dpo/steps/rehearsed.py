@@ -26,7 +26,7 @@ from lowmem_dpo.machine.card_table import Card
 from lowmem_dpo.machine.device import resolve_dtype, workspace_bytes
 from lowmem_dpo.memory.extension import trace_of
 from lowmem_dpo.memory.fake_card import CARD, FakeCard
-from lowmem_dpo.memory.levers import LEAST_SLOTS, Levers
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.memory.rehearsal import Rehearsal, rehearsal_of, totals_of
 from lowmem_dpo.memory.trace import Follower
 from lowmem_dpo.model import layer as decoder_layer
@@ -127,8 +127,7 @@ def rehearse(
         types,
         levers.keeps(num_layers),
         lambda layers: follow(layers).sections,
-        # Of many slots, few layers all have one.
-        may_extend=levers.num_slots in (None, LEAST_SLOTS),
+        may_extend=levers.few_tell_of_all,
     )
     totals = totals_of(trace.work_of(), card)
     return rehearsal_of(trace.events, totals, card, limit_bytes=limit_bytes)

@@ -222,8 +222,7 @@ def rehearse_generation(
         getattr(config, "layer_types", None) or ["alike"] * num_layers,
         levers.keeps(num_layers),
         follow,
-        # Of more slots, few layers all have one.
-        may_extend=levers.num_slots in (None, LEAST_SLOTS, LEAST_SLOTS + 1),
+        may_extend=levers.few_tell_of_all,
     )
     prefill, token = (totals_of(trace.work_of(*phases), card) for phases in (PREFILL, LAST_TOKEN))
     both = Totals(*map(sum, zip(prefill, token, strict=True)))
