@@ -57,7 +57,7 @@ class Levers:
 
     @property
     def few_tell_of_all(self) -> bool:
-        """Whether a step of few layers tells of one of all; of many slots, few layers all have one."""
+        """Whether few layers tell of all: of many slots, each of few layers has one."""
         return self.num_slots is None or self.num_slots <= LEAST_SLOTS + 1
 
     def words(self, num_layers: int) -> str:
