@@ -98,3 +98,19 @@ def test_memory_limit_is_held_to(config):
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(2 * 10**9, dtype=torch.uint8, device="cuda")
     torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_run_is_planned_and_its_memory_is_as_rehearsed(config, capsys):
+    result = Trainer(config).fit()
+    memory = json.loads((result.output_dir / "run.json").read_text())["memory"]
+    printed = capsys.readouterr().out
+    assert "layers keep all" in printed and "rehearsed (" in printed
+    # A tiny model's segments are of 2 MiB each, and kernels of the first launch take some.
+    difference = abs(memory["peak_reserved_bytes"] - memory["rehearsed_reserved_bytes"])
+    assert difference <= 0.05 * memory["rehearsed_reserved_bytes"] + 8 * 2**20, memory
+
+
+def test_what_does_not_fit_on_a_card_is_refused_before_the_model_is_loaded(config, capsys):
+    with pytest.raises(ValueError, match="does not fit with pairs of"):
+        Trainer(replace(config, memory_limit="1MiB")).fit()
+    assert "quantised; the next start" not in capsys.readouterr().out
