@@ -113,4 +113,5 @@ def test_a_run_is_planned_and_its_memory_is_as_rehearsed(config, capsys):
 def test_what_does_not_fit_on_a_card_is_refused_before_the_model_is_loaded(config, capsys):
     with pytest.raises(ValueError, match="does not fit with pairs of"):
         Trainer(replace(config, memory_limit="1MiB")).fit()
+    torch.cuda.set_per_process_memory_fraction(1.0)
     assert "quantised; the next start" not in capsys.readouterr().out
