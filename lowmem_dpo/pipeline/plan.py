@@ -43,7 +43,7 @@ from lowmem_dpo.weights.folders import load_config, load_tokenizer, resolve_sour
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 LENGTH_MULTIPLE = 64
 MAX_REHEARSALS = 9
-LONGEST_IN_SECONDS = 8192
+LONGEST_IN_SECONDS = 4096
 # What a person may have set that a plan would choose otherwise.
 PLACES = ("keep_activations", "layer_inputs", "layer_weights", "embedding_weight", "head_weight")
 

@@ -111,7 +111,7 @@ class PlanConfig(
     smallest: bool = False
     """Plan for the least memory on the card: 8-bit optimizer, and on the host what can be there."""
     longest: bool = False
-    """Look for the longest max_length beyond 8,192 tokens too, which takes minutes."""
+    """Look for the longest max_length beyond 4,096 tokens too, which takes minutes."""
     all_cards: bool = False
     """Say of every known card which lengths fit, in place of a plan for one card."""
     json: bool = False
