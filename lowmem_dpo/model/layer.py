@@ -37,6 +37,7 @@ from lowmem_dpo.linears.lora import LoraLinear, project
 from lowmem_dpo.machine.device import cuda_devices
 from lowmem_dpo.machine.products import joins_products
 from lowmem_dpo.machine.trial import check_error, once_a_device, passes_trial, value_and_gradients
+from lowmem_dpo.machine.uploads import PinnedCopy
 from lowmem_dpo.memory.levers import Keeps
 from lowmem_dpo.model.attention import joined_attention
 from lowmem_dpo.model.families import Family
@@ -417,10 +418,9 @@ class _TokenWiseFunction(torch.autograd.Function):
         return grad_y, grad_x, None
 
 
-def _to_host(x: Tensor) -> Tensor:
+def _to_host(x: Tensor) -> PinnedCopy:
     """A pinned copy; copies to and from the host run in stream order, so none needs a wait."""
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    return host.copy_(x.detach(), non_blocking=True)
+    return PinnedCopy(x)
 
 
 def _random_state(device: torch.device) -> tuple[torch.device, Tensor, Tensor | None]:

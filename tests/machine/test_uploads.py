@@ -1,7 +1,9 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lowmem_dpo.machine.uploads import to_device
+from lowmem_dpo.machine.uploads import SMALLEST_PIECE, PinnedCopy, piece_sizes, to_device
 from lowmem_dpo.memory.fake_card import CARD, FakeCard
 from lowmem_dpo.memory.trace import Follower
 
@@ -39,3 +41,29 @@ def test_all_go_to_a_card_in_one_copy_from_pinned_memory():
 def test_what_arrives_is_what_was_sent():
     for got, tensor in zip(to_device(TENSORS, torch.device("cuda")), TENSORS, strict=True):
         assert torch.equal(got.cpu(), tensor)
+
+
+@given(st.integers(0, 2**28), st.sampled_from([2, 4]))
+def test_pieces_of_pinned_memory_lose_less_than_the_smallest(numel, element_size):
+    sizes = piece_sizes(numel, element_size)
+    assert sum(sizes) == numel
+    assert sizes == sorted(sizes, reverse=True)
+    taken = sum(1 << max(0, size * element_size - 1).bit_length() for size in sizes)
+    assert taken - numel * element_size < SMALLEST_PIECE
+
+
+def test_a_pinned_copy_comes_back_as_it_was(monkeypatch):
+    pinned = []
+    empty = torch.empty
+
+    def unpinned(*shape, pin_memory=False, **how):
+        pinned.append(pin_memory)
+        return empty(*shape, **how)
+
+    monkeypatch.setattr(torch, "empty", unpinned)
+    x = torch.arange(3 * 2**19 + 12, dtype=torch.float32).view(1, -1, 12)
+    copy = PinnedCopy(x)
+    assert pinned == [True, True, True]
+    assert [piece.nbytes for piece in copy.pieces] == [2**22, 2**21, 48]
+    assert torch.equal(copy.to(torch.device("cpu")), x)
+    assert copy.to(torch.device("cpu")).shape == x.shape

@@ -194,7 +194,8 @@ def test_layer_inputs_and_head_on_the_host_leave_the_card():
     head_bytes, input_bytes = 2 * 65536 * 512, 2 * 512 * 1216
     assert "head" not in there.components
     assert there.host_components["head"] == head_bytes
-    assert there.host_components["layer inputs"] == 7 * 2 ** (input_bytes - 1).bit_length()
+    lost = there.host_components["layer inputs"] / 7 - input_bytes
+    assert 0 <= lost < 2**17  # 13 times that as a whole, which would be a power of two
     assert here.components["layer inputs"] >= 7 * input_bytes
     assert here.link_bytes < 2**20 < 2 * 7 * input_bytes < there.link_bytes
     # Two slices of the head, of 8,192 rows, are on the card while it is read.
