@@ -116,6 +116,37 @@ def test_a_resumed_run_keeps_its_micro_batches_and_its_levers_while_they_fit(
     assert "the run began with another plan (1 of" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("machine")
+def test_a_resumed_run_does_what_the_user_decided_since(monkeypatch, capsys):
+    before = {"num_keep_attention": 1, "embedding_on_host": True}
+    facts = {"planned_pack_tokens": 384, "levers": before}
+    monkeypatch.setattr(memory_plan, "read_record", lambda checkpoint: {"facts": facts})
+    memory = planned(checkpoint="some checkpoint", keep_activations="nothing")
+    assert memory.levers == Levers() and memory.plan.pack_tokens == 384
+    assert "the run began with another plan (1 of" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("machine")
+def test_what_is_planned_has_the_micro_batches_of_the_run():
+    """Those of a cached reference may be others than were chosen."""
+    memory = planned(keep_activations="nothing")
+    chosen = memory.plan.pack_tokens
+    assert memory.plan_with(chosen) is memory.plan
+    other = memory.plan_with(chosen + 128)
+    assert (other.pack_tokens, other.levers) == (chosen + 128, memory.levers)
+    assert planned("cpu").plan_with(chosen) is None
+
+
+def test_a_head_that_config_json_does_not_tell_of_is_planned_for(machine, monkeypatch):
+    told = []
+    own = AutoConfig.for_model(**SIZES | {"vocab_size": 4096} | FAMILIES["llama"])
+    stored = lambda base, config: told.append((base, config)) or own  # noqa: E731
+    monkeypatch.setattr(memory_plan, "stored_config", stored)
+    machine.card = MUCH
+    memory = planned(keep_activations="nothing")
+    assert memory.planner.model is own and told == [("some/model", MODEL)]
+
+
 def test_scoring_alone_keeps_nothing(machine):
     assert planned(trains=False).levers == Levers()
 
@@ -137,9 +168,11 @@ def test_under_windows_what_is_too_much_fails_in_place_of_being_slow(machine):
     machine.system = "wsl"
     planned()
     assert machine.limited == machine.card
-    machine.limited = None
-    planned(memory_limit="4GiB")  # which was set already
-    assert machine.limited is None
+    planned(memory_limit="4GiB")
+    assert machine.limited == 2**32
+    machine.card = 2**31  # of these, others have the rest
+    planned(memory_limit="4GiB")
+    assert machine.limited == 2**31
 
 
 def test_what_was_rehearsed_is_held_against_what_was_measured(monkeypatch, capsys):
