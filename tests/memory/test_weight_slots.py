@@ -329,6 +329,25 @@ def test_a_wait_for_the_reading_thread_that_is_left_out_is_found(tmp_path):
             pass_through(*on_disk(tmp_path, 4, 2, Gated(without=number)))
 
 
+@pytest.mark.parametrize("failing", range(6))
+def test_a_read_that_failed_is_done_again(tmp_path, failing):
+    """A step that memory was out for is taken again: then the layer is read again."""
+
+    class Failing(ReadingLanes):
+        num_reads = 0
+
+        def _read(self, slot, blob):
+            self.num_reads += 1
+            if self.num_reads == failing + 1:
+                raise MemoryError
+            super()._read(slot, blob)
+
+    weights, stream = on_disk(tmp_path, 4, 2, Failing())
+    with pytest.raises(MemoryError):
+        pass_through(weights, stream)
+    pass_through(weights, stream, [True, True])
+
+
 def test_the_next_layer_is_read_while_the_present_one_computes(tmp_path):
     class Noting(ReadingLanes):
         def _read(self, slot, blob):

@@ -21,8 +21,9 @@ KEEPS_ALL, KEEPS_ATTENTION = 30, 10  # bytes a layer
 
 @dataclass
 class Sums:
-    """In place of `rehearse`."""
+    """In place of `rehearse`; what an estimate cannot know are gaps beside what is put to use."""
 
+    gap_bytes: int = 0
     asked: list[Any] = field(default_factory=list)
 
     def __call__(self, model, card, settings, levers, packs, *, pack_tokens, **how):
@@ -37,7 +38,8 @@ class Sums:
         if levers.num_slots is not None:
             here["slots of NF4 layers"] = 80 * levers.num_slots
         kept = KEEPS_ALL * levers.num_keep_all + KEEPS_ATTENTION * levers.num_keep_attention
-        total = pack_tokens + sum(here.values()) + kept
+        is_mixed = levers.num_slots not in (None, 2) or kept % (KEEPS_ALL * NUM_LAYERS) > 0
+        total = pack_tokens + sum(here.values()) + kept + self.gap_bytes * is_mixed
         host = sum(nbytes for nbytes, is_gone in places.values() if is_gone)
         seconds = 100 - 10 * levers.num_keep_all - 2 * levers.num_keep_attention
         return SimpleNamespace(
@@ -89,8 +91,20 @@ def test_the_first_rung_that_fits_is_taken_and_slots_have_what_is_left(sums, car
 
 @pytest.mark.usefixtures("sums")
 def test_where_nothing_fits_the_plan_is_the_least_and_does_not_fit():
-    plan = planner(LEAST - 1).best()
-    assert plan.levers == Levers(0, 0, True, 2, False, True, True) and not plan.fits
+    for card in (LEAST - 1, 100):
+        plan = planner(card).best()
+        assert plan.levers == Levers(0, 0, True, 2, False, True, True) and not plan.fits
+
+
+def test_what_an_estimate_promised_and_does_not_fit_is_not_taken(sums):
+    sums.gap_bytes = 5
+    plan = planner(LEAST + 160, **NOTHING).best()
+    assert plan.fits and plan.levers.num_slots == 3
+    plan = planner(ALL + 100, embedding_weight="device").best()
+    assert plan.fits and plan.levers == Levers(num_keep_all=3)
+    sums.gap_bytes = 1000
+    assert planner(LEAST + 160, **NOTHING).best().levers.num_slots == 2
+    assert planner(ALL + 100, embedding_weight="device").best().levers == Levers()
 
 
 def test_rungs_that_cannot_fit_are_left_out(sums):

@@ -1,5 +1,6 @@
 """What a run does with plans; the card is a record, and nothing is computed on it."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,10 @@ from lowmem_dpo.machine.card_table import find_card
 from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.steps import planner as planning
-from lowmem_dpo.steps.planner import Workload
+from lowmem_dpo.steps.planner import Room, Workload
 from lowmem_dpo.steps.rehearsed import StepSettings, TreeShape, tree_of_shape
 from lowmem_dpo.training import memory_plan
-from lowmem_dpo.training.memory_plan import plan_memory, say_memory
+from lowmem_dpo.training.memory_plan import plan_memory, say_memory, wanted_pack_tokens
 from tests.tiny import FAMILIES, SIZES
 
 TREE = tree_of_shape(TreeShape(30, 20, 20))
@@ -135,6 +136,20 @@ def test_what_is_planned_has_the_micro_batches_of_the_run():
     other = memory.plan_with(chosen + 128)
     assert (other.pack_tokens, other.levers) == (chosen + 128, memory.levers)
     assert planned("cpu").plan_with(chosen) is None
+    room = Room(memory.plan.rehearsal.peak_reserved_bytes)
+    full = replace(memory, planner=replace(memory.planner, room=room))
+    held = {number: full.holds(chosen + number) for number in (-128, 0, 512)}
+    assert held == {-128: True, 0: True, 512: False}
+
+
+def test_a_micro_batch_holds_the_longest_pair_and_is_a_multiple_on_a_card(capsys):
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    assert wanted_pack_tokens(70, [TREE], cpu) == 70
+    with pytest.raises(ValueError, match=r"69 is less than the longest pair \(70 tokens\)"):
+        wanted_pack_tokens(69, [TREE], card)
+    assert wanted_pack_tokens(128, [TREE], card) == 128 and not capsys.readouterr().out
+    assert wanted_pack_tokens(129, [TREE], card) == 256
+    assert "pack_tokens 129: 256" in capsys.readouterr().out
 
 
 def test_a_head_that_config_json_does_not_tell_of_is_planned_for(machine, monkeypatch):
