@@ -41,6 +41,13 @@ def test_rates_are_measured_in_the_units_of_a_card():
     assert 1e8 < memory < 1e13 and 1e8 < link < 1e13
 
 
+def test_rates_count_two_operations_a_product_and_what_is_read_and_written(monkeypatch):
+    times = iter(range(100))  # a second from one look at the clock to the next
+    monkeypatch.setattr(card_here.time, "perf_counter", lambda: next(times))
+    rates = measured_rates(torch.device("cpu"), product_size=4, copy_bytes=10)
+    assert rates == (8 * 2 * 4**3, 8 * 2 * 10, 8 * 10)
+
+
 def test_what_is_free_leaves_out_other_programs_tensors_that_are_there_and_what_windows_would_spill(
     monkeypatch,
 ):
