@@ -184,6 +184,7 @@ def preferences(tmp_path_factory):
     return model, data
 
 
+@pytest.mark.slow
 def test_plan_of_a_file_of_pairs_forecasts_the_run(preferences, capsys, tmp_path):
     model, data = preferences
     picture = tmp_path / "memory.png"
@@ -240,7 +241,8 @@ def test_plan_takes_the_settings_file_of_a_run(preferences, capsys, tmp_path):
     file.write_text(f"model: {model}\ndata: {data}\nlearning_rate: 1.0e-4\nsave_strategy: 'no'\n")
     words = ["plan", "--config", str(file), "--card", "3060", "--cache_dir", str(tmp_path)]
     assert main(words) == 0
-    assert "20 pairs of" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "20 pairs of" in printed and "the reference's pass included" in printed
 
 
 def test_find_longest_goes_on_where_longer_needs_no_more():
