@@ -5,6 +5,7 @@ does for ours. All of it is rehearsed, never measured.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from _common import ROOT
 from transformers import PretrainedConfig
@@ -13,16 +14,15 @@ from lowmem_dpo.machine.card_table import Card
 from lowmem_dpo.memory.extension import Trace, trace_of
 from lowmem_dpo.memory.levers import LEAST_SLOTS, Levers
 from lowmem_dpo.memory.rehearsal import CONTEXT_BYTES, Rehearsal, rehearsal_of, totals_of
-from lowmem_dpo.memory.trace import Follower, Section
+from lowmem_dpo.memory.trace import Follower
 from lowmem_dpo.packs.packing import CARD_TOKEN_MULTIPLE, round_up_tokens
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.steps.rehearsed import (
     StepSettings,
     TreeShape,
-    _follow,
-    _shortened,
     followed,
     shortened_config,
+    trace_step,
     tree_of_shape,
 )
 from lowmem_dpo.tokens.trees import Tree
@@ -84,18 +84,11 @@ def trace_ours(
     card: Card,
     packs: Sequence[Sequence[Tree]],
     *,
-    pack_tokens: int,
     levers: Levers = USUAL,
-    trains: bool = True,
+    **how: Any,
 ) -> Trace:
-    """Our step, from the embedding to the optimizer; arguments as of `rehearse`."""
-
-    def follow(layers: Sequence[int]) -> list[Section]:
-        few, fewer = _shortened(config, levers, layers)
-        return _follow(few, fewer, card, settings_of(), packs, pack_tokens, trains).sections
-
-    kept = levers.keeps(config.num_hidden_layers)
-    return trace_of(["alike"] * len(kept), kept, follow)
+    """Our step, from the embedding to the optimizer; arguments as of `trace_step`."""
+    return trace_step(config, card, settings_of(), levers, packs, **how)
 
 
 def trace_of_peer(

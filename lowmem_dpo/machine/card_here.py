@@ -68,14 +68,15 @@ def measured_rates(
 
 
 def free_bytes(device: torch.device, system: str | None = None) -> int:
-    """What torch may reserve of a card: what neither other programs nor CUDA's context have.
+    """What torch may reserve of a card beside its tensors: what nobody else nor CUDA's context has.
 
     Args:
         device: A CUDA device whose context is there.
         system: As `Machine.system`; by default this one's.
     """
     free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - KERNELS_BYTES
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free -= KERNELS_BYTES
     return max(0, free - SPILL_MARGIN_BYTES if spills(system) else free)
 
 

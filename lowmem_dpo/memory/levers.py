@@ -48,6 +48,16 @@ class Levers:
             head_on_host=memory.head_weight == "host",
         )
 
+    def agree_with(self, memory: PlaceSettings, num_layers: int) -> bool:
+        """Whether all that the settings decide is as they say; what they leave open may be any."""
+        wanted = Levers.of(memory, num_layers)
+        return all(
+            getattr(self, name) == getattr(wanted, name)
+            for setting, names in _DECIDED_BY.items()
+            if getattr(memory, setting, "auto") != "auto"
+            for name in names
+        )
+
     @property
     def parts_on_host(self) -> set[str]:
         """Of layers and embedding, what is loaded into host memory."""
@@ -61,7 +71,7 @@ class Levers:
         return self.num_slots is None or self.num_slots <= LEAST_SLOTS + 1
 
     def words(self, num_layers: int) -> str:
-        """For the user, such as `embedding on the host, 3 of 32 layers keep all`."""
+        """For the user, such as `3 of 32 layers keep all; on the host: embedding`."""
         parts = []
         if self.num_keep_all:
             parts.append(f"{self.num_keep_all} of {num_layers} layers keep all")
@@ -90,5 +100,12 @@ class Levers:
         return [*kept, *(["all"] * self.num_keep_all)]  # type: ignore[list-item]
 
 
+_DECIDED_BY = {
+    "keep_activations": ("num_keep_all", "num_keep_attention"),
+    "layer_inputs": ("inputs_on_host",),
+    "layer_weights": ("num_slots", "layers_on_disk"),
+    "embedding_weight": ("embedding_on_host",),
+    "head_weight": ("head_on_host",),
+}
 LEAST_SLOTS = 2
 """One layer computes while another is uploaded."""

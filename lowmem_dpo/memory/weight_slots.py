@@ -173,8 +173,9 @@ class WeightSlots:
         slot.held = True
         try:
             if slot.uploaded is not None:
+                slot.owner = None  # should it have failed, the step is taken again: as below
                 self._lanes.wait(COMPUTE, slot.uploaded)
-                slot.uploaded = None
+                slot.owner, slot.uploaded = layer, None
             self._bind(layer, slot)
             following = self._following(layer, returns)
             if following is not None and not all(other.held for other in self.slots):

@@ -1,10 +1,8 @@
 """`generate`: prompts through the base and an adapter, side by side."""
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -19,8 +17,15 @@ from lowmem_dpo.settings.groups import AdapterSettings
 from lowmem_dpo.steps.rehearsed_generation import GenerationPlan, choose_generation_levers
 from lowmem_dpo.tokens.encoding import render_prompts
 from lowmem_dpo.tokens.rendering import build_renderer
-from lowmem_dpo.training.policy import Policy, Source, adapter_spec, load_policy, read_source
-from lowmem_dpo.weights.loading import has_own_head
+from lowmem_dpo.training.memory_plan import warn_not_rehearsed
+from lowmem_dpo.training.policy import (
+    Policy,
+    Source,
+    adapter_spec,
+    load_policy,
+    read_source,
+    stored_config,
+)
 from lowmem_dpo.weights.size import ModelSize
 
 
@@ -54,7 +59,12 @@ def generate(config: GenerateConfig) -> None:
     plan = None
     if source.device.type == "cuda":
         card, free = card_of(source.device), free_bytes(source.device)
-        plan = plan_answers(config, source, card, free, max(map(len, rendered)))
+        try:
+            plan = plan_answers(config, source, card, free, max(map(len, rendered)))
+        except ValueError:
+            raise
+        except Exception as error:  # as in training
+            warn_not_rehearsed("the answer", error)
     policy = load_policy(config, memory=config, levers=plan.levers if plan else None, source=source)
     if plan:
         torch.cuda.empty_cache()  # what loading took
@@ -83,10 +93,7 @@ def plan_answers(
     Raises:
         ValueError: If nothing fits.
     """
-    model, folder = copy.deepcopy(source.config), Path(source.base)
-    if folder.is_dir() and has_own_head(folder, model):
-        model.tie_word_embeddings = False
-    start = source.init_adapter
+    model, start = stored_config(source.base, source.config), source.init_adapter
     adapter = adapter_spec(AdapterSettings(), start, warns=False) if start else None
     with say_if_slow("planning what stays on the card"):
         plan = choose_generation_levers(

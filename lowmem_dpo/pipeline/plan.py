@@ -6,10 +6,9 @@ printed is rehearsed, never measured.
 """
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,8 @@ from transformers import PretrainedConfig
 
 from lowmem_dpo.console import duration, note, say, size
 from lowmem_dpo.files import cache_folder
-from lowmem_dpo.machine.card_here import card_of, free_bytes
+from lowmem_dpo.losses.objective import Objective
+from lowmem_dpo.machine.card_here import available_host_bytes, card_of, free_bytes
 from lowmem_dpo.machine.card_table import CARDS, Card, find_card
 from lowmem_dpo.machine.cards import this_machine
 from lowmem_dpo.memory.rehearsal import CONTEXT_BYTES, Rehearsal
@@ -35,7 +35,7 @@ from lowmem_dpo.tokens.templates import choose_template
 from lowmem_dpo.tokens.trees import Tree
 from lowmem_dpo.training.memory_plan import limited, plan_lines, wanted_pack_tokens
 from lowmem_dpo.training.pairs import load_pairs
-from lowmem_dpo.training.policy import adapter_spec
+from lowmem_dpo.training.policy import adapter_spec, stored_config
 from lowmem_dpo.training.run import Batches
 from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
 from lowmem_dpo.weights.folders import load_config, load_tokenizer, resolve_source
@@ -69,7 +69,7 @@ class Forecast:
         base: The model's name.
         trees: Its pairs.
         num_steps: Of the run; None without data.
-        reference_seconds: For scoring the pairs once; None without data.
+        reference_seconds: For scoring once the pairs that need it; None without data.
         longest: The longest max_length that fits.
         remedy: Words of what would make it fit; empty where it does, or nothing would.
     """
@@ -96,6 +96,8 @@ def plan(config: PlanConfig) -> None:
         card, room = _card_and_room(config)
     base, init_adapter, _ = resolve_source(config.model, config.init_adapter)
     model = load_config(base, config.max_length)
+    with suppress(ValueError):  # of weights, which need not be here
+        model = stored_config(base, model)
     if model.tie_word_embeddings:
         check_tied_head(config.head_quantization, config.head_weight, config.embedding_weight)
     if getattr(model, "quantization_config", None):
@@ -130,7 +132,7 @@ def _card_and_room(config: PlanConfig) -> tuple[Card, Room]:
         raise ValueError("there is no card here; name one, such as --card 'RTX 3060'")
     device = torch.device("cuda", 0)
     torch.zeros(1, device=device)  # so that the context has its memory
-    return card_of(device), limited(Room(free_bytes(device)), config)
+    return card_of(device), limited(Room(free_bytes(device), available_host_bytes()), config)
 
 
 def planner_of(
@@ -160,6 +162,7 @@ def forecast_of(
         ValueError: If the data cannot be read, or pack_tokens is less than a pair.
     """
     trees, num_steps = [_tree_of_length(config.max_length)] * config.batch_size, None
+    num_scored = 0
     if config.data is not None:
         tokenizer = load_tokenizer(base, config.init_adapter, model)
         template = choose_template(tokenizer, config)
@@ -168,15 +171,17 @@ def forecast_of(
         with redirect_stdout(sys.stderr) if config.json else nullcontext():
             pairs = load_pairs(config, config, template, folder, seed=config.seed)
         trees = pairs.train + pairs.evaluation
-        num_steps = Batches.of(config, len(pairs.train)).num_steps
+        batches = Batches.of(config, len(pairs.train))
+        num_steps = batches.num_steps
+        if Objective.of(config).needs_reference:
+            num_scored = len(batches.used()) + len(pairs.evaluation)
     planner = planner_of(model, card, room, config, trees)
     found = planner.smallest() if config.smallest else planner.best()
     remedy = "" if found.fits else _remedy(planner)
     reference = None
     if num_steps is not None:
         scoring = replace(planner, trains=False).take(found.levers, found.pack_tokens)
-        num_steps_to_score = math.ceil(len(trees) / config.batch_size)
-        low, high = (seconds * num_steps_to_score for seconds in scoring.seconds)
+        low, high = (seconds * num_scored / config.batch_size for seconds in scoring.seconds)
         reference = (low, high)
     longest = longest_length(model, card, room, config)
     return Forecast(found, base, trees, num_steps, reference, longest, remedy)

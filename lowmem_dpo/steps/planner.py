@@ -24,7 +24,7 @@ from lowmem_dpo.packs.packing import (
     packs_per_step,
     round_up_tokens,
 )
-from lowmem_dpo.settings.groups import MemorySettings
+from lowmem_dpo.settings.groups import MemorySettings, ModelSettings, PlaceSettings
 from lowmem_dpo.steps.rehearsed import StepSettings, rehearse
 from lowmem_dpo.tokens.trees import Tree
 
@@ -78,8 +78,8 @@ class Workload:
     def fullest_pack(self, pack_tokens: int) -> list[Tree]:
         """The longest pair, and beside it those that score the most of their tokens.
 
-        No micro-batch of the run needs more: its layers' memory is of `pack_tokens` and its longest
-        pair, its head's of the tokens that are scored.
+        The layers of no micro-batch need more: their memory is of `pack_tokens` and the longest
+        pair. The head's is of the tokens that are scored, of which others may have a few more.
         """
         longest = max(self.trees, key=lambda tree: tree.num_tokens)
         pack, room = [longest], pack_tokens - longest.num_tokens
@@ -121,6 +121,32 @@ class Plan:
         """Of a step: at best, and under less favourable assumptions."""
         low, high = (seconds * self.num_packs / 2 for seconds in self.rehearsal.seconds)
         return low, high
+
+
+def ladder_of(
+    model: PretrainedConfig, settings: ModelSettings, places: PlaceSettings
+) -> list[Levers]:
+    """From all on the card to the least there, as far as the settings leave it open.
+
+    Args:
+        model: The model's config.json; its head is the embedding where that says so.
+        settings: How it is stored.
+        places: What the user decided; what has no setting here stays.
+    """
+    unfit = set()
+    if model.tie_word_embeddings:
+        unfit |= {"embedding_weight", "head_weight"}
+    if settings.head_quantization != "none":
+        unfit.add("head_weight")
+    if settings.quantization != "nf4":
+        unfit.add("layer_weights")
+    if getattr(places, "keep_activations", "auto") in ("attention", "all"):
+        unfit |= {"layer_inputs", "layer_weights"}
+    ladder = [Levers.of(places, model.num_hidden_layers)]
+    for name, (change, _) in _PARTS.items():
+        if name not in unfit and getattr(places, name, None) == "auto":
+            ladder.append(replace(ladder[-1], **change))
+    return ladder
 
 
 @dataclass(frozen=True)
@@ -197,21 +223,7 @@ class Planner:
         return levers.words(self.model.num_hidden_layers)
 
     def _ladder(self) -> list[Levers]:
-        """From all on the card to the least there, as far as the settings leave it open."""
-        ladder = [Levers.of(self.memory, self.model.num_hidden_layers)]
-        unfit = set()
-        if self.model.tie_word_embeddings:
-            unfit |= {"embedding_weight", "head_weight"}
-        if self.settings.model.head_quantization != "none":
-            unfit.add("head_weight")
-        if self.settings.model.quantization != "nf4":
-            unfit.add("layer_weights")
-        if self.memory.keep_activations in ("attention", "all"):
-            unfit |= {"layer_inputs", "layer_weights"}
-        for name, (change, _) in _PARTS.items():
-            if name not in unfit and getattr(self.memory, name) == "auto":
-                ladder.append(replace(ladder[-1], **change))
-        return ladder
+        return ladder_of(self.model, self.settings.model, self.memory)
 
     def _rungs_below(self, first: Plan) -> Iterator[Levers]:
         """The ladder below its first rung, without rungs that are hopeless by what that needed."""

@@ -24,11 +24,11 @@ from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.types import LossChoice
 from lowmem_dpo.machine.card_table import Card
 from lowmem_dpo.machine.device import resolve_dtype, workspace_bytes
-from lowmem_dpo.memory.extension import trace_of
+from lowmem_dpo.memory.extension import Trace, trace_of
 from lowmem_dpo.memory.fake_card import CARD, FakeCard
 from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.memory.rehearsal import Rehearsal, rehearsal_of, totals_of
-from lowmem_dpo.memory.trace import Follower
+from lowmem_dpo.memory.trace import Follower, Section
 from lowmem_dpo.model import layer as decoder_layer
 from lowmem_dpo.model.embedding import HostEmbedding
 from lowmem_dpo.model.head import HostHead
@@ -92,10 +92,8 @@ def rehearse(
     levers: Levers,
     packs: Sequence[Sequence[Tree]],
     *,
-    pack_tokens: int,
-    trains: bool = True,
     limit_bytes: int | None = None,
-    followed: dict[Any, Follower] | None = None,
+    **how: Any,
 ) -> Rehearsal:
     """Rehearse an optimizer step.
 
@@ -105,9 +103,35 @@ def rehearse(
         settings: As for `train`.
         levers: Places in memory.
         packs: The pairs of each micro-batch; two of these are like any number of them.
+        limit_bytes: What may be reserved; by default what the card has.
+        **how: As for `trace_step`.
+    """
+    trace = trace_step(config, card, settings, levers, packs, **how)
+    totals = totals_of(trace.work_of(), card)
+    return rehearsal_of(trace.events, totals, card, limit_bytes=limit_bytes)
+
+
+def trace_step(
+    config: PretrainedConfig,
+    card: Card,
+    settings: StepSettings,
+    levers: Levers,
+    packs: Sequence[Sequence[Tree]],
+    *,
+    pack_tokens: int,
+    trains: bool = True,
+    followed: dict[Any, Follower] | None = None,
+) -> Trace:
+    """Follow an optimizer step on tensors without memory.
+
+    Args:
+        config: As for `rehearse`.
+        card: As for `rehearse`.
+        settings: As for `rehearse`.
+        levers: As for `rehearse`.
+        packs: As for `rehearse`.
         pack_tokens: Tokens of a micro-batch.
         trains: Whether a step is taken; False for scoring alone, as the reference is made.
-        limit_bytes: What may be reserved; by default what the card has.
         followed: Steps that were followed for other levers and limits, all else being the same;
             those that are followed now are added. Of how many layers keep what, they are mostly
             the same.
@@ -116,21 +140,19 @@ def rehearse(
     num_layers = config.num_hidden_layers
     types = getattr(config, "layer_types", None) or ["alike"] * num_layers
 
-    def follow(layers: Sequence[int]) -> Follower:
+    def follow(layers: Sequence[int]) -> list[Section]:
         shortened, fewer = _shortened(config, levers, layers)
         name = (*(types[layer] for layer in layers), fewer)
         if name not in steps:
             steps[name] = _follow(shortened, fewer, card, settings, packs, pack_tokens, trains)
-        return steps[name]
+        return steps[name].sections
 
-    trace = trace_of(
+    return trace_of(
         types,
         levers.keeps(num_layers),
-        lambda layers: follow(layers).sections,
+        follow,
         may_extend=levers.few_tell_of_all,
     )
-    totals = totals_of(trace.work_of(), card)
-    return rehearsal_of(trace.events, totals, card, limit_bytes=limit_bytes)
 
 
 def _shortened(
@@ -254,7 +276,7 @@ def follow_step(
         pack_tokens: Tokens of a micro-batch.
         objective: What is minimised.
         optimizer: Its settings.
-        trains: As for `rehearse`.
+        trains: As for `trace_step`.
     """
     if optimizer.optim == "paged_adamw_8bit":  # whose pages stay on the card while they fit
         optimizer = replace(optimizer, optim="adamw_8bit")

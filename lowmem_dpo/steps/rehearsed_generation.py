@@ -5,7 +5,7 @@ decoding step reads the keys and values of all tokens. So these two are run, by 
 answer prompts, and the cache is filled between them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,13 @@ from lowmem_dpo.machine.card_table import Card
 from lowmem_dpo.memory.allocator import MIDDLE_SEGMENT
 from lowmem_dpo.memory.extension import trace_of
 from lowmem_dpo.memory.fake_card import CARD
-from lowmem_dpo.memory.levers import LEAST_SLOTS, Levers
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.memory.rehearsal import Rehearsal, Totals, rehearsal_of, totals_of
 from lowmem_dpo.memory.trace import Follower, Section
 from lowmem_dpo.model.generation import answer_cache, continue_ids
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.settings.groups import ModelSettings, PlaceSettings, SamplingSettings, parse_bytes
+from lowmem_dpo.steps.planner import ladder_of
 from lowmem_dpo.steps.rehearsed import (
     PLACES,
     followed,
@@ -113,11 +114,10 @@ def choose_generation_levers(
         allocated_bytes = needed.peak_allocated_bytes
         return GenerationPlan(levers, reserved_bytes, allocated_bytes, found.token, needed.fits)
 
-    found = plan(Levers.of(places, config.num_hidden_layers))
-    for changes in _rungs(config, settings, places):
+    for levers in ladder_of(config, settings, places):
+        found = plan(levers)
         if found.fits:
             break
-        found = plan(replace(found.levers, **changes))
     if not found.fits:
         names = ("embedding_weight", "head_weight", "layer_weights")
         held = [f"{name} device" for name in names if getattr(places, name) == "device"]
@@ -130,19 +130,6 @@ def choose_generation_levers(
     if found.levers.num_slots is None:
         return found
     return _with_more_slots(found, plan, card, config.num_hidden_layers, limit_bytes)
-
-
-def _rungs(
-    config: PretrainedConfig, settings: ModelSettings, places: PlaceSettings
-) -> Iterator[dict[str, Any]]:
-    """What can still go to the host, one after another."""
-    has_own_head = not config.tie_word_embeddings
-    if has_own_head and places.embedding_weight == "auto":
-        yield {"embedding_on_host": True}
-    if has_own_head and places.head_weight == "auto" and settings.head_quantization == "none":
-        yield {"head_on_host": True}
-    if settings.quantization == "nf4" and places.layer_weights == "auto":
-        yield {"num_slots": LEAST_SLOTS}
 
 
 def _with_more_slots(

@@ -161,14 +161,14 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     facts["levers"] = asdict(memory.levers)
     _say_plan(config, policy, objective, pack_tokens, trains=trains)
 
-    reference = None
+    plan, reference = memory.plan_with(pack_tokens), None
     if objective.needs_reference:
         accept = config.reference == "accept"
         if trains:  # only what its steps take, in that order
             trees = [pairs.train[i] for i in batches.used()] + pairs.evaluation
         with in_use(cache.directory):
             reference = score_reference(trees, policy, cache, pack_tokens, accept=accept, seed=seed)
-    return Run(policy, pairs, batches, objective, pack_tokens, rms, reference, facts, memory.plan)
+    return Run(policy, pairs, batches, objective, pack_tokens, rms, reference, facts, plan)
 
 
 def precompute(config: TrainConfig) -> int:

@@ -18,7 +18,7 @@ from lowmem_dpo.settings.groups import MemorySettings, parse_bytes
 from lowmem_dpo.steps.planner import Plan, Planner, Room, Workload
 from lowmem_dpo.steps.rehearsed import StepSettings
 from lowmem_dpo.tokens.trees import Tree
-from lowmem_dpo.training.policy import Source
+from lowmem_dpo.training.policy import Source, stored_config
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,16 @@ class MemoryPlan:
 
     def holds(self, pack_tokens: int) -> bool:
         """Whether micro-batches of so many tokens fit too."""
-        if self.plan is None or self.planner is None or pack_tokens <= self.plan.pack_tokens:
+        if self.plan is None or pack_tokens <= self.plan.pack_tokens:
             return True
-        return self.planner.take(self.levers, pack_tokens).fits
+        plan = self.plan_with(pack_tokens)
+        return plan is None or plan.fits
+
+    def plan_with(self, pack_tokens: int) -> Plan | None:
+        """The plan with micro-batches of so many tokens, as rehearsed; None on a CPU."""
+        if self.plan is None or self.planner is None or pack_tokens == self.plan.pack_tokens:
+            return self.plan
+        return self.planner.take(self.levers, pack_tokens)
 
 
 def plan_memory(
@@ -61,7 +68,8 @@ def plan_memory(
         work: All pairs.
         memory: What the user decided.
         checkpoint: What the run goes on from: with its micro-batches, since log-probs would differ
-            in the last bits under others, and with its levers while they fit.
+            in the last bits under others, and with its levers while they fit and the user has not
+            decided otherwise.
         trains: Whether steps are taken.
 
     Raises:
@@ -79,7 +87,8 @@ def plan_memory(
     if source.device.type == "cuda":
         memory = replace(memory, pack_tokens=wanted)
         planner = planner_here(source, settings, work, memory, trains=trains)
-        plan = rehearsed_plan(planner, source.base, before)
+        is_allowed = before is not None and before.agree_with(memory, num_layers)
+        plan = rehearsed_plan(planner, source.base, before if is_allowed else None)
         levers = plan.levers if plan else levers
     if before is not None and before != levers:
         warn(
@@ -112,16 +121,17 @@ def planner_here(
     source: Source, settings: StepSettings, work: Workload, memory: MemorySettings, *, trains: bool
 ) -> Planner:
     """What plans a run on the card that is here; the arguments are those of `plan_memory`."""
-    room = Room(free_bytes(source.device), available_host_bytes())
-    if spills() and memory.memory_limit is None:
-        limit_memory(room.card_bytes, source.device)
+    device = source.device
+    room = limited(Room(free_bytes(device), available_host_bytes()), memory)
+    if spills():
+        limit_memory(room.card_bytes + torch.cuda.memory_allocated(device), device)
     return Planner(
-        source.config,
-        card_of(source.device),
+        stored_config(source.base, source.config),
+        card_of(device),
         settings,
         work,
         memory,
-        limited(room, memory),
+        room,
         trains=trains,
         say=note,
     )
@@ -159,10 +169,7 @@ def rehearsed_plan(planner: Planner, base: str, before: Levers | None = None) ->
         if plan is None or not plan.fits:
             plan = planner.best()
     except Exception as error:  # it stands on parts of torch that change; training does not
-        warn(
-            f"the step could not be rehearsed ({type(error).__name__}: {error}), so nothing is "
-            "planned: all stays on the card, and layers run again; please report it"
-        )
+        warn_not_rehearsed("the step", error)
         return None
     if not plan.fits:
         text = _why_not(plan, planner, base)
@@ -174,6 +181,14 @@ def rehearsed_plan(planner: Planner, base: str, before: Levers | None = None) ->
     for line in plan_lines(plan, planner.card, planner.model.num_hidden_layers):
         say(line)
     return plan
+
+
+def warn_not_rehearsed(what: str, error: Exception) -> None:
+    """Say that places in memory are as the settings say, since a rehearsal failed."""
+    warn(
+        f"{what} could not be rehearsed ({type(error).__name__}: {error}), so nothing is planned: "
+        "what the settings leave open stays on the card; please report it"
+    )
 
 
 def plan_lines(plan: Plan, card: Card, num_layers: int) -> list[str]:

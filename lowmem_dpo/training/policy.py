@@ -5,6 +5,7 @@ read calls `read_source` first.
 """
 
 import contextlib
+import copy
 import importlib.metadata
 import os
 import platform
@@ -159,19 +160,34 @@ def _head_kernel(memory: PlaceSettings) -> str:
     return memory.head_kernel if isinstance(memory, MemorySettings) else "torch"
 
 
+def stored_config(base: str, config: PretrainedConfig) -> PretrainedConfig:
+    """A config.json that tells of a head of its own where a model's files hold one.
+
+    Raises:
+        ValueError: If the model is a folder whose weights are missing or damaged.
+    """
+    folder = Path(base)
+    if not config.tie_word_embeddings or not folder.is_dir() or not has_own_head(folder, config):
+        return config
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = False
+    return config
+
+
 def _check_head(
     base: str, config: PretrainedConfig, settings: ModelSettings, memory: PlaceSettings
 ) -> None:
     """Refuse settings of the head that do not fit one which is the embedding."""
     wanted = settings.head_quantization, memory.head_weight, memory.embedding_weight
     is_usual = settings.head_quantization == "none" and "host" not in wanted
-    folder = Path(base) if Path(base).is_dir() else None
-    if is_usual or not config.tie_word_embeddings or (folder and has_own_head(folder, config)):
+    if is_usual or not stored_config(base, config).tie_word_embeddings:
         return
     try:
         check_tied_head(*wanted)
     except ValueError as error:
-        hint = "" if folder else f"; where {base} stores one of its own, download and name a folder"
+        if Path(base).is_dir():
+            raise
+        hint = f"; where {base} stores one of its own, download and name a folder"
         raise ValueError(f"{error}{hint}") from None
 
 

@@ -16,6 +16,7 @@ def tell(monkeypatch, name, total=25_000_000_000, free=0):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * MIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * MIB)
 
 
 def test_the_card_here_has_the_rates_of_its_name_and_the_memory_its_driver_tells(monkeypatch):
@@ -40,9 +41,18 @@ def test_rates_are_measured_in_the_units_of_a_card():
     assert 1e8 < memory < 1e13 and 1e8 < link < 1e13
 
 
-def test_what_is_free_leaves_out_other_programs_and_what_windows_would_spill(monkeypatch):
+def test_rates_count_two_operations_a_product_and_what_is_read_and_written(monkeypatch):
+    times = iter(range(100))  # a second from one look at the clock to the next
+    monkeypatch.setattr(card_here.time, "perf_counter", lambda: next(times))
+    rates = measured_rates(torch.device("cpu"), product_size=4, copy_bytes=10)
+    assert rates == (8 * 2 * 4**3, 8 * 2 * 10, 8 * 10)
+
+
+def test_what_is_free_leaves_out_other_programs_tensors_that_are_there_and_what_windows_would_spill(
+    monkeypatch,
+):
     tell(monkeypatch, "any", free=1000 * MIB)
-    assert free_bytes(CARD, "linux") == 1000 * MIB + 10 * MIB - card_here.KERNELS_BYTES
+    assert free_bytes(CARD, "linux") == 1000 * MIB + 6 * MIB - card_here.KERNELS_BYTES
     spilling = free_bytes(CARD, "linux") - card_here.SPILL_MARGIN_BYTES
     assert free_bytes(CARD, "wsl") == free_bytes(CARD, "win32") == spilling
     tell(monkeypatch, "any", free=0)

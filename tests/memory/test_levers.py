@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem_dpo.memory.levers import LEAST_SLOTS, Levers
-from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.settings.configs import GenerateConfig, TrainConfig
 
 
 @given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
@@ -34,3 +34,19 @@ def test_what_is_loaded_into_host_memory_is_what_the_levers_say():
     assert Levers().parts_on_host == set()
     assert Levers(num_slots=LEAST_SLOTS).parts_on_host == {"layers"}
     assert Levers(num_slots=3, embedding_on_host=True).parts_on_host == {"layers", "embedding"}
+
+
+def test_levers_agree_with_settings_that_decide_what_they_have():
+    levers = Levers(1, 1, True, 2, False, True, False)
+    assert levers.agree_with(TrainConfig(), 3) and levers.agree_with(GenerateConfig(), 3)
+    same = {"layer_inputs": "host", "layer_weights": "host", "embedding_weight": "host"}
+    assert levers.agree_with(TrainConfig(**same, head_weight="device"), 3)
+    for name, value in (
+        ("keep_activations", "nothing"),
+        ("layer_inputs", "device"),
+        ("layer_weights", "disk"),
+        ("layer_weights", "device"),
+        ("embedding_weight", "device"),
+        ("head_weight", "host"),
+    ):
+        assert not levers.agree_with(TrainConfig(**{name: value}), 3), name

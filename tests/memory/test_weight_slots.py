@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lowmem_dpo.memory import lanes as lanes_of_memory
-from lowmem_dpo.memory.lanes import COMPUTE, UPLOAD, Lanes, ReadingCudaLanes, ReadingLanes
+from lowmem_dpo.memory.lanes import COMPUTE, UPLOAD, Lanes, ReadingLanes
 from lowmem_dpo.memory.weight_files import FileRange, WeightFile
 from lowmem_dpo.memory.weight_slots import WeightSlots
 from lowmem_dpo.stopping import RunStopped
@@ -329,6 +328,25 @@ def test_a_wait_for_the_reading_thread_that_is_left_out_is_found(tmp_path):
             pass_through(*on_disk(tmp_path, 4, 2, Gated(without=number)))
 
 
+@pytest.mark.parametrize("failing", range(6))
+def test_a_read_that_failed_is_done_again(tmp_path, failing):
+    """A step that memory was out for is taken again: then the layer is read again."""
+
+    class Failing(ReadingLanes):
+        num_reads = 0
+
+        def _read(self, slot, blob):
+            self.num_reads += 1
+            if self.num_reads == failing + 1:
+                raise MemoryError
+            super()._read(slot, blob)
+
+    weights, stream = on_disk(tmp_path, 4, 2, Failing())
+    with pytest.raises(MemoryError):
+        pass_through(weights, stream)
+    pass_through(weights, stream, [True, True])
+
+
 def test_the_next_layer_is_read_while_the_present_one_computes(tmp_path):
     class Noting(ReadingLanes):
         def _read(self, slot, blob):
@@ -363,57 +381,6 @@ def test_what_the_reading_thread_meets_is_raised_where_it_is_waited_for(tmp_path
     assert not any(slot.held for slot in stream.slots)
     with stream.hold(1, returns=True):
         assert weights[1][0].read() == {1.0}
-
-
-class Stream:
-    """A queue of a card, worked off as far as somebody waits for it."""
-
-    def __init__(self, *_) -> None:
-        self.work, self.num_done = [], 0
-
-    def run(self, end):
-        for target, source in self.work[self.num_done : end]:
-            target.copy_(source)
-        self.num_done = max(self.num_done, end)
-
-    def wait_event(self, event):
-        event.synchronize()
-
-
-class Event:
-    def __init__(self) -> None:
-        self.stream, self.end = Stream(), 0
-
-    def record(self, stream):
-        self.stream, self.end = stream, len(stream.work)
-
-    def synchronize(self):
-        self.stream.run(self.end)
-
-
-@pytest.mark.parametrize("slots", [2, 3])
-def test_pieces_on_their_way_to_a_card_are_not_filled_again_before_they_are_sent(
-    tmp_path, monkeypatch, slots
-):
-    compute = Stream()
-    for name, fake in (
-        ("Stream", Stream),
-        ("Event", Event),
-        ("current_stream", lambda device: compute),
-    ):
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    monkeypatch.setattr(lanes_of_memory, "PIECE_BYTES", 64)  # a layer has eight and more
-
-    class OnTheHost(ReadingCudaLanes):
-        def _send(self, target, piece):
-            target.fill_(0xFF)
-            self.uploads.work.append((target, piece))
-
-    staging = [torch.empty(64, dtype=torch.uint8) for _ in range(2)]
-    lanes = OnTheHost(torch.device("cpu"), staging)
-    pass_through(*on_disk(tmp_path, 5, slots, lanes), [True, False, True])
-    assert lanes.uploads.num_done > 5 * 8
 
 
 def test_sizes_are_those_of_the_blobs():

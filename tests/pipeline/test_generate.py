@@ -2,13 +2,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowmem_dpo.cli import main
 from lowmem_dpo.machine.card_table import find_card
 from lowmem_dpo.memory.levers import Levers
+from lowmem_dpo.pipeline import generate as generate_verb
 from lowmem_dpo.pipeline.generate import plan_answers
 from lowmem_dpo.settings.configs import GenerateConfig
-from lowmem_dpo.training.policy import read_source
+from lowmem_dpo.training.policy import load_policy, read_source
 from lowmem_dpo.weights import size
 from tests.errors import one_line_error
 from tests.tiny import save_tiny_model
@@ -128,6 +130,25 @@ def test_the_plan_of_an_answer_is_said_in_a_line(llama_dir, capsys):
     assert "head, the layers, 2 of 2 at a time on the card;" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"of 256 tokens to a prompt of 50 needs at least .* has"):
         plan_answers(replace(config, memory_limit="1MiB"), source, find_card("3060 Ti"), 2**33, 50)
+
+
+def test_a_rehearsal_that_fails_is_said_and_the_prompt_is_answered(llama_dir, capsys, monkeypatch):
+    source = read_source(GenerateConfig(model=str(llama_dir), device="cpu"))
+    loaded = load_policy(GenerateConfig(model=str(llama_dir), device="cpu"), source=source)
+    on_card = replace(source, device=torch.device("cuda"))
+    monkeypatch.setattr(generate_verb, "read_source", lambda *_, **__: on_card)
+    monkeypatch.setattr(generate_verb, "card_of", lambda device: find_card("3060"))
+    monkeypatch.setattr(generate_verb, "free_bytes", lambda device: 2**33)
+    monkeypatch.setattr(generate_verb, "load_policy", lambda *_, levers, **__: loaded)
+
+    def fail(*_, **__):
+        raise TypeError("of another torch")
+
+    monkeypatch.setattr(generate_verb, "choose_generation_levers", fail)
+    assert generate(llama_dir, "--prompt", "hello") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the answer could not be rehearsed (TypeError: of another torch)" in printed
+    assert "base:" in printed and "at the peak" not in printed
 
 
 def test_generate_refuses_places_in_memory_that_have_no_effect(llama_dir, capsys):

@@ -1,13 +1,17 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from lowmem_dpo.cli import main
 from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
+from lowmem_dpo.machine.card_table import find_card
 from lowmem_dpo.pipeline import plan as plan_verb
 from lowmem_dpo.pipeline.plan import find_longest
+from lowmem_dpo.settings.configs import PlanConfig
+from lowmem_dpo.weights.folders import load_config
 from tests.errors import one_line_error
 from tests.tiny import save_tiny_model
 
@@ -19,7 +23,7 @@ def plan(model, *words):
 @pytest.fixture(scope="module")
 def config_only(tmp_path_factory):
     """A model folder with nothing but config.json."""
-    folder = save_tiny_model(tmp_path_factory.mktemp("m"), num_hidden_layers=3)
+    folder = save_tiny_model(tmp_path_factory.mktemp("m"), num_hidden_layers=1)
     for path in folder.iterdir():
         if path.name != "config.json":
             path.unlink()
@@ -27,7 +31,8 @@ def config_only(tmp_path_factory):
 
 
 def test_plan_prints_a_table_from_config_json_alone(config_only, capsys):
-    assert plan(config_only, "--card", "rtx 3060", "--max_length", "64") == 0
+    words = ["--max_length", "64", "--batch_size", "2"]
+    assert plan(config_only, "--card", "rtx 3060", *words) == 0
     printed = capsys.readouterr().out
     assert "on RTX 3060 12 GB (12.0 GiB): fits" in printed
     assert "rehearsed on tensors without memory, not measured" in printed
@@ -170,7 +175,7 @@ def test_find_longest_ends_below_the_limit_and_close_to_it(per_token, base, star
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory):
     folder = tmp_path_factory.mktemp("with_tokenizer")
-    model = save_tiny_model(folder / "m", num_hidden_layers=3, vocab_size=300)
+    model = save_tiny_model(folder / "m", num_hidden_layers=1, vocab_size=300)
     byte_tokenizer().save_pretrained(model)
     (model / "model.safetensors").unlink()
     rows = [{"prompt": "p" * n, "chosen": "c" * 9, "rejected": "r" * n} for n in range(3, 23)]
@@ -179,6 +184,7 @@ def preferences(tmp_path_factory):
     return model, data
 
 
+@pytest.mark.slow
 def test_plan_of_a_file_of_pairs_forecasts_the_run(preferences, capsys, tmp_path):
     model, data = preferences
     picture = tmp_path / "memory.png"
@@ -196,13 +202,47 @@ def test_plan_of_a_file_of_pairs_forecasts_the_run(preferences, capsys, tmp_path
     assert "a run of 15 steps takes" in printed and "the reference's pass included" in printed
 
 
+def test_the_references_pass_is_of_the_pairs_that_need_it(preferences, monkeypatch, tmp_path):
+    """Not of pairs that no step takes, and of none where the losses have no reference."""
+    model, data = preferences
+    config = PlanConfig(model=str(model), data=str(data), batch_size=4, cache_dir=str(tmp_path))
+    taken = SimpleNamespace(levers=None, pack_tokens=0, fits=True, seconds=(1.0, 2.0))
+    taken.take, taken.best = lambda *_: taken, lambda: taken
+    monkeypatch.setattr(plan_verb, "planner_of", lambda *_: taken)
+    monkeypatch.setattr(plan_verb, "longest_length", lambda *_: None)
+    monkeypatch.setattr(plan_verb, "replace", lambda planner, **_: planner)
+
+    def seconds(**changes):
+        settings = replace(config, **changes)
+        found = plan_verb.forecast_of(load_config(str(model)), None, None, settings, str(model))
+        return found.reference_seconds
+
+    assert seconds() == (5.0, 10.0)
+    assert seconds(max_steps=2) == (2.0, 4.0)
+    assert seconds(reference_free=True) == (0.0, 0.0)
+
+
+def test_the_card_here_is_planned_with_the_host_memory_that_is_here(monkeypatch):
+    monkeypatch.setattr(plan_verb, "this_machine", lambda: SimpleNamespace(cards=[1]))
+    monkeypatch.setattr(plan_verb.torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(plan_verb, "card_of", lambda device: find_card("3060"))
+    monkeypatch.setattr(plan_verb, "free_bytes", lambda device: 2**33)
+    monkeypatch.setattr(plan_verb, "available_host_bytes", lambda: 2**34)
+    assert plan_verb._card_and_room(PlanConfig())[1] == (2**33, 2**34)
+    limits = PlanConfig(memory_limit="1GiB", host_memory_limit="2GiB")
+    assert plan_verb._card_and_room(limits)[1] == (2**30, 2**31)
+    card, room = plan_verb._card_and_room(PlanConfig(card="3060"))
+    assert room == (card.memory_bytes - plan_verb.CONTEXT_BYTES, None)
+
+
 def test_plan_takes_the_settings_file_of_a_run(preferences, capsys, tmp_path):
     model, data = preferences
     file = tmp_path / "run.yaml"
     file.write_text(f"model: {model}\ndata: {data}\nlearning_rate: 1.0e-4\nsave_strategy: 'no'\n")
     words = ["plan", "--config", str(file), "--card", "3060", "--cache_dir", str(tmp_path)]
     assert main(words) == 0
-    assert "20 pairs of" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "20 pairs of" in printed and "the reference's pass included" in printed
 
 
 def test_find_longest_goes_on_where_longer_needs_no_more():

@@ -1,15 +1,19 @@
 """Plans for cards of any size, on rehearsals of a small model."""
 
+import random
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from lowmem_dpo.linears.lora import AdapterSpec
 from lowmem_dpo.machine.card_table import find_card
+from lowmem_dpo.memory.extension import LayersDiffer
 from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.settings.configs import TrainConfig
+from lowmem_dpo.steps import rehearsed
 from lowmem_dpo.steps.planner import Planner, Room, Workload, _Cost, _most_saved
 from lowmem_dpo.steps.rehearsed import StepSettings, TreeShape, tree_of_shape
 from tests.tiny import FAMILIES, SIZES
@@ -32,7 +36,16 @@ def planner(card_bytes=MUCH, host_bytes=None, family="llama", trees=(TREE,) * 4,
 
 
 def test_with_room_for_all_of_it_layers_keep_all():
-    plan = planner().best()
+    before = torch.get_rng_state(), random.getstate()
+    dropout = AdapterSpec(4, 4.0, 0.1, "all", rank_stabilised=False)
+    plans = planner()
+    plans = replace(plans, settings=replace(plans.settings, adapter=dropout))
+    plan = plans.best()
+    usual = plans.take(Levers(), plan.pack_tokens)
+    assert usual.rehearsal.peak_reserved_bytes < plan.rehearsal.peak_reserved_bytes
+    assert usual.seconds > plan.seconds
+    # A run draws as it would without a plan.
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
     assert plan.fits and plan.levers == Levers(num_keep_all=NUM_LAYERS)
     assert plan.num_packs == 1 and plan.pack_tokens >= 4 * TREE.num_tokens
     assert 0 < plan.seconds[0] < plan.seconds[1]
@@ -109,12 +122,27 @@ def test_a_smaller_micro_batch_is_the_last_resort():
     assert planner(need).best().pack_tokens == least
 
 
+def test_few_layers_tell_of_all_where_they_pass_through_two_slots_alone(monkeypatch):
+    """Of more slots, few layers all have one, and nothing is uploaded."""
+    asked = []
+
+    def trace_of(types, kept, follow, *, may_extend):
+        asked.append(may_extend)
+        raise LayersDiffer
+
+    monkeypatch.setattr(rehearsed, "trace_of", trace_of)
+    for num_slots in (None, 2, 3):
+        with pytest.raises(LayersDiffer):
+            planner().take(Levers(num_slots=num_slots), 1024)
+    assert asked == [True, True, False]
+
+
 def test_the_fullest_pack_has_the_longest_pair_and_beside_it_what_scores_most():
     shapes = [TreeShape(90, 5, 5), TreeShape(10, 30, 30), TreeShape(40, 3, 2), TreeShape(9, 20, 20)]
     trees = [tree_of_shape(shape) for shape in shapes]
     work = Workload(trees, batch_size=4)
     assert work.fullest_pack(300) == [trees[0], trees[1], trees[3], trees[2]]
-    assert work.fullest_pack(180) == [trees[0], trees[1]]
+    assert work.fullest_pack(180) == work.fullest_pack(170) == [trees[0], trees[1]]
     assert work.fullest_pack(169) == [trees[0], trees[3]]
     assert len(Workload(trees, batch_size=2).fullest_pack(512)) == 2
     for num_tokens in (128, 200, 300):

@@ -137,7 +137,7 @@ def check_every(run, stride):
 
 
 def test_a_failure_at_some_operations_changes_no_bit(run, capsys):
-    check_every(run, 61)
+    check_every(run, 127)
     assert "out of memory; the step is taken again: the same again" in capsys.readouterr().out
 
 

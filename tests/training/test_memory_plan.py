@@ -1,5 +1,6 @@
 """What a run does with plans; the card is a record, and nothing is computed on it."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,10 @@ from lowmem_dpo.machine.card_table import find_card
 from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.steps import planner as planning
-from lowmem_dpo.steps.planner import Workload
+from lowmem_dpo.steps.planner import Room, Workload
 from lowmem_dpo.steps.rehearsed import StepSettings, TreeShape, tree_of_shape
 from lowmem_dpo.training import memory_plan
-from lowmem_dpo.training.memory_plan import plan_memory, say_memory
+from lowmem_dpo.training.memory_plan import plan_memory, say_memory, wanted_pack_tokens
 from tests.tiny import FAMILIES, SIZES
 
 TREE = tree_of_shape(TreeShape(30, 20, 20))
@@ -116,6 +117,51 @@ def test_a_resumed_run_keeps_its_micro_batches_and_its_levers_while_they_fit(
     assert "the run began with another plan (1 of" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("machine")
+def test_a_resumed_run_does_what_the_user_decided_since(monkeypatch, capsys):
+    before = {"num_keep_attention": 1, "embedding_on_host": True}
+    facts = {"planned_pack_tokens": 384, "levers": before}
+    monkeypatch.setattr(memory_plan, "read_record", lambda checkpoint: {"facts": facts})
+    memory = planned(checkpoint="some checkpoint", keep_activations="nothing")
+    assert memory.levers == Levers() and memory.plan.pack_tokens == 384
+    assert "the run began with another plan (1 of" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("machine")
+def test_what_is_planned_has_the_micro_batches_of_the_run():
+    """Those of a cached reference may be others than were chosen."""
+    memory = planned(keep_activations="nothing")
+    chosen = memory.plan.pack_tokens
+    assert memory.plan_with(chosen) is memory.plan
+    other = memory.plan_with(chosen + 128)
+    assert (other.pack_tokens, other.levers) == (chosen + 128, memory.levers)
+    assert planned("cpu").plan_with(chosen) is None
+    room = Room(memory.plan.rehearsal.peak_reserved_bytes)
+    full = replace(memory, planner=replace(memory.planner, room=room))
+    held = {number: full.holds(chosen + number) for number in (-128, 0, 512)}
+    assert held == {-128: True, 0: True, 512: False}
+
+
+def test_a_micro_batch_holds_the_longest_pair_and_is_a_multiple_on_a_card(capsys):
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    assert wanted_pack_tokens(70, [TREE], cpu) == 70
+    with pytest.raises(ValueError, match=r"69 is less than the longest pair \(70 tokens\)"):
+        wanted_pack_tokens(69, [TREE], card)
+    assert wanted_pack_tokens(128, [TREE], card) == 128 and not capsys.readouterr().out
+    assert wanted_pack_tokens(129, [TREE], card) == 256
+    assert "pack_tokens 129: 256" in capsys.readouterr().out
+
+
+def test_a_head_that_config_json_does_not_tell_of_is_planned_for(machine, monkeypatch):
+    told = []
+    own = AutoConfig.for_model(**SIZES | {"vocab_size": 4096} | FAMILIES["llama"])
+    stored = lambda base, config: told.append((base, config)) or own  # noqa: E731
+    monkeypatch.setattr(memory_plan, "stored_config", stored)
+    machine.card = MUCH
+    memory = planned(keep_activations="nothing")
+    assert memory.planner.model is own and told == [("some/model", MODEL)]
+
+
 def test_scoring_alone_keeps_nothing(machine):
     assert planned(trains=False).levers == Levers()
 
@@ -137,9 +183,11 @@ def test_under_windows_what_is_too_much_fails_in_place_of_being_slow(machine):
     machine.system = "wsl"
     planned()
     assert machine.limited == machine.card
-    machine.limited = None
-    planned(memory_limit="4GiB")  # which was set already
-    assert machine.limited is None
+    planned(memory_limit="4GiB")
+    assert machine.limited == 2**32
+    machine.card = 2**31  # of these, others have the rest
+    planned(memory_limit="4GiB")
+    assert machine.limited == 2**31
 
 
 def test_what_was_rehearsed_is_held_against_what_was_measured(monkeypatch, capsys):

@@ -15,7 +15,7 @@ from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.settings.groups import MemorySettings, ModelSettings
 from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training import policy
-from lowmem_dpo.training.policy import load_policy, read_source
+from lowmem_dpo.training.policy import load_policy, read_source, stored_config
 from lowmem_dpo.weights.folders import load_config
 from tests.tiny import save_tiny_model
 
@@ -54,6 +54,15 @@ def test_own_head_of_a_model_that_config_json_calls_tied_is_quantised(tied):
     with other_attention(model, "eager"):
         ours = model.network(input_ids=IDS, use_cache=False).logits
     torch.testing.assert_close(ours, theirs(IDS).logits, rtol=0, atol=2e-5)
+
+
+def test_stored_config_tells_of_a_head_of_its_own_alone(tied):
+    config = load_config(str(tied))
+    assert stored_config(str(tied), config) is config
+    assert stored_config("some/model", config) is config  # whose files may not be here
+    store_head(tied, another)
+    assert stored_config(str(tied), config).tie_word_embeddings is False
+    assert config.tie_word_embeddings is True
 
 
 def test_dense_head_is_gone_before_kernels_are_tried(tmp_path, monkeypatch):
