@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 
 from lowmem_dpo.console import duration, note, say, size
 from lowmem_dpo.files import cache_folder
+from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.machine.card_here import card_of, free_bytes
 from lowmem_dpo.machine.card_table import CARDS, Card, find_card
 from lowmem_dpo.machine.cards import this_machine
@@ -36,9 +37,8 @@ from lowmem_dpo.tokens.templates import choose_template
 from lowmem_dpo.tokens.trees import Tree
 from lowmem_dpo.training.memory_plan import limited, plan_lines, wanted_pack_tokens
 from lowmem_dpo.training.pairs import check_token_ids, load_pairs, warn_of_positions
-from lowmem_dpo.training.policy import adapter_spec
+from lowmem_dpo.training.policy import adapter_spec, check_quantised_files
 from lowmem_dpo.training.run import Batches
-from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
 from lowmem_dpo.weights.folders import load_config, load_tokenizer, resolve_source
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -73,7 +73,7 @@ class Forecast:
         base: The model's name.
         trees: Its pairs.
         num_steps: Of the run; None without data.
-        reference_seconds: For scoring the pairs once; None without data.
+        reference_seconds: For scoring the pairs once; None without data or reference.
         longest: The longest max_length that fits.
         remedy: Words of what would make it fit; empty where it does, or nothing would.
     """
@@ -118,8 +118,7 @@ def _plan(config: PlanConfig, output: TextIO) -> None:
     model = load_config(base, config.max_length)
     if model.tie_word_embeddings:
         check_tied_head(config.head_quantization, config.head_weight, config.embedding_weight)
-    if getattr(model, "quantization_config", None):
-        check_kept_quantised(base, config.quantization)
+    check_quantised_files(base, model, config, config)
     config = replace(config, init_adapter=init_adapter)
     if config.smallest:
         config = replace(config, optim="adamw_8bit" if config.optim == "adamw" else config.optim)
@@ -200,7 +199,7 @@ def forecast_of(
     found = planner.smallest() if config.smallest else planner.best()
     remedy = "" if found.fits else _remedy(planner)
     reference = None
-    if num_steps is not None:
+    if num_steps is not None and Objective.of(config).needs_reference:
         scoring = replace(planner, trains=False).take(found.levers, found.pack_tokens)
         num_steps_to_score = math.ceil(len(trees) / config.batch_size)
         low, high = (seconds * num_steps_to_score for seconds in scoring.seconds)
@@ -390,15 +389,15 @@ def _findings(forecast: Forecast, model: PretrainedConfig, config: PlanConfig) -
             f"and host_memory_limit is {config.host_memory_limit}"
         )
     yield from plan_lines(found, found.rehearsal.card, model.num_hidden_layers)[1:]
-    if forecast.num_steps is not None and forecast.reference_seconds is not None:
-        of_run = [
-            each * forecast.num_steps + scoring
-            for each, scoring in zip(found.seconds, forecast.reference_seconds, strict=True)
-        ]
-        yield (
-            f"a run of {forecast.num_steps} steps takes {duration(of_run[0])} to "
-            f"{duration(of_run[1])}, the reference's pass included"
+    if forecast.num_steps is not None:
+        scoring = forecast.reference_seconds
+        low, high = (
+            each * forecast.num_steps + its_scoring
+            for each, its_scoring in zip(found.seconds, scoring or (0.0, 0.0), strict=True)
         )
+        included = ", the reference's pass included" if scoring else ""
+        took = f"{duration(low)} to {duration(high)}"
+        yield f"a run of {forecast.num_steps} steps takes {took}{included}"
     longest, is_bound = forecast.longest
     if longest is None and is_host_short:
         yield "no max_length fits in so little host memory"

@@ -401,7 +401,10 @@ def _fill(
         if not copies_alone:
             _put(model, name, value)
         elif writer is not None and writer.note:
-            raise ValueError(f"layer_weights disk needs the quantised copy, but {writer.note}")
+            raise ValueError(
+                f"layer_weights disk needs the quantised copy, but {writer.note}; mend that, name "
+                "another cache_dir, or leave layer_weights disk out"
+            )
     if not copies_alone:
         _complete(source, model, placing.device)
 

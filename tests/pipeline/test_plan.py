@@ -130,6 +130,10 @@ def test_plan_refuses_what_is_missing_or_without_effect(config_only, tmp_path, c
             "layer_weights host is for NF4",
         ),
         (
+            ["--card", "3060", "--layer_weights", "disk", "--quantized_copy", "false"],
+            "leave it or quantized_copy false out",
+        ),
+        (
             ["--card", "3060", "--kernels", "norms", "--head_kernel", "fused"],
             "head_kernel fused is not among kernels",
         ),
@@ -194,6 +198,17 @@ def test_plan_of_a_file_of_pairs_forecasts_the_run(preferences, capsys, tmp_path
     printed = capsys.readouterr().out
     assert f"20 pairs of {data}, the longest of" in printed
     assert "a run of 15 steps takes" in printed and "the reference's pass included" in printed
+
+
+def test_plan_counts_no_pass_of_a_reference_where_none_is_taken(preferences, capsys, tmp_path):
+    model, data = preferences
+    words = ["--data", str(data), "--card", "3060", "--cache_dir", str(tmp_path)]
+    assert plan(model, *words, "--reference_free", "true", "--json", "true") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_steps"] == 2 and found["reference_seconds"] is None
+    assert plan(model, *words, "--reference_free", "true") == 0
+    printed = capsys.readouterr().out
+    assert "a run of 2 steps takes" in printed and "reference's pass" not in printed
 
 
 def test_plan_takes_the_settings_file_of_a_run(preferences, capsys, tmp_path):
