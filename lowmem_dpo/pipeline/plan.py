@@ -46,8 +46,8 @@ LENGTH_MULTIPLE = 64
 MAX_REHEARSALS = 9
 LONGEST_IN_SECONDS = 8192
 # What a person may have set that a plan would choose otherwise.
-CHOICES = ("keep_activations", "layer_inputs", "layer_weights", "embedding_weight", "head_weight")
-CHOICES += ("pack_tokens",)
+PLACES = ("keep_activations", "layer_inputs", "layer_weights", "embedding_weight", "head_weight")
+CHOICES = (*PLACES, "pack_tokens")
 # Token ids that are made up lie in memory: far more than any model has positions for.
 LONGEST_MADE_UP = 2**20
 

@@ -105,7 +105,12 @@ def _nearby_adapter(folder: Path) -> str:
 
 
 # Of a config.json, what must be there at least once.
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SIZES: tuple[str, ...] = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 _SIZES += ("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")
 
 

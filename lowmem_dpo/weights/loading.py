@@ -401,9 +401,9 @@ def _fill(
         if not copies_alone:
             _put(model, name, value)
         elif writer is not None and writer.note:
+            mend = "mend that, or leave it out"
             raise ValueError(
-                f"layer_weights disk needs the quantised copy, but {writer.note}; mend that, name "
-                "another cache_dir, or leave layer_weights disk out"
+                f"layer_weights disk needs a quantised copy, but {writer.note}; {mend}"
             )
     if not copies_alone:
         _complete(source, model, placing.device)
