@@ -24,12 +24,21 @@ def limit_memory(limit_bytes: int, device: torch.device) -> None:
             f"memory_limit has no effect on {device.type}; leave it out or use a CUDA card"
         )
     total_bytes = torch.cuda.get_device_properties(device).total_memory
+    check_limit(limit_bytes, total_bytes)
+    torch.cuda.set_per_process_memory_fraction(limit_bytes / total_bytes, device)
+
+
+def check_limit(limit_bytes: int, total_bytes: int) -> None:
+    """Refuse a limit that would have no effect.
+
+    Raises:
+        ValueError: If a card has less memory than that.
+    """
     if limit_bytes > total_bytes:
         raise ValueError(
             f"memory_limit {limit_bytes / 1e9:.1f}GB is more than the card has "
             f"({total_bytes / 1e9:.1f}GB)"
         )
-    torch.cuda.set_per_process_memory_fraction(limit_bytes / total_bytes, device)
 
 
 def give_back_freed_memory() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from rich.table import Table
@@ -23,21 +23,21 @@ from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.machine.card_here import available_host_bytes, card_of, free_bytes
 from lowmem_dpo.machine.card_table import CARDS, Card, find_card
 from lowmem_dpo.machine.cards import this_machine
+from lowmem_dpo.memory.limits import check_limit
 from lowmem_dpo.memory.rehearsal import CONTEXT_BYTES, Rehearsal
 from lowmem_dpo.model.head import check_tied_head
 from lowmem_dpo.model.language_model import rope_limit
-from lowmem_dpo.pipeline.plan_picture import draw_memory
+from lowmem_dpo.pipeline.plan_picture import check_place, draw_memory
 from lowmem_dpo.settings.configs import PlanConfig
-from lowmem_dpo.settings.groups import MemorySettings
+from lowmem_dpo.settings.groups import MemorySettings, parse_bytes
 from lowmem_dpo.steps.planner import Plan, Planner, Room, Workload
 from lowmem_dpo.steps.rehearsed import StepSettings, TreeShape, tree_of_shape
 from lowmem_dpo.tokens.templates import choose_template
 from lowmem_dpo.tokens.trees import Tree
 from lowmem_dpo.training.memory_plan import limited, plan_lines, wanted_pack_tokens
-from lowmem_dpo.training.pairs import load_pairs
-from lowmem_dpo.training.policy import adapter_spec, stored_config
+from lowmem_dpo.training.pairs import check_token_ids, load_pairs, warn_of_positions
+from lowmem_dpo.training.policy import adapter_spec, check_quantised_files, stored_config
 from lowmem_dpo.training.run import Batches
-from lowmem_dpo.weights.bitsandbytes_files import check_kept_quantised
 from lowmem_dpo.weights.folders import load_config, load_tokenizer, resolve_source
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -46,6 +46,9 @@ MAX_REHEARSALS = 9
 LONGEST_IN_SECONDS = 4096
 # What a person may have set that a plan would choose otherwise.
 PLACES = ("keep_activations", "layer_inputs", "layer_weights", "embedding_weight", "head_weight")
+CHOICES = (*PLACES, "pack_tokens")
+# Token ids that are made up lie in memory: far more than any model has positions for.
+LONGEST_MADE_UP = 2**20
 
 
 class Longest(NamedTuple):
@@ -69,7 +72,7 @@ class Forecast:
         base: The model's name.
         trees: Its pairs.
         num_steps: Of the run; None without data.
-        reference_seconds: For scoring once the pairs that need it; None without data.
+        reference_seconds: For scoring once the pairs that need it; None without data or reference.
         longest: The longest max_length that fits.
         remedy: Words of what would make it fit; empty where it does, or nothing would.
     """
@@ -88,9 +91,25 @@ def plan(config: PlanConfig) -> None:
 
     Raises:
         ValueError: If no model or card is given, or it is not known.
+        OSError: If the picture cannot be written.
     """
+    output = sys.stdout
+    # Whatever is said on the way to the object is no part of it.
+    with redirect_stdout(sys.stderr) if config.json else nullcontext():
+        _plan(config, output)
+
+
+def _plan(config: PlanConfig, output: TextIO) -> None:
+    """As `plan`, with the object printed to `output`."""
     if config.model is None:
         raise ValueError("no model given; set --model to a folder or a Hugging Face id")
+    if config.data is None and config.max_length > LONGEST_MADE_UP:
+        raise ValueError(
+            f"max_length {config.max_length} is more than the {LONGEST_MADE_UP} tokens that are "
+            "planned without data; lower it, or give --data"
+        )
+    if config.picture:
+        check_place(Path(config.picture))
     card = room = None
     if not config.all_cards:
         card, room = _card_and_room(config)
@@ -100,33 +119,38 @@ def plan(config: PlanConfig) -> None:
         model = stored_config(base, model)
     if model.tie_word_embeddings:
         check_tied_head(config.head_quantization, config.head_weight, config.embedding_weight)
-    if getattr(model, "quantization_config", None):
-        check_kept_quantised(base, config.quantization)
+    check_quantised_files(base, model, config, config)
     config = replace(config, init_adapter=init_adapter)
     if config.smallest:
         config = replace(config, optim="adamw_8bit" if config.optim == "adamw" else config.optim)
     if card is None or room is None:
         note(f"rehearsing steps of {base} for every card; this takes a few minutes")
-        say_cards(cards_and_lengths(model, config), base, as_json=config.json)
+        found = cards_and_lengths(model, config)
+        if config.json:
+            print(json.dumps({each.name: answers for each, answers in found}), file=output)
+        else:
+            say_cards(found, base)
         return
     note(f"rehearsing steps of {base} for {card.name}; this may take a minute")
     forecast = forecast_of(model, card, room, config, base)
+    if config.json:
+        print(json.dumps(_as_json(forecast, config)), file=output)
+    else:
+        say(_heading(forecast, config))
+        say(_table(forecast.plan.rehearsal))
+        for line in _findings(forecast, model, config):
+            say(line)
     if config.picture:
         draw_memory(forecast.plan.rehearsal, room.card_bytes, Path(config.picture))
         note(f"the picture is in {config.picture}")
-    if config.json:
-        print(json.dumps(_as_json(forecast, config)))
-        return
-    say(_heading(forecast, room, config))
-    say(_table(forecast.plan.rehearsal))
-    for line in _findings(forecast, model):
-        say(line)
 
 
 def _card_and_room(config: PlanConfig) -> tuple[Card, Room]:
     """The card that is named, or the one here with what is free of it."""
     if config.card:
         card = find_card(config.card)
+        if config.memory_limit:
+            check_limit(parse_bytes(config.memory_limit), card.memory_bytes)
         return card, limited(Room(card.memory_bytes - CONTEXT_BYTES), config)
     if not this_machine().cards:
         raise ValueError("there is no card here; name one, such as --card 'RTX 3060'")
@@ -167,19 +191,18 @@ def forecast_of(
         tokenizer = load_tokenizer(base, config.init_adapter, model)
         template = choose_template(tokenizer, config)
         folder = cache_folder(config.cache_dir)
-        # What is said of the pairs is no part of the object.
-        with redirect_stdout(sys.stderr) if config.json else nullcontext():
-            pairs = load_pairs(config, config, template, folder, seed=config.seed)
+        pairs = load_pairs(config, config, template, folder, seed=config.seed)
+        check_token_ids(pairs, model)
         trees = pairs.train + pairs.evaluation
         batches = Batches.of(config, len(pairs.train))
-        num_steps = batches.num_steps
-        if Objective.of(config).needs_reference:
-            num_scored = len(batches.used()) + len(pairs.evaluation)
+        num_steps, num_scored = batches.num_steps, len(batches.used()) + len(pairs.evaluation)
+    else:
+        warn_of_positions(config.max_length, model)
     planner = planner_of(model, card, room, config, trees)
     found = planner.smallest() if config.smallest else planner.best()
     remedy = "" if found.fits else _remedy(planner)
     reference = None
-    if num_steps is not None:
+    if num_steps is not None and Objective.of(config).needs_reference:
         scoring = replace(planner, trains=False).take(found.levers, found.pack_tokens)
         low, high = (seconds * num_scored / config.batch_size for seconds in scoring.seconds)
         reference = (low, high)
@@ -197,19 +220,19 @@ def _remedy(planner: Planner) -> str:
     """What to set otherwise, of memory and optimizer, so that it fits; empty if nothing helps."""
     settings, memory = planner.settings, planner.memory
     usual = {field.name: field.default for field in fields(MemorySettings)}
-    places = [name for name in PLACES if getattr(memory, name) != usual[name]]
-    changes: dict[str, Any] = dict.fromkeys(places, "auto")
+    chosen = [name for name in CHOICES if getattr(memory, name) != usual[name]]
+    changes: dict[str, Any] = {name: usual[name] for name in chosen}
     free = replace(memory, **changes)
     small = replace(settings, optimizer=replace(settings.optimizer, optim="adamw_8bit"))
-    words = [f"leave {', '.join(places)} out"] if places else []
+    words = [f"leave {', '.join(chosen)} out"] if chosen else []
     tries = []
     if settings.optimizer.optim == "adamw":
         tries.append((small, memory, ["--optim adamw_8bit"]))
-    if places:
+    if chosen:
         tries.append((settings, free, words))
         tries.append((small, free, [*words, "--optim adamw_8bit"]))
     for each, its_memory, said in tries:
-        if replace(planner, settings=each, memory=its_memory).smallest().fits:
+        if replace(planner, settings=each, memory=its_memory).least().fits:
             return " and ".join(said)
     return ""
 
@@ -243,11 +266,8 @@ def cards_and_lengths(
     return [(card, {n: answer(card, n) for n in lengths}) for card in CARDS]
 
 
-def say_cards(found: list[tuple[Card, dict[int, str]]], base: str, *, as_json: bool) -> None:
+def say_cards(found: list[tuple[Card, dict[int, str]]], base: str) -> None:
     """Print which lengths fit on which card."""
-    if as_json:
-        print(json.dumps({card.name: answers for card, answers in found}))
-        return
     lengths = list(found[0][1])
     say(f"{base}: max_length that fits, one pair a micro-batch; rehearsed, not measured\n")
     table = Table("card", *map(str, lengths))
@@ -270,7 +290,8 @@ def longest_length(model: PretrainedConfig, card: Card, room: Room, config: Plan
     config = replace(config, pack_tokens=None)  # as many as each length needs
 
     def needs(length: int) -> tuple[int, bool]:
-        found = planner_of(model, card, room, config, [_tree_of_length(length)]).smallest()
+        planner = planner_of(model, card, room, config, [_tree_of_length(length)])
+        found = planner.smallest() if config.smallest else planner.least()
         return found.rehearsal.peak_reserved_bytes, found.fits
 
     length = find_longest(needs, (start, needs(start)), highest, room.card_bytes)
@@ -306,6 +327,8 @@ def find_longest(
             break
         if meets is None:
             guess = max(2 * low, 1) if low or known[1][1] else high // 2
+        elif meets // LENGTH_MULTIPLE >= high and high <= highest:  # the line is wrong there
+            guess = (low + high) // 2
         else:  # a little below, since what is a little above says less
             guess = no_more - no_more // 64
         guess = min(max(guess, low + 1), high - 1)
@@ -323,9 +346,9 @@ def _where_a_line_meets(points: dict[int, tuple[int, bool]], limit_bytes: int) -
     return None
 
 
-def _heading(forecast: Forecast, room: Room, config: PlanConfig) -> str:
+def _heading(forecast: Forecast, config: PlanConfig) -> str:
     found, card = forecast.plan, forecast.plan.rehearsal.card
-    limit = f", limited to {config.memory_limit}" if config.memory_limit else ""
+    limit = f", limited to {config.memory_limit.strip()}" if config.memory_limit else ""
     longest = max(tree.num_tokens for tree in forecast.trees)
     pairs = f"pairs of {config.max_length} tokens a sequence (prompt {config.max_length // 2})"
     if config.data is not None:
@@ -359,20 +382,28 @@ def _cell(nbytes: int) -> str:
     return size(nbytes) if nbytes >= 2**20 else ""
 
 
-def _findings(forecast: Forecast, model: PretrainedConfig) -> Iterator[str]:
+def _findings(forecast: Forecast, model: PretrainedConfig, config: PlanConfig) -> Iterator[str]:
     found = forecast.plan
-    yield from plan_lines(found, found.rehearsal.card, model.num_hidden_layers)[1:]
-    if forecast.num_steps is not None and forecast.reference_seconds is not None:
-        of_run = [
-            each * forecast.num_steps + scoring
-            for each, scoring in zip(found.seconds, forecast.reference_seconds, strict=True)
-        ]
+    is_host_short = found.rehearsal.fits and not found.fits
+    if is_host_short:
         yield (
-            f"a run of {forecast.num_steps} steps takes {duration(of_run[0])} to "
-            f"{duration(of_run[1])}, the reference's pass included"
+            f"{size(found.rehearsal.host_bytes)} of host memory are needed, "
+            f"and host_memory_limit is {config.host_memory_limit}"
         )
+    yield from plan_lines(found, found.rehearsal.card, model.num_hidden_layers)[1:]
+    if forecast.num_steps is not None:
+        scoring = forecast.reference_seconds
+        low, high = (
+            each * forecast.num_steps + its_scoring
+            for each, its_scoring in zip(found.seconds, scoring or (0.0, 0.0), strict=True)
+        )
+        included = ", the reference's pass included" if scoring else ""
+        took = f"{duration(low)} to {duration(high)}"
+        yield f"a run of {forecast.num_steps} steps takes {took}{included}"
     longest, is_bound = forecast.longest
-    if longest is None:
+    if longest is None and is_host_short:
+        yield "no max_length fits in so little host memory"
+    elif longest is None:
         held, weights = found.rehearsal.components, ("NF4 weights", "dense weights")
         stays = sum(held.get(name, 0) for name in (*weights, "embedding", "head"))
         yield f"no max_length fits: the weights that stay on the card are {size(stays)}"

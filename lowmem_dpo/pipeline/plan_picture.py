@@ -9,6 +9,18 @@ GIB = 2**30
 SMALL_SHARE = 0.01
 
 
+def check_place(path: Path) -> None:
+    """Refuse, before minutes of rehearsals, a place where no picture can be.
+
+    Raises:
+        ValueError: If it is no file, or in no folder.
+    """
+    is_other = path.exists() and not path.is_file()  # a device would be replaced, too
+    if is_other or not path.parent.is_dir():
+        what = "is no file" if is_other else f"is in no folder: there is no {path.parent}"
+        raise ValueError(f"picture {path} {what}; name a PNG file in a folder that is there")
+
+
 def draw_memory(found: Rehearsal, room_bytes: int, path: Path) -> None:
     """Draw the bytes at the peak by what they are for.
 

@@ -199,6 +199,11 @@ class Planner:
         pack_tokens = self.memory.pack_tokens or self.work.least_pack_tokens
         return self._from_the_disk(self.take(self._ladder()[-1], pack_tokens))
 
+    def least(self) -> Plan:
+        """The smallest plan; where the host is short of memory for it, the best one."""
+        plan = self.smallest()
+        return self.best() if plan.rehearsal.fits and not plan.fits else plan
+
     def take(self, levers: Levers, pack_tokens: int) -> Plan:
         """Rehearse a step with certain places in memory."""
         self.say(f"rehearsing micro-batches of {pack_tokens} tokens: {self._words(levers)}")

@@ -160,8 +160,7 @@ def check_token_ids(pairs: Pairs, config: PretrainedConfig) -> None:
     Raises:
         ValueError: Naming the row whose token the model does not have.
     """
-    vocabulary, positions = config.vocab_size, config.max_position_embeddings
-    longest = 0
+    vocabulary, longest = config.vocab_size, 0
     for tree in (*pairs.train, *pairs.evaluation):
         largest = int(np.frombuffer(tree.ids, dtype=np.int32).max())
         if largest >= vocabulary:
@@ -170,6 +169,12 @@ def check_token_ids(pairs: Pairs, config: PretrainedConfig) -> None:
                 f"{vocabulary} rows: the tokenizer does not belong to this model"
             )
         longest = max(longest, tree.trunk_len + max(tree.chosen_len, tree.rejected_len))
+    warn_of_positions(longest, config)
+
+
+def warn_of_positions(longest: int, config: PretrainedConfig) -> None:
+    """Say where sequences have more tokens than the model was made for."""
+    positions = config.max_position_embeddings
     if longest > positions:
         warn(
             f"the longest sequence has {longest} tokens, the model was made for {positions}; "

@@ -86,6 +86,23 @@ class Source:
     cache_dir: Path
 
 
+def check_quantised_files(
+    base: str, config: PretrainedConfig, settings: ModelSettings, memory: PlaceSettings
+) -> None:
+    """Hold the settings against whether a base comes quantised.
+
+    Raises:
+        ValueError: If it does and should not stay so, or layers on the disk would have no files.
+    """
+    if getattr(config, "quantization_config", None):
+        check_kept_quantised(base, settings.quantization)
+    elif memory.layer_weights == "disk" and not settings.quantized_copy:
+        raise ValueError(
+            "layer_weights disk reads layers from the model's quantised copy; leave it or "
+            "quantized_copy false out"
+        )
+
+
 def read_source(
     settings: ModelSettings,
     memory: PlaceSettings | None = None,
@@ -131,13 +148,7 @@ def read_source(
         raise ValueError(f"head_kernel: {error}") from None
     config = load_config(base, max_length)
     comes_quantised = bool(getattr(config, "quantization_config", None))
-    if comes_quantised:
-        check_kept_quantised(base, settings.quantization)
-    elif memory.layer_weights == "disk" and not settings.quantized_copy:
-        raise ValueError(
-            "layer_weights disk reads layers from the model's quantised copy; leave it or "
-            "quantized_copy false out"
-        )
+    check_quantised_files(base, config, settings, memory)
     _check_head(base, config, settings, memory)
     cache_dir = cache_folder(settings.cache_dir)
     if Path(base).is_dir():

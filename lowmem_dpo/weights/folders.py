@@ -104,6 +104,16 @@ def _nearby_adapter(folder: Path) -> str:
     return ""
 
 
+# Of a config.json, what must be there at least once.
+_SIZES: tuple[str, ...] = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_SIZES += ("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")
+
+
 def load_config(source: str, max_length: int | None = None) -> PretrainedConfig:
     """Read a model's config.json and refuse what cannot be trained rightly.
 
@@ -236,6 +246,10 @@ def _check_raw_config(source: str, raw: dict[str, Any]) -> None:
             "use a release of the model that transformers supports by itself"
         )
     check_quantization_config(source, raw)
+    for name in _SIZES:
+        value = raw.get(name)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"config.json of {source} is not valid: {name} is {value}")
     kinds = raw.get("architectures") or []
     if kinds and not any(str(kind).endswith("ForCausalLM") for kind in kinds):
         raise ValueError(

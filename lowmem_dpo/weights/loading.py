@@ -401,7 +401,8 @@ def _fill(
         if not copies_alone:
             _put(model, name, value)
         elif writer is not None and writer.note:
-            raise ValueError(f"layer_weights disk needs the quantised copy, but {writer.note}")
+            why = f"{writer.note}; mend that, or leave it out"
+            raise ValueError(f"layer_weights disk needs the quantised copy, but {why}")
     if not copies_alone:
         _complete(source, model, placing.device)
 

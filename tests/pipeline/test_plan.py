@@ -135,6 +135,10 @@ def test_plan_refuses_what_is_missing_or_without_effect(config_only, tmp_path, c
             "layer_weights host is for NF4",
         ),
         (
+            ["--card", "3060", "--layer_weights", "disk", "--quantized_copy", "false"],
+            "leave it or quantized_copy false out",
+        ),
+        (
             ["--card", "3060", "--kernels", "norms", "--head_kernel", "fused"],
             "head_kernel fused is not among kernels",
         ),
@@ -219,7 +223,7 @@ def test_the_references_pass_is_of_the_pairs_that_need_it(preferences, monkeypat
 
     assert seconds() == (5.0, 10.0)
     assert seconds(max_steps=2) == (2.0, 4.0)
-    assert seconds(reference_free=True) == (0.0, 0.0)
+    assert seconds(reference_free=True) is None
 
 
 def test_the_card_here_is_planned_with_the_host_memory_that_is_here(monkeypatch):
@@ -233,6 +237,17 @@ def test_the_card_here_is_planned_with_the_host_memory_that_is_here(monkeypatch)
     assert plan_verb._card_and_room(limits)[1] == (2**30, 2**31)
     card, room = plan_verb._card_and_room(PlanConfig(card="3060"))
     assert room == (card.memory_bytes - plan_verb.CONTEXT_BYTES, None)
+
+
+def test_plan_counts_no_pass_of_a_reference_where_none_is_taken(preferences, capsys, tmp_path):
+    model, data = preferences
+    words = ["--data", str(data), "--card", "3060", "--cache_dir", str(tmp_path)]
+    assert plan(model, *words, "--reference_free", "true", "--json", "true") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_steps"] == 2 and found["reference_seconds"] is None
+    assert plan(model, *words, "--reference_free", "true") == 0
+    printed = capsys.readouterr().out
+    assert "a run of 2 steps takes" in printed and "reference's pass" not in printed
 
 
 def test_plan_takes_the_settings_file_of_a_run(preferences, capsys, tmp_path):
@@ -250,3 +265,71 @@ def test_find_longest_goes_on_where_longer_needs_no_more():
     for start in (32, 64, 100, 1000):
         assert find_longest(lambda length: (5, True), (start, (5, True)), 4096, 10) == 4096
     assert find_longest(lambda length: (50, False), (1000, (50, False)), 4096, 10) is None
+
+
+def test_json_stands_alone_whatever_is_said_on_the_way(config_only, capsys):
+    words = ["--card", "3060", "--max_length", "64", "--pack_tokens", "200", "--json", "true"]
+    assert plan(config_only, *words) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["plan"]["pack_tokens"] == 256
+    assert "pack_tokens 200: 256, on a card it is a multiple of 128" in printed.err
+
+
+def test_plan_that_fits_names_a_longest_length_though_the_host_is_short(tmp_path, capsys):
+    """The smallest plan needs the host; the one that fits does not."""
+    model = save_tiny_model(tmp_path / "m", vocab_size=20_000, max_position_embeddings=256)
+    words = ["--card", "3060", "--max_length", "64", "--lora_r", "1"]
+    assert plan(model, *words, "--host_memory_limit", "1MiB", "--json", "true") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and not found["plan"]["embedding_on_host"]
+    assert found["longest_max_length"] == 256
+    assert plan(model, *words, "--host_memory_limit", "1KiB") == 0
+    printed = capsys.readouterr().out
+    assert "does not fit" in printed and "and host_memory_limit is 1KiB" in printed
+    assert "no max_length fits in so little host memory" in printed
+
+
+def test_find_longest_where_the_bytes_do_not_tell_why_a_length_does_not_fit():
+    """As where it is the host that is short."""
+    asked = []
+
+    def needs(length):
+        asked.append(length)
+        return length, length <= 5000
+
+    longest = find_longest(needs, (64, needs(64)), 100_000, 50_000)
+    assert longest is not None and 4500 < longest <= 5000
+    assert len(asked) <= 10
+
+
+def test_a_micro_batch_that_is_too_large_is_what_is_named(tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "m", max_position_embeddings=64)
+    words = ["--card", "3060", "--max_length", "64", "--memory_limit", "8MiB", "--json", "true"]
+    assert plan(model, *words, "--pack_tokens", "20000") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"] and found["remedy"] == "leave pack_tokens out"
+    assert plan(model, *words) == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
+
+
+def test_plan_refuses_numbers_beyond_all_sense(config_only, capsys):
+    words = ["--card", "3060", "--max_length"]
+    assert plan(config_only, *words, "1000000000") == 2
+    assert "max_length 1000000000 is more than the 1048576 tokens" in one_line_error(capsys)
+    assert plan(config_only, *words, "64", "--memory_limit", "13GB") == 2
+    assert "memory_limit 13.0GB is more than the card has (12.9GB)" in one_line_error(capsys)
+
+
+def test_plan_says_which_lengths_a_model_was_not_made_for(config_only, capsys):
+    assert plan(config_only, "--card", "3060", "--max_length", "600") == 0
+    said = "the longest sequence has 600 tokens, the model was made for 512; set max_length 512"
+    assert said in capsys.readouterr().out
+
+
+def test_a_place_for_the_picture_is_looked_at_before_anything_is_rehearsed(
+    config_only, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(plan_verb, "forecast_of", None)
+    for place, why in ((tmp_path / "no" / "x.png", "is in no folder"), (tmp_path, "is no file")):
+        assert plan(config_only, "--card", "3060", "--picture", str(place)) == 2
+        assert f"picture {place} {why}" in one_line_error(capsys)

@@ -54,6 +54,15 @@ def test_load_config_reads_every_supported_type(tmp_path, model_type):
     assert load_config(folder).model_type == model_type
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("hidden_size", -4), ("num_attention_heads", 0), ("num_hidden_layers", 0)]
+)
+def test_load_config_refuses_sizes_that_no_model_has(tmp_path, name, value):
+    folder = write_config(tmp_path / "m", **{name: value})
+    message = refusal(load_config, folder)
+    assert message == f"config.json of {folder} is not valid: {name} is {value}"
+
+
 def test_every_supported_type_is_among_the_families_that_are_tested():
     assert {family["model_type"] for family in FAMILIES.values()} == set(SUPPORTED_MODEL_TYPES)
 
