@@ -45,7 +45,10 @@ LENGTH_MULTIPLE = 64
 MAX_REHEARSALS = 9
 LONGEST_IN_SECONDS = 8192
 # What a person may have set that a plan would choose otherwise.
-PLACES = ("keep_activations", "layer_inputs", "layer_weights", "embedding_weight", "head_weight")
+PLACES = (
+    *("keep_activations", "layer_inputs", "layer_weights", "embedding_weight", "head_weight"),
+    "optimizer_state",
+)
 
 
 class Longest(NamedTuple):
@@ -198,7 +201,7 @@ def _remedy(planner: Planner) -> str:
     small = replace(settings, optimizer=replace(settings.optimizer, optim="adamw_8bit"))
     words = [f"leave {', '.join(places)} out"] if places else []
     tries = []
-    if settings.optimizer.optim == "adamw":
+    if settings.optimizer.optim == "adamw" and memory.optimizer_state != "host":
         tries.append((small, memory, ["--optim adamw_8bit"]))
     if places:
         tries.append((settings, free, words))

@@ -35,6 +35,7 @@ ESTIMATES = (1.0, 0.9, 0.7)
 # Settings, what each changes, and of which component it rids the card.
 _PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "embedding_weight": ({"embedding_on_host": True}, "embedding"),
+    "optimizer_state": ({"optimizer_on_host": True}, "optimizer state"),
     "head_weight": ({"head_on_host": True}, "head"),
     "layer_inputs": ({"inputs_on_host": True}, "layer inputs"),
     "layer_weights": ({"num_slots": LEAST_SLOTS}, "NF4 weights"),
@@ -204,6 +205,8 @@ class Planner:
             unfit |= {"embedding_weight", "head_weight"}
         if self.settings.model.head_quantization != "none":
             unfit.add("head_weight")
+        if self.settings.optimizer.optim != "adamw":
+            unfit.add("optimizer_state")
         if self.settings.model.quantization != "nf4":
             unfit.add("layer_weights")
         if self.memory.keep_activations in ("attention", "all"):

@@ -83,6 +83,26 @@ def test_parts_that_cannot_move_stay():
     assert int8.embedding_on_host and not int8.head_on_host
 
 
+def test_the_optimizer_moves_to_the_host_before_the_head_where_it_is_adamw():
+    def moved(**settings):
+        steps = planner(**settings)._ladder()
+        return [step.optimizer_on_host for step in steps], [step.head_on_host for step in steps]
+
+    rungs = [False, False, True, True, True, True], [False, False, False, True, True, True]
+    assert moved(optim="adamw") == rungs
+    assert not any(moved(optim="adamw", optimizer_state="device")[0])
+    assert all(moved(optim="adamw", optimizer_state="host")[0])
+    assert not any(moved(optim="adamw_8bit")[0]) and not any(moved(optim="sgd")[0])
+
+
+def test_with_too_little_room_for_its_moments_alone_the_optimizer_is_on_the_host():
+    settings = {"optim": "adamw", "embedding_weight": "device", "keep_activations": "nothing"}
+    settings |= {"pack_tokens": 640}
+    usual = planner(**settings).usual()
+    plan = planner(usual.rehearsal.peak_reserved_bytes - 1, **settings).best()
+    assert plan.fits and plan.levers == Levers(optimizer_on_host=True)
+
+
 @pytest.mark.slow
 def test_host_memory_counts_too():
     least = planner().smallest()
