@@ -183,6 +183,11 @@ def test_train_refuses_bad_data_in_one_line(train, tmp_path, capsys, name):
         (["--layer_weights", "disk", "--quantized_copy", "false"], "quantized_copy false out"),
         (["--layer_weights", "disk", "--quantization", "none"], "layer_weights disk is for NF4"),
         (["--embedding_weight", "host"], "has no effect on cpu"),
+        (["--optimizer_state", "host"], "has no effect on cpu"),
+        (
+            ["--optimizer_state", "host", "--optim", "sgd"],
+            "optimizer_state host has no effect with optim=sgd",
+        ),
         (["--memory_limit", "8GB"], "has no effect on cpu"),
         (["--dtype", "float16"], "float16"),
         (["--lora_target_modules", "query"], "query"),

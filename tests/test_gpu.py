@@ -64,6 +64,29 @@ def test_layer_inputs_on_the_host_change_nothing(config, tmp_path):
         torch.testing.assert_close(adapters[1][name], tensor, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_optimizer_on_the_host_trains_as_on_the_card(config, tmp_path, dtype):
+    """Its update is rounded otherwise, and small differences grow with the steps."""
+    found = {}
+    for place in ("device", "host"):
+        run = replace(config, optimizer_state=place, dtype=dtype, max_steps=3)
+        found[place] = Trainer(replace(run, output_dir=str(tmp_path / place))).fit().output_dir
+    assert losses(found["host"]) == pytest.approx(losses(found["device"]), abs=2e-3)
+    record = json.loads((found["host"] / "run.json").read_text())
+    assert record["plan"]["levers"]["optimizer_on_host"]
+
+
+def test_a_run_goes_on_with_its_optimizer_elsewhere(config, tmp_path):
+    for first, then in (("device", "host"), ("host", "device")):
+        run = replace(config, optimizer_state=first, output_dir=str(tmp_path / first))
+        whole = Trainer(run).fit()
+        middle = whole.output_dir / "checkpoints" / "step-000004"
+        out = str(tmp_path / f"then {then}")
+        resumed = Trainer(replace(run, optimizer_state=then, output_dir=out, resume=str(middle)))
+        found = resumed.fit().output_dir
+        assert losses(found) == pytest.approx(losses(whole.output_dir)[4:], abs=2e-3)
+
+
 @pytest.mark.parametrize("loss_type", ["sigmoid", "aot"])  # aot scores a step without gradient too
 def test_layer_weights_in_host_memory_change_nothing(config, tmp_path, loss_type):
     adapters = []

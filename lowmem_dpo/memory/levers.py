@@ -10,7 +10,7 @@ Keeps = Literal["nothing", "attention", "all"]
 
 @dataclass(frozen=True)
 class Levers:
-    """Places in memory; every one of them leaves the bits of a step as they are.
+    """Places in memory; each leaves the bits of a step as they are, but for the optimizer's.
 
     Attributes:
         num_keep_all: How many layers keep all for the backward pass: the last ones, whose memory
@@ -23,6 +23,7 @@ class Levers:
         layers_on_disk: Whether these are on the disk, in the model's quantised files.
         embedding_on_host: Whether the embedding is in host memory.
         head_on_host: Whether the head is in pinned host memory.
+        optimizer_on_host: Whether AdamW works in host memory: a card rounds its update otherwise.
     """
 
     num_keep_all: int = 0
@@ -32,6 +33,7 @@ class Levers:
     layers_on_disk: bool = False
     embedding_on_host: bool = False
     head_on_host: bool = False
+    optimizer_on_host: bool = False
 
     @classmethod
     def of(cls, memory: PlaceSettings, num_layers: int) -> "Levers":
@@ -46,6 +48,7 @@ class Levers:
             layers_on_disk=memory.layer_weights == "disk",
             embedding_on_host=memory.embedding_weight == "host",
             head_on_host=memory.head_weight == "host",
+            optimizer_on_host=step.optimizer_state == "host",
         )
 
     def agree_with(self, memory: PlaceSettings, num_layers: int) -> bool:
@@ -86,6 +89,7 @@ class Levers:
             "embedding": self.embedding_on_host,
             "head": self.head_on_host,
             "layer inputs": self.inputs_on_host,
+            "optimizer's states": self.optimizer_on_host,
         }
         if names := [name for name, is_there in on_host.items() if is_there]:
             parts.append(f"on the host: {', '.join(names)}")
@@ -101,6 +105,7 @@ class Levers:
 
 
 _DECIDED_BY = {
+    "optimizer_state": ("optimizer_on_host",),
     "keep_activations": ("num_keep_all", "num_keep_attention"),
     "layer_inputs": ("inputs_on_host",),
     "layer_weights": ("num_slots", "layers_on_disk"),

@@ -45,7 +45,10 @@ LENGTH_MULTIPLE = 64
 MAX_REHEARSALS = 9
 LONGEST_IN_SECONDS = 4096
 # What a person may have set that a plan would choose otherwise.
-PLACES = ("keep_activations", "layer_inputs", "layer_weights", "embedding_weight", "head_weight")
+PLACES = (
+    *("keep_activations", "layer_inputs", "layer_weights", "embedding_weight", "head_weight"),
+    "optimizer_state",
+)
 CHOICES = (*PLACES, "pack_tokens")
 # Token ids that are made up lie in memory: far more than any model has positions for.
 LONGEST_MADE_UP = 2**20
@@ -226,7 +229,7 @@ def _remedy(planner: Planner) -> str:
     small = replace(settings, optimizer=replace(settings.optimizer, optim="adamw_8bit"))
     words = [f"leave {', '.join(chosen)} out"] if chosen else []
     tries = []
-    if settings.optimizer.optim == "adamw":
+    if settings.optimizer.optim == "adamw" and memory.optimizer_state != "host":
         tries.append((small, memory, ["--optim adamw_8bit"]))
     if chosen:
         tries.append((settings, free, words))

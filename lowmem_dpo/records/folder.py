@@ -61,6 +61,7 @@ FREE_TO_CHANGE = {
     "layer_weights",
     "embedding_weight",
     "head_weight",
+    "optimizer_state",
     "head_kernel",
     "kernels",
     "reference",

@@ -28,7 +28,7 @@ from lowmem_dpo.settings.groups import (
 
 
 def _check_places(model: ModelSettings, memory: PlaceSettings) -> None:
-    """Refuse places in memory, and kernels, that cannot be beside the model's settings."""
+    """Refuse places in memory, and kernels, that cannot be beside the other settings."""
     if model.head_quantization != "none" and memory.head_weight == "host":
         raise ValueError(
             f"head_quantization={model.head_quantization} keeps the head on the device; "
@@ -38,9 +38,12 @@ def _check_places(model: ModelSettings, memory: PlaceSettings) -> None:
         raise ValueError(
             f"layer_weights {memory.layer_weights} is for NF4; leave it or quantization none out"
         )
-    head_kernel = getattr(memory, "head_kernel", "torch")  # what only answers has none
+    head_kernel = getattr(memory, "head_kernel", "torch")  # what only answers has none,
     if "head" not in model.allowed_kernels and head_kernel not in ("auto", "torch"):
         raise ValueError(f"head_kernel {head_kernel} is not among kernels; leave one out")
+    optim = getattr(memory, "optim", "adamw")  # and no optimizer
+    if optim != "adamw" and getattr(memory, "optimizer_state", "auto") == "host":
+        raise ValueError(f"optimizer_state host has no effect with optim={optim}; leave one out")
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class PlanConfig(
         if self.max_length < 2:
             raise ValueError("max_length must be at least 2 for a plan: prompt and completion")
         if self.smallest:
-            check_unused(self, "smallest", "keep_activations")
+            check_unused(self, "smallest", "keep_activations", "optimizer_state")
         if self.all_cards:
             unused = ("card", "memory_limit", "pack_tokens", "max_length", "batch_size", "data")
             check_unused(self, "all_cards", *unused, "host_memory_limit", "picture")

@@ -316,7 +316,7 @@ class MemorySettings(PlaceSettings):
     """Memory of a step; auto: a plan chooses on a card, layers run again on a CPU."""
 
     host_memory_limit: str | None = None
-    """Use no more host memory for weights and layer inputs than this; by default what is free."""
+    """Use no more host memory for what is placed there than this; by default what is free."""
     memory_check: Literal["error", "warn"] = "error"
     """A run that does not fit, as rehearsed, is refused (error) or tried all the same (warn)."""
     pack_tokens: int | None = field(
@@ -327,6 +327,8 @@ class MemorySettings(PlaceSettings):
     """What layers keep for the backward pass: nothing (they run again), attention's, or all."""
     layer_inputs: Literal["auto", "device", "host"] = "auto"
     """Where layer inputs wait for the backward pass: device, or pinned host memory (CUDA)."""
+    optimizer_state: Literal["auto", "device", "host"] = "auto"
+    """Where adamw keeps its moments and works: device, or host memory (CUDA)."""
     head_kernel: Literal["auto", "torch", "triton", "fused"] = "auto"
     """How the head is computed: auto chooses by the card; fused never writes logits (CUDA)."""
 

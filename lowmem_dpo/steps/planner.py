@@ -35,6 +35,7 @@ ESTIMATES = (1.0, 0.9, 0.7)
 # Settings, what each changes, and of which component it rids the card.
 _PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "embedding_weight": ({"embedding_on_host": True}, "embedding"),
+    "optimizer_state": ({"optimizer_on_host": True}, "optimizer state"),
     "head_weight": ({"head_on_host": True}, "head"),
     "layer_inputs": ({"inputs_on_host": True}, "layer inputs"),
     "layer_weights": ({"num_slots": LEAST_SLOTS}, "NF4 weights"),
@@ -124,7 +125,10 @@ class Plan:
 
 
 def ladder_of(
-    model: PretrainedConfig, settings: ModelSettings, places: PlaceSettings
+    model: PretrainedConfig,
+    settings: ModelSettings,
+    places: PlaceSettings,
+    optim: str | None = None,
 ) -> list[Levers]:
     """From all on the card to the least there, as far as the settings leave it open.
 
@@ -132,8 +136,9 @@ def ladder_of(
         model: The model's config.json; its head is the embedding where that says so.
         settings: How it is stored.
         places: What the user decided; what has no setting here stays.
+        optim: Which optimizer there is; None for none.
     """
-    unfit = set()
+    unfit = set() if optim == "adamw" else {"optimizer_state"}
     if model.tie_word_embeddings:
         unfit |= {"embedding_weight", "head_weight"}
     if settings.head_quantization != "none":
@@ -228,7 +233,8 @@ class Planner:
         return levers.words(self.model.num_hidden_layers)
 
     def _ladder(self) -> list[Levers]:
-        return ladder_of(self.model, self.settings.model, self.memory)
+        optim = self.settings.optimizer.optim
+        return ladder_of(self.model, self.settings.model, self.memory, optim)
 
     def _rungs_below(self, first: Plan) -> Iterator[Levers]:
         """The ladder below its first rung, without rungs that are hopeless by what that needed."""

@@ -43,6 +43,7 @@ from lowmem_dpo.settings.groups import (
     OptimizerSettings,
 )
 from lowmem_dpo.steps.gradients import accumulate
+from lowmem_dpo.steps.host_optimizer import HostAdamW
 from lowmem_dpo.steps.update import allocate_moments, clip_gradients, new_state
 from lowmem_dpo.tokens.trees import TokenPair, Tree, build_tree
 from lowmem_dpo.weights.loading import unfilled_model
@@ -195,6 +196,7 @@ def _follow(
             pack_tokens=pack_tokens,
             objective=Objective.of(settings.loss),
             optimizer=settings.optimizer,
+            optimizer_on_host=levers.optimizer_on_host,
             trains=trains,
         )
     return follower
@@ -265,6 +267,7 @@ def follow_step(
     pack_tokens: int,
     objective: Objective,
     optimizer: OptimizerSettings,
+    optimizer_on_host: bool = False,
     trains: bool = True,
 ) -> None:
     """Take one optimizer step and follow it.
@@ -276,12 +279,14 @@ def follow_step(
         pack_tokens: Tokens of a micro-batch.
         objective: What is minimised.
         optimizer: Its settings.
+        optimizer_on_host: Whether it works in host memory.
         trains: As for `trace_step`.
     """
     if optimizer.optim == "paged_adamw_8bit":  # whose pages stay on the card while they fit
         optimizer = replace(optimizer, optim="adamw_8bit")
     parameters = lora_parameters(model.network)
-    state = new_state(optimizer, list(parameters.values()), num_steps=1)
+    values = list(parameters.values())
+    state = new_state(optimizer, values, num_steps=1, on_host=optimizer_on_host)
     allocate_moments(state.optimizer)
     note_residents(follower, model, state)
     with followed(follower, model):
@@ -377,6 +382,10 @@ def note_residents(
         for value in state.optimizer.state[parameter].values():
             if isinstance(value, Tensor):
                 follower.note_resident(value, "optimizer state", place)
+        if isinstance(state.optimizer, HostAdamW):
+            is_pinned = follower.device_type == "cuda"
+            for buffer in state.optimizer.buffers[parameter]:
+                follower.note_resident(buffer, "optimizer state", place, is_pinned=is_pinned)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from transformers import get_scheduler
 
 from lowmem_dpo.records.checkpoints import TrainingState
 from lowmem_dpo.settings.groups import OptimizerSettings
+from lowmem_dpo.steps.host_optimizer import HOST, HostAdamW, zero_moments
 
 
 def new_state(
@@ -18,6 +19,7 @@ def new_state(
     num_steps: int,
     *,
     is_scaled: bool = False,
+    on_host: bool = False,
 ) -> TrainingState:
     """The moving parts of a run at its start: optimizer, learning rate, scale of the loss.
 
@@ -26,6 +28,7 @@ def new_state(
         parameters: Of the adapter.
         num_steps: Optimizer steps of the run.
         is_scaled: Whether losses are scaled, as float16 needs it.
+        on_host: Whether the optimizer, which is adamw then, works in host memory.
     """
     decay = settings.weight_decay
     options: dict[str, Any] = {
@@ -35,10 +38,14 @@ def new_state(
         "weight_decay": decay,
     }
     optimizer: torch.optim.Optimizer
+    assert not on_host or settings.optim == "adamw"
     if settings.optim == "sgd":
         optimizer = torch.optim.SGD(parameters, lr=settings.learning_rate, weight_decay=decay)
     elif settings.optim == "adamw":
-        optimizer = torch.optim.AdamW(parameters, **options, fused=True)
+        if on_host:
+            optimizer = HostAdamW(parameters, **options)
+        else:
+            optimizer = torch.optim.AdamW(parameters, **options, fused=True)
     else:
         import bitsandbytes as bnb
 
@@ -69,11 +76,8 @@ def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
             if parameter in optimizer.state:  # of a checkpoint
                 continue
             if isinstance(optimizer, torch.optim.AdamW):
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                device = HOST if isinstance(optimizer, HostAdamW) else parameter.device
+                optimizer.state[parameter] = zero_moments(parameter, device)
             elif init_state := getattr(optimizer, "init_state", None):  # of bitsandbytes
                 init_state(group, parameter, group_index, index)
 

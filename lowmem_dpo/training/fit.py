@@ -222,7 +222,8 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
 
         parameters = list(lora_parameters(model.network).values())
         is_scaled = model.dtype == torch.float16
-        state = new_state(config, parameters, num_steps, is_scaled=is_scaled)
+        on_host = run.facts["levers"]["optimizer_on_host"]
+        state = new_state(config, parameters, num_steps, is_scaled=is_scaled, on_host=on_host)
         if checkpoint is not None:
             load_adapter(model.network, checkpoint)
             load_checkpoint(checkpoint, state)

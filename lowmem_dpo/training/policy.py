@@ -130,7 +130,8 @@ def read_source(
     device, notes = resolve_device(settings.device)
     for line in ([note] if note else []) + notes:
         say(line)
-    for name in ("layer_inputs", "layer_weights", "embedding_weight", "head_weight"):
+    places = "layer_inputs", "layer_weights", "embedding_weight", "head_weight", "optimizer_state"
+    for name in places:
         if getattr(memory, name, "auto") == "host" and device.type != "cuda":
             raise ValueError(f"{name} host has no effect on {device.type}; leave it out")
     if memory.memory_limit is not None:

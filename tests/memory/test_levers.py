@@ -30,6 +30,13 @@ def test_settings_are_of_all_layers(keeps, num_layers):
     assert Levers.of(config, num_layers).keeps(num_layers) == [keeps] * num_layers
 
 
+def test_a_plan_says_what_is_on_the_host():
+    levers = Levers(head_on_host=True, optimizer_on_host=True)
+    assert levers.words(4).endswith("; on the host: head, optimizer's states")
+    config = dataclasses.replace(TrainConfig(), optimizer_state="host")
+    assert Levers.of(config, 4) == Levers(optimizer_on_host=True)
+
+
 def test_what_is_loaded_into_host_memory_is_what_the_levers_say():
     assert Levers().parts_on_host == set()
     assert Levers(num_slots=LEAST_SLOTS).parts_on_host == {"layers"}

@@ -128,6 +128,10 @@ def test_plan_refuses_what_is_missing_or_without_effect(config_only, tmp_path, c
             ["--card", "3060", "--smallest", "true", "--keep_activations", "all"],
             "keep_activations=all has no effect with smallest=True",
         ),
+        (
+            ["--card", "3060", "--smallest", "true", "--optimizer_state", "host"],
+            "optimizer_state=host has no effect with smallest=True",
+        ),
         (["--all_cards", "true", "--card", "3060"], "card=3060 has no effect with all_cards=True"),
         (["--card", "T4", "--dtype", "bfloat16"], "the card has no bfloat16"),
         (

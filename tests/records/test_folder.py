@@ -22,7 +22,8 @@ FREE = {
     *("logging_steps", "eval_steps", "save_strategy", "save_steps", "keep_checkpoints"),
     *("early_stopping_patience", "early_stopping_threshold", "report_to", "reference"),
     *("device", "quantized_copy", "memory_limit", "layer_inputs", "head_weight", "head_kernel"),
-    *("kernels", "layer_weights", "embedding_weight", "keep_activations"),
+    *("kernels", "layer_weights", "embedding_weight", "keep_activations", "optimizer_state"),
+    *("host_memory_limit", "memory_check"),
 }
 SETTINGS = [field.name for field in fields(TrainConfig)]
 

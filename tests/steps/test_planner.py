@@ -96,6 +96,26 @@ def test_parts_that_cannot_move_stay():
     assert int8.embedding_on_host and not int8.head_on_host
 
 
+def test_the_optimizer_moves_to_the_host_before_the_head_where_it_is_adamw():
+    def moved(**settings):
+        steps = planner(**settings)._ladder()
+        return [step.optimizer_on_host for step in steps], [step.head_on_host for step in steps]
+
+    rungs = [False, False, True, True, True, True], [False, False, False, True, True, True]
+    assert moved(optim="adamw") == rungs
+    assert not any(moved(optim="adamw", optimizer_state="device")[0])
+    assert all(moved(optim="adamw", optimizer_state="host")[0])
+    assert not any(moved(optim="adamw_8bit")[0]) and not any(moved(optim="sgd")[0])
+
+
+def test_with_too_little_room_for_its_moments_alone_the_optimizer_is_on_the_host():
+    settings = {"optim": "adamw", "embedding_weight": "device", "keep_activations": "nothing"}
+    settings |= {"pack_tokens": 640}
+    usual = planner(**settings).usual()
+    plan = planner(usual.rehearsal.peak_reserved_bytes - 1, **settings).best()
+    assert plan.fits and plan.levers == Levers(optimizer_on_host=True)
+
+
 @pytest.mark.slow
 def test_host_memory_counts_too():
     least = planner().smallest()
@@ -122,7 +142,7 @@ def test_a_smaller_micro_batch_is_the_last_resort():
     assert planner(need).best().pack_tokens == least
 
 
-def test_few_layers_tell_of_all_where_they_pass_through_two_slots_alone(monkeypatch):
+def test_few_layers_tell_of_all_where_they_pass_through_two_or_three_slots_alone(monkeypatch):
     """Of more slots, few layers all have one, and nothing is uploaded."""
     asked = []
 
@@ -131,10 +151,10 @@ def test_few_layers_tell_of_all_where_they_pass_through_two_slots_alone(monkeypa
         raise LayersDiffer
 
     monkeypatch.setattr(rehearsed, "trace_of", trace_of)
-    for num_slots in (None, 2, 3):
+    for num_slots in (None, 2, 3, 4):
         with pytest.raises(LayersDiffer):
             planner().take(Levers(num_slots=num_slots), 1024)
-    assert asked == [True, True, False]
+    assert asked == [True, True, True, False]
 
 
 def test_the_fullest_pack_has_the_longest_pair_and_beside_it_what_scores_most():

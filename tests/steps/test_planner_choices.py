@@ -62,7 +62,7 @@ def sums(monkeypatch):
 def planner(card=ALL, host=None, trees=(TREE,), trains=True, **settings):
     config = TrainConfig(**settings)
     model = SimpleNamespace(num_hidden_layers=NUM_LAYERS, tie_word_embeddings=False)
-    step = SimpleNamespace(model=config)
+    step = SimpleNamespace(model=config, optimizer=SimpleNamespace(optim="adamw_8bit"))
     work = Workload(trees, batch_size=len(trees))
     return Planner(model, None, step, work, config, Room(card, host), trains=trains)
 

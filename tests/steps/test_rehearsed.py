@@ -38,6 +38,7 @@ def follow(model, mode=None, *, dropout=0.0, optim="adamw", trains=True, head="n
             pack_tokens=64,
             objective=Objective.of(settings),
             optimizer=settings,
+            optimizer_on_host=levers.optimizer_on_host,
             trains=trains,
         )
 
@@ -110,6 +111,7 @@ def test_a_rehearsal_has_the_bytes_of_the_real_step(tiny_checkpoint, family, qua
         {"levers": Levers(num_keep_all=2)},
         {"levers": Levers(num_keep_all=1, num_keep_attention=1)},
         {"levers": Levers(num_keep_attention=2), "dropout": 0.1},
+        {"levers": Levers(optimizer_on_host=True)},
         {"levers": Levers(num_slots=2)},
         {"levers": Levers(num_slots=2, layers_on_disk=True)},
     ],

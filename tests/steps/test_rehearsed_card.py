@@ -202,6 +202,21 @@ def test_layer_inputs_and_head_on_the_host_leave_the_card():
     assert there.peak_allocated_bytes < here.peak_allocated_bytes - head_bytes / 2
 
 
+def test_an_optimizer_on_the_host_leaves_nothing_of_it_on_the_card():
+    config = config_of(num_hidden_layers=7)
+    here = rehearsal(config)
+    there = rehearsal(config, levers=Levers(optimizer_on_host=True))
+    matrix_bytes = here.components["adapter"]
+    assert here.components["optimizer state"] >= 2 * matrix_bytes
+    assert "optimizer state" not in there.components
+    assert "optimizer state" not in here.host_components
+    # Both moments, and matrices and gradients in pinned memory, of which torch takes powers of two.
+    assert 4 * matrix_bytes < there.host_components["optimizer state"] < 6 * matrix_bytes + 2**10
+    # Matrices and gradients down, matrices up.
+    assert there.link_bytes - here.link_bytes == 3 * matrix_bytes
+    assert there.components["adapter"] == there.components["gradients"] == matrix_bytes
+
+
 def test_pairs_whose_answers_begin_alike_are_rehearsed_too():
     """What both score is scored once, and the prompt is not all of the trunk."""
     alike = fold(0, (1,) * 40, (2,) * 30, (3,) * 20, 25, 25)

@@ -15,6 +15,7 @@ from lowmem_dpo.records.checkpoints import list_checkpoints, load_checkpoint
 from lowmem_dpo.records.folder import RunFolder
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.steps import gradients
+from lowmem_dpo.steps.host_optimizer import HostAdamW
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training import fit, loop, recorder
@@ -92,6 +93,24 @@ def test_a_non_finite_loss_names_its_pair_and_skips_the_step_once(config, monkey
     assert [line.get("skipped_steps") for line in lines] == [None, None, 1, None, None, None]
     assert "loss" not in lines[2] and "grad_norm" not in lines[2]
     assert "NaN" not in (output / "metrics.jsonl").read_text()
+
+
+def test_an_optimizer_on_the_host_trains_the_same_adapter_on_a_cpu(config, monkeypatch, tmp_path):
+    config, plan_memory = replace(config, max_steps=3), fit.plan_memory
+    usual = Trainer(replace(config, output_dir=str(tmp_path / "usual"))).fit().output_dir
+
+    def on_host(*arguments, **options):
+        memory = plan_memory(*arguments, **options)
+        return replace(memory, levers=replace(memory.levers, optimizer_on_host=True))
+
+    update, updates = HostAdamW._update, []
+    monkeypatch.setattr(HostAdamW, "_update", lambda *each: updates.append(update(*each)))
+    monkeypatch.setattr(fit, "plan_memory", on_host)
+    result = Trainer(config).fit()
+    assert weights(result.output_dir, 3) == weights(usual, 3) and len(updates) == 3
+    assert read_record(result.output_dir)["plan"]["levers"]["optimizer_on_host"]
+    half = {"output_dir": str(tmp_path / "half"), "resume": str(usual / "checkpoints/step-000001")}
+    assert weights(Trainer(replace(config, **half)).fit().output_dir, 3) == weights(usual, 3)
 
 
 def test_the_learning_rate_of_later_steps_is_as_planned(config, monkeypatch, tmp_path):
