@@ -13,11 +13,17 @@ from lowmem_dpo.pipeline.plan import find_longest
 from lowmem_dpo.settings.configs import PlanConfig
 from lowmem_dpo.weights.folders import load_config
 from tests.errors import one_line_error
+from tests.rehearsals import follow_once
 from tests.tiny import save_tiny_model
 
 
 def plan(model, *words):
     return main(["plan", "--model", str(model), *words])
+
+
+@pytest.fixture(autouse=True)
+def _followed_once(monkeypatch):
+    follow_once(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +285,7 @@ def test_json_stands_alone_whatever_is_said_on_the_way(config_only, capsys):
     assert "pack_tokens 200: 256, on a card it is a multiple of 128" in printed.err
 
 
+@pytest.mark.slow
 def test_plan_that_fits_names_a_longest_length_though_the_host_is_short(tmp_path, capsys):
     """The smallest plan needs the host; the one that fits does not."""
     model = save_tiny_model(tmp_path / "m", vocab_size=20_000, max_position_embeddings=256)
@@ -306,6 +313,7 @@ def test_find_longest_where_the_bytes_do_not_tell_why_a_length_does_not_fit():
     assert len(asked) <= 10
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_is_too_large_is_what_is_named(tmp_path, capsys):
     model = save_tiny_model(tmp_path / "m", max_position_embeddings=64)
     words = ["--card", "3060", "--max_length", "64", "--memory_limit", "8MiB", "--json", "true"]

@@ -16,6 +16,7 @@ from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.steps import rehearsed
 from lowmem_dpo.steps.planner import Planner, Room, Workload, _Cost, _most_saved
 from lowmem_dpo.steps.rehearsed import StepSettings, TreeShape, tree_of_shape
+from tests.rehearsals import follow_once
 from tests.tiny import FAMILIES, SIZES
 
 TREE = tree_of_shape(TreeShape(250, 150, 200))
@@ -33,6 +34,11 @@ def planner(card_bytes=MUCH, host_bytes=None, family="llama", trees=(TREE,) * 4,
     step = StepSettings(config, adapter, config, config)
     work = Workload(trees, batch_size=len(trees))
     return Planner(model, find_card("3060"), step, work, config, Room(card_bytes, host_bytes))
+
+
+@pytest.fixture(autouse=True)
+def _followed_once(monkeypatch):
+    follow_once(monkeypatch)
 
 
 def test_with_room_for_all_of_it_layers_keep_all():
