@@ -214,8 +214,13 @@ def totals_of_peer(
     num_layers: int, card: Card, work: list[tuple[list[Work], list[Work]]]
 ) -> tuple[Totals, Totals]:
     """Of a micro-batch and of the update, of all layers, on a card."""
-    one, two = ([totals_of(part, card) for part in each] for each in work)
-    micro_batch, update = (a.extended(b, num_layers - 1) for a, b in zip(one, two, strict=True))
+    micro_batch, update = (
+        totals_of(
+            [*((each, 2 - num_layers) for each in one), *((each, num_layers - 1) for each in two)],
+            card,
+        )
+        for one, two in zip(*work, strict=True)
+    )
     return micro_batch, update
 
 

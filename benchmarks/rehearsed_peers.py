@@ -233,7 +233,8 @@ def chosen_tokens(trees: list[Tree], num_pairs: int) -> int:
 def products(card: Card, flops: float) -> Totals:
     """Products of 16 bits alone, at the card's rates."""
     seconds = [flops / (card.flops * case.products) for case in (BEST, OTHER)]
-    return Totals(flops, 0.0, 0.0, 0.0, *seconds)
+    low, high = seconds
+    return Totals(flops, 0.0, 0.0, 0.0, low, 0.0, high)
 
 
 def packed(trees: Sequence[Tree], n: int) -> list[Sequence[Tree]]:
@@ -249,7 +250,8 @@ def has_room(bench: Bench, reserved_bytes: int) -> bool:
 def totals_from(found: Rehearsal) -> Totals:
     """What a rehearsed step computes."""
     numbers = (found.flops, found.bytes_moved, found.link_bytes, found.launches)
-    return Totals(*numbers, *found.seconds)
+    low, high = found.seconds
+    return Totals(*numbers, low, 0.0, high)
 
 
 def added(parts: Sequence[Totals]) -> Totals:
