@@ -157,6 +157,16 @@ def test_a_failure_under_a_plan_changes_no_bit(deep_run, levers, monkeypatch):
     check_plan(deep_run, levers, 2503, monkeypatch)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "levers",
+    [MIXED, STREAMED, Levers(num_slots=3, inputs_on_host=True), Levers(num_keep_all=2)],
+    ids=str,
+)
+def test_a_failure_at_many_operations_of_a_plan_changes_no_bit(deep_run, levers, monkeypatch):
+    check_plan(deep_run, levers, 307, monkeypatch)
+
+
 def check_plan(run, levers, stride, monkeypatch):
     """The bits of a resident model, and layers that are as the plan has them to the end."""
     resident, _ = step(run)
