@@ -11,8 +11,8 @@ from lowmem_dpo.machine.card_table import Card, find_card
 from lowmem_dpo.machine.cards import this_machine
 
 SPILL_MARGIN_BYTES = 512 * 2**20
-"""Left free under Windows: its driver moves what is too much into host memory without an error,
-and every step takes ten times as long."""
+"""Left free under Windows, whose driver moves what is too much into host memory without an error;
+an assumption."""
 KERNELS_BYTES = 128 * 2**20
 """What kernels take when they are first launched, outside of torch; an assumption."""
 _PRODUCT_SIZE, _COPY_BYTES, _REPEATS = 4096, 2**28, 8

@@ -99,9 +99,12 @@ class Levers:
         """What each layer keeps."""
         num_keep_nothing = num_layers - self.num_keep_attention - self.num_keep_all
         assert num_keep_nothing >= 0
-        kept: list[Keeps] = ["nothing"] * num_keep_nothing
-        kept += ["attention"] * self.num_keep_attention
-        return [*kept, *(["all"] * self.num_keep_all)]  # type: ignore[list-item]
+        stretches: dict[Keeps, int] = {
+            "nothing": num_keep_nothing,
+            "attention": self.num_keep_attention,
+            "all": self.num_keep_all,
+        }
+        return [keeps for keeps, number in stretches.items() for _ in range(number)]
 
 
 _DECIDED_BY = {

@@ -47,7 +47,7 @@ def _check_places(model: ModelSettings, memory: PlaceSettings) -> None:
 
 
 @dataclass(frozen=True)
-class TrainConfig(
+class TrainingSettings(
     ModelSettings,
     DataSettings,
     EncodingSettings,
@@ -57,6 +57,11 @@ class TrainConfig(
     RunSettings,
     MemorySettings,
 ):
+    """Every group that training reads."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(TrainingSettings):
     """Settings of `train` and `precompute`."""
 
     def check(self) -> None:
@@ -94,16 +99,7 @@ class TrainConfig(
 
 
 @dataclass(frozen=True)
-class PlanConfig(
-    ModelSettings,
-    DataSettings,
-    EncodingSettings,
-    LossSettings,
-    OptimizerSettings,
-    AdapterSettings,
-    RunSettings,
-    MemorySettings,
-):
+class PlanConfig(TrainingSettings):
     """What shall fit, and where.
 
     The settings of `train` stand beside it, so that its files serve here too.

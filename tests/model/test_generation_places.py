@@ -3,25 +3,16 @@
 from contextlib import nullcontext
 
 import pytest
-import torch
-from torch import nn
 
 from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.linears.lora import (
-    AdapterSpec,
     adapters_disabled,
-    linear_layers,
-    lora_parameters,
-    wrap_linears,
 )
-from lowmem_dpo.linears.nf4 import quantize_nf4
 from lowmem_dpo.memory.levers import Levers
-from lowmem_dpo.memory.weight_slots import Lanes
 from lowmem_dpo.model.generation import generate_text
-from lowmem_dpo.model.language_model import LanguageModel, StorageRow
-from lowmem_dpo.model.surgery import prepare_model
 from lowmem_dpo.settings.groups import SamplingSettings
-from tests.tiny import FAMILIES, tiny_model
+from tests.model.nf4_models import nf4_model, poison_slots
+from tests.tiny import FAMILIES
 
 PROMPTS = [[*range(30, 50)], [50, 51], [60, 61, 62]]
 WHOLE = {"embedding_on_host": True, "head_on_host": True}
@@ -29,39 +20,12 @@ WHOLE = {"embedding_on_host": True, "head_on_host": True}
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """What a slot held before is gone when the next upload begins."""
-
-    def upload(lanes, slot, blob):
-        slot.fill_(0xFF)
-        slot.copy_(blob)
-
-    monkeypatch.setattr(Lanes, "upload", upload)
+    poison_slots(monkeypatch)
 
 
-def build(family, num_slots, *, dropout=0.0, head_quantization="none", **on_host):
-    """A model of five small layers in NF4 with a live adapter."""
-    changes = {"num_hidden_layers": 5}
-    if types := FAMILIES[family].get("layer_types"):
-        changes["layer_types"] = (types * 3)[:5]
-    network = tiny_model(family, **changes).requires_grad_(False)
-    wrap_linears(network.model.layers, "model.layers")
-    for linear in linear_layers(network).values():
-        weight = quantize_nf4(linear.weight)
-        del linear.weight
-        linear.weight = weight
-    rows = [StorageRow("mlp linears", 3, "nf4", 0), StorageRow("embedding", 1, "float32", 0)]
-    spec = AdapterSpec(3, 6.0, dropout, "all", rank_stabilised=False)
-    model = prepare_model(
-        LanguageModel.of(network, "tiny", rows),
-        spec,
-        Levers(num_slots=num_slots, **on_host),
-        head_quantization=head_quantization,
-    )
-    torch.manual_seed(1)
-    for name, parameter in lora_parameters(model.network).items():
-        if name.endswith("lora_b"):
-            nn.init.normal_(parameter, std=0.1)
-    return model
+def build(family, num_slots, *, head_quantization="none", **on_host):
+    levers = Levers(num_slots=num_slots, **on_host)
+    return nf4_model(family, levers, head_quantization=head_quantization)
 
 
 def answers(model):

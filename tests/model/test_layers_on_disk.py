@@ -1,52 +1,32 @@
-"""Layers whose weights pass through slots compute what resident ones do, to the bit."""
+"""Layers that are read from the disk in their turn compute what resident ones do, to the bit."""
+
+from itertools import chain
 
 import pytest
 import torch
-from torch import nn
 
 from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.linears.lora import (
-    AdapterSpec,
-    dropout_live,
-    linear_layers,
     lora_layers,
-    lora_parameters,
-    wrap_linears,
 )
-from lowmem_dpo.linears.nf4 import quantize_nf4
-from lowmem_dpo.memory.lanes import Lanes
 from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.memory.weight_files import LayerOnDisk, WeightFile
 from lowmem_dpo.model.generation import generate_text
-from lowmem_dpo.model.language_model import LanguageModel, StorageRow
-from lowmem_dpo.model.scoring import score
-from lowmem_dpo.model.surgery import prepare_model
-from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.settings.groups import SamplingSettings
 from lowmem_dpo.stopping import RunStopped
-from tests.packs.folding import fold
-from tests.tiny import FAMILIES, tiny_model
-
-TREES = [
-    fold(1, (*range(30, 50),), (*range(50, 60),), (*range(60, 75),), 12, 12),
-    fold(2, (*range(31, 40),), (70,), (*range(60, 66),), 5, 5),
-]
+from tests.model.nf4_models import nf4_model, poison_slots, step
 
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """What a slot held before is gone when the next upload begins."""
-
-    def upload(lanes, slot, blob):
-        slot.fill_(0xFF)
-        slot.copy_(blob)
+    """What a slot held before is gone when the next layer comes, from memory or from files."""
+    poison_slots(monkeypatch)
+    read = LayerOnDisk.read_into
 
     def read_into(layer, target, first=0):
         target[:] = b"\xff" * len(target)
         read(layer, target, first)
 
-    read = LayerOnDisk.read_into
-    monkeypatch.setattr(Lanes, "upload", upload)
     monkeypatch.setattr(LayerOnDisk, "read_into", read_into)
 
 
@@ -62,54 +42,22 @@ def leave_on_disk(weight, path):
 
 
 def build(family, num_slots, *, dropout=0.0, embedding_on_host=False, folder=None):
-    """A model of five small layers in NF4, in files if there is a folder, with a live adapter."""
-    changes = {"num_hidden_layers": 5}
-    if types := FAMILIES[family].get("layer_types"):
-        changes["layer_types"] = (types * 3)[:5]
-    network = tiny_model(family, **changes).requires_grad_(False)
-    wrap_linears(network.model.layers, "model.layers")
-    for linear in linear_layers(network).values():
-        weight = quantize_nf4(linear.weight)
-        del linear.weight
-        linear.weight = weight
+    """A model, its layers in files if there is a folder."""
+
+    def on_quantised(linear):
         if folder is not None:
-            leave_on_disk(weight, folder / linear.name)
-    rows = [StorageRow("mlp linears", 3, "nf4", 0), StorageRow("embedding", 1, "float32", 0)]
-    spec = AdapterSpec(3, 6.0, dropout, "all", rank_stabilised=False)
-    model = prepare_model(
-        LanguageModel.of(network, "tiny", rows),
-        spec,
-        Levers(num_slots=num_slots, embedding_on_host=embedding_on_host),
-    )
-    torch.manual_seed(1)
-    for name, parameter in lora_parameters(model.network).items():
-        if name.endswith("lora_b"):
-            nn.init.normal_(parameter, std=0.1)
-    return model
+            leave_on_disk(linear.weight, folder / linear.name)
 
-
-def step(model):
-    """Log-probs and gradients of two micro-batches, with one without gradient before and after."""
-    torch.manual_seed(2)
-    found = []
-    for pack in pack_trees(TREES, 64):
-        with torch.no_grad():
-            found.append(score(model, pack))
-        with dropout_live(model.network):
-            logps = score(model, pack)
-            (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
-        found.append(logps.detach())
-        with torch.no_grad():
-            found.append(score(model, pack))
-    return found + [p.grad for p in lora_parameters(model.network).values()]
+    levers = Levers(num_slots=num_slots, embedding_on_host=embedding_on_host)
+    return nf4_model(family, levers, dropout=dropout, on_quantised=on_quantised)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("num_slots", [2, 3])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
 def test_layers_on_the_disk_have_the_bits_of_resident_ones(family, num_slots, dropout, tmp_path):
-    expected = step(build(family, None, dropout=dropout))
-    found = step(build(family, num_slots, dropout=dropout, folder=tmp_path))
+    expected = [*chain(*step(build(family, None, dropout=dropout)))]
+    found = [*chain(*step(build(family, num_slots, dropout=dropout, folder=tmp_path)))]
     assert len(found) == len(expected) > 10
     for got, want in zip(found, expected, strict=True):
         assert torch.equal(got, want)

@@ -4,39 +4,18 @@ import functools
 
 import pytest
 import torch
-from torch import nn
 
 from lowmem_dpo.demo.byte_tokenizer import byte_tokenizer
 from lowmem_dpo.linears.lora import (
-    AdapterSpec,
-    dropout_live,
-    linear_layers,
     lora_layers,
-    lora_parameters,
-    wrap_linears,
 )
-from lowmem_dpo.linears.nf4 import quantize_nf4
 from lowmem_dpo.memory.levers import Levers
-from lowmem_dpo.memory.weight_slots import Lanes
 from lowmem_dpo.model.embedding import HostEmbedding
 from lowmem_dpo.model.generation import generate_text
-from lowmem_dpo.model.language_model import LanguageModel, StorageRow
-from lowmem_dpo.model.scoring import score
-from lowmem_dpo.model.surgery import prepare_model
-from lowmem_dpo.packs.packing import pack_trees
 from lowmem_dpo.settings.groups import SamplingSettings
-from tests.packs.folding import fold
-from tests.tiny import FAMILIES, tiny_model
+from tests.model.nf4_models import NUM_LAYERS, PACK_TOKENS, nf4_model, poison_slots, step
+from tests.tiny import FAMILIES
 
-TREES = [
-    fold(1, (*range(30, 50),), (*range(50, 60),), (*range(60, 75),), 12, 12),
-    fold(2, (*range(31, 40),), (70,), (*range(60, 66),), 5, 5),
-    fold(3, (*range(40, 58),), (*range(61, 70),), (*range(30, 50),), 9, 9),
-]
-
-
-PACK_TOKENS = 64
-NUM_LAYERS = 5
 RESIDENT = Levers()
 PLANS = {
     "streamed, 2 slots": Levers(num_slots=2),
@@ -74,53 +53,16 @@ CASES = [*sorted(QUICK), *(pytest.param(*each, marks=pytest.mark.slow) for each 
 
 @pytest.fixture(autouse=True)
 def _host(monkeypatch):
-    """What a slot held before is gone when the next upload begins; memory need not be pinned."""
-
-    def upload(lanes, slot, blob):
-        slot.fill_(0xFF)
-        slot.copy_(blob)
-
-    monkeypatch.setattr(Lanes, "upload", upload)
+    """Slots are poisoned, and memory need not be pinned."""
+    poison_slots(monkeypatch)
     monkeypatch.setattr("lowmem_dpo.model.layer._to_host", lambda x: x.detach().clone())
 
 
 def build(family, levers, *, dropout=0.0, tile_rows=64):
-    """A model of five small layers in NF4 with a live adapter."""
-    changes = {"num_hidden_layers": NUM_LAYERS}
-    if types := FAMILIES[family].get("layer_types"):
-        changes["layer_types"] = (types * 3)[:NUM_LAYERS]
-    network = tiny_model(family, **changes).requires_grad_(False)
-    wrap_linears(network.model.layers, "model.layers")
-    for linear in linear_layers(network).values():
-        weight = quantize_nf4(linear.weight)
-        del linear.weight
-        linear.weight = weight
-    rows = [StorageRow("mlp linears", 3, "nf4", 0), StorageRow("embedding", 1, "float32", 0)]
-    spec = AdapterSpec(3, 6.0, dropout, "all", rank_stabilised=False)
-    model = prepare_model(LanguageModel.of(network, "tiny", rows), spec, levers)
+    model = nf4_model(family, levers, dropout=dropout)
     for layer in model.layers:
         layer.token_wise.tile_rows = tile_rows
-    torch.manual_seed(1)
-    for name, parameter in lora_parameters(model.network).items():
-        if name.endswith("lora_b"):
-            nn.init.normal_(parameter, std=0.1)
     return model
-
-
-def step(model):
-    """Log-probs and gradients of two micro-batches, with one without gradient before and after."""
-    torch.manual_seed(2)
-    logps = []
-    for pack in pack_trees(TREES, PACK_TOKENS):
-        with torch.no_grad():
-            logps.append(score(model, pack))
-        with dropout_live(model.network):
-            live = score(model, pack)
-            (live * torch.linspace(-1, 1, len(live))).sum().backward()
-        logps.append(live.detach())
-        with torch.no_grad():
-            logps.append(score(model, pack))
-    return logps, [p.grad for p in lora_parameters(model.network).values()]
 
 
 @functools.cache
