@@ -95,7 +95,7 @@ def planned_mib(folder: Path, place: str, tokens: int) -> float:
             dtype=torch.float32,
             device=CPU,
             mode=mode,
-            layers_on_disk=LEVERS[place].layers_on_disk,
+            levers=LEVERS[place],
         )
         with mode:
             follow_step(
@@ -133,7 +133,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
             dtype=torch.float32,
             device=CPU,
             cache_dir=options.cache,
-            layers_on_disk=levers.layers_on_disk,
+            levers=levers,
         ),
         options.worker,
     )

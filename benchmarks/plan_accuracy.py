@@ -151,7 +151,7 @@ class Task:
             dtype=resolve_dtype(self.case.dtype, self.device),
             device=self.device,
             mode=mode,
-            on_host=self.case.levers.parts_on_host,
+            levers=self.case.levers,
         )
 
     def follow(self, model: LanguageModel, follower: Follower) -> None:

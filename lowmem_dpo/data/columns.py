@@ -9,9 +9,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lowmem_dpo.data.formats import ANSWER_COLUMNS, PROMPT_COLUMNS
-from lowmem_dpo.data.messages import EMPTY, Notes, keys_in_words
+from lowmem_dpo.data.messages import (
+    EMPTY,
+    MESSAGES_OPENING,
+    Notes,
+    keys_in_words,
+    looks_like_messages,
+    value_of_text,
+)
 from lowmem_dpo.data.rows import RowFault
-from lowmem_dpo.data.text_values import MESSAGES_OPENING, looks_like_messages, value_of_text
 
 MESSAGE_COLUMNS = PROMPT_COLUMNS | ANSWER_COLUMNS
 OPENAI_PATH = "input.messages"

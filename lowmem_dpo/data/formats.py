@@ -22,6 +22,7 @@ from lowmem_dpo.data.messages import (
     Notes,
     has_system,
     keys_in_words,
+    looks_like_messages,
     read_template_kwargs,
     read_tools,
 )
@@ -43,7 +44,6 @@ from lowmem_dpo.data.sides import (
     read_rejected_messages,
     read_strings,
 )
-from lowmem_dpo.data.text_values import looks_like_messages
 
 # Read in every format. tools and chat_template_kwargs go to the chat template.
 COMMON_COLUMNS = ("system", "tools", "chat_template_kwargs")

@@ -5,9 +5,16 @@ A message is {"role", "content"} or ShareGPT's {"from", "value"}; an assistant's
 that ms-swift and LLaMA-Factory write as turns of their own within the assistant's turn.
 What is wrong is a `RowFault`, whose text says what and where in the row; the caller knows the row.
 What is left out or read as something else goes into `Notes`.
+
+Tables hold messages as text, JSON or as Python prints a list, and whole data sets were made by
+tools that wrote them so. Nothing is evaluated: Python's notation is read by `ast.literal_eval`, and
+only what JSON could hold too.
 """
 
+import ast
 import json
+import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowmem_dpo.data.rows import RowFault, printable_line, read_text, type_in_words
-from lowmem_dpo.data.text_values import value_of_text
 
 Message = dict[str, Any]
 
@@ -34,6 +40,14 @@ TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of content
 # Columns and keys that change what the model reads; to leave them out would train on another text.
 UNSUPPORTED = ("image", "images", "videos", "audios")
 EMPTY: tuple[Any, ...] = (None, "", [], {})
+# How a message or a list of them begins; NumPy's too, to be refused by name.
+MESSAGES_OPENING = re.compile(r"""\s*(?:array\()?\[?\s*\{\s*["']""")
+PYTHON_OPENING = re.compile(r"""\s*(?:array\()?[\[({]""")
+ROLE_OF_MESSAGE = re.compile(
+    r"""["'](?:role|from)["']\s*:\s*["'](?:user|human|assistant|gpt|system|developer|"""
+    r"""tool|tool_call|tool_response|function_call|observation)["']"""
+)
+NO_COMMAS = re.compile(r"\}\s+\{")
 MAX_NAMES = 12  # of a row's keys in a message
 
 
@@ -282,3 +296,42 @@ def _check_encodable(value: Any, name: str) -> None:
         read_text(json.dumps(value, ensure_ascii=False), name)
     except (TypeError, RecursionError):
         raise RowFault(f"{name} holds something that is neither text, number nor list") from None
+
+
+def looks_like_messages(value: Any) -> bool:
+    """Whether a value is text that begins as a message or a list of them, and names a role."""
+    return (
+        isinstance(value, str)
+        and MESSAGES_OPENING.match(value) is not None
+        and ROLE_OF_MESSAGE.search(value) is not None
+    )
+
+
+def value_of_text(text: str) -> tuple[Any, str]:
+    """Read a value.
+
+    Args:
+        text: From a column.
+
+    Returns:
+        The value as JSON has it, and the notation: JSON or Python.
+
+    Raises:
+        ValueError: The text is neither; says why, to stand behind "is text, but".
+    """
+    try:
+        return json.loads(text), "JSON"
+    except (RecursionError, ValueError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too long"
+        if not (PYTHON_OPENING.match(text) and "'" in text):
+            raise ValueError(f"no JSON ({reason})") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in the text
+            value = ast.literal_eval(text.strip())
+        return json.loads(json.dumps(value)), "Python"
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        reason = " (NumPy prints arrays without commas)" if NO_COMMAS.search(text) else ""
+        raise ValueError(
+            f"neither JSON nor a Python list or dict{reason}; write it with json.dumps"
+        ) from None

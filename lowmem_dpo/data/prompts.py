@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from lowmem_dpo.data.messages import looks_like_messages
 from lowmem_dpo.data.reading import is_single_file
 from lowmem_dpo.data.rows import Row, read_rows, read_text_lines
-from lowmem_dpo.data.text_values import looks_like_messages
 
 
 def read_prompts(path: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The device of a run: which it is, in what number format it computes, and how fast.
+"""The device of a run: which it is, in what number format it computes, how fast, what goes there.
 
 `auto` takes the card. It never takes the CPU beside a card that only needs something installed: a
 run of hours would become one of weeks. What is missing is said in one line, and so is the way out,
@@ -9,10 +9,12 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowmem_dpo.machine.cards import Machine, NvidiaCards, this_machine
 from lowmem_dpo_kernels import triton_problem
@@ -24,6 +26,8 @@ OLDEST_CAPABILITY = (7, 5)
 PROBE_SECONDS, SHORT_PROBE_SECONDS = 0.3, 0.03
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 MUCH_FASTER = 2.0
+SMALLEST_PIECE = 2**20
+_ALIGNMENT = 256  # of a tensor in a copy of several, as torch's allocator gives it
 
 # Every CUDA of a major version runs on drivers from this one on.
 # Source: https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
@@ -286,3 +290,72 @@ def matmul_rate(
         torch.mm(left, right)
         count += 1
     return 2 * left.numel() * right.shape[1] * count / (time.perf_counter() - begun)
+
+
+def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of the host on a device.
+
+    A copy of its own for each would, from memory that is not pinned, let the host wait until the
+    card has done all that it was given before. The pinned memory is torch's: its allocator notes
+    the stream that copies from it, and gives it to nobody else until that is past the copy.
+
+    Args:
+        tensors: On the CPU.
+        device: Where to; if that is the CPU they stay what they are.
+
+    Returns:
+        The same numbers, on a card as views of one tensor.
+    """
+    if device.type != "cuda":
+        return list(tensors)
+    starts, end = [], 0
+    for tensor in tensors:
+        starts.append(end)
+        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    pinned = torch.empty(end, dtype=torch.uint8, pin_memory=True)
+    places = list(zip(starts, tensors, strict=True))
+    for start, tensor in places:
+        _as(tensor, pinned, start).copy_(tensor)
+    there = pinned.to(device, non_blocking=True)
+    return [_as(tensor, there, start) for start, tensor in places]
+
+
+def _as(tensor: Tensor, memory: Tensor, start: int) -> Tensor:
+    """A view of bytes, of a tensor's type and shape."""
+    return memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+
+class PinnedCopy:
+    """A card's tensor in pinned host memory, until it is wanted again.
+
+    torch gives pinned memory in powers of two, so the tensor lies there in pieces of such sizes:
+    what is lost is less than the smallest piece. Copies both ways run in the order of the stream.
+
+    Args:
+        x: The tensor.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.shape = x.shape
+        flat = x.detach().reshape(-1)
+        self.sizes = piece_sizes(flat.numel(), flat.element_size())
+        self.pieces = [
+            torch.empty(len(part), dtype=x.dtype, pin_memory=True).copy_(part, non_blocking=True)
+            for part in flat.split(self.sizes)
+        ]
+
+    def to(self, device: torch.device, *, non_blocking: bool = True) -> Tensor:
+        """The tensor on a device."""
+        x = torch.empty(self.shape, dtype=self.pieces[0].dtype, device=device)
+        for part, piece in zip(x.view(-1).split(self.sizes), self.pieces, strict=True):
+            part.copy_(piece, non_blocking=non_blocking)
+        return x
+
+
+def piece_sizes(numel: int, element_size: int) -> list[int]:
+    """Elements of each piece: powers of two in bytes, largest first, and what is left last."""
+    sizes = []
+    while numel * element_size >= SMALLEST_PIECE:
+        sizes.append(2 ** ((numel * element_size).bit_length() - 1) // element_size)
+        numel -= sizes[-1]
+    return [*sizes, numel] if numel or not sizes else sizes

@@ -62,13 +62,6 @@ class Levers:
         )
 
     @property
-    def parts_on_host(self) -> set[str]:
-        """Of layers and embedding, what is loaded into host memory."""
-        layers = self.num_slots is not None and not self.layers_on_disk
-        parts = {"layers": layers, "embedding": self.embedding_on_host}
-        return {part for part, on_host in parts.items() if on_host}
-
-    @property
     def few_tell_of_all(self) -> bool:
         """Whether few layers tell of all: of many slots, each of few layers has one."""
         return self.num_slots is None or self.num_slots <= LEAST_SLOTS + 1

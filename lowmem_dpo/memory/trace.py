@@ -124,10 +124,8 @@ class Follower(TorchDispatchMode):
         self._born: Counter[tuple[str, int | None]] = Counter()
         self.enter_section("start")
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Whether torch.compile must leave this alone; asking it costs time on every operation."""
-        return False
+    # Whether torch.compile must leave this alone; asking it costs time on every operation.
+    _should_skip_dynamo = classmethod(lambda cls: False)
 
     @property
     def work(self) -> list[Work]:

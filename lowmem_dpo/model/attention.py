@@ -22,7 +22,6 @@ Shapes: N packed tokens, H query heads, K key heads, E head size.
 """
 
 import functools
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -267,7 +266,7 @@ def sequence_attention(
         [1, Q, H, E], and None for the weights.
     """
     kind = AttentionKind(scaling, sliding_window, softcap)
-    return _attend(query, key, value, kind).transpose(1, 2).contiguous(), None
+    return _attend(query, key, value, kind=kind).transpose(1, 2).contiguous(), None
 
 
 def segment_attention(
@@ -292,30 +291,18 @@ def segment_attention(
     keys, values = key.split([*sizes, padding], dim=2), value.split([*sizes, padding], dim=2)
     outputs = []
     for i in range(0, len(sizes), 3):
-        trunk_chosen, trunk_rejected = [i, i + 1], [i, i + 2]
-        outputs.append(_causal(queries, keys, values, trunk_chosen, trunk_chosen, kind))
+        segments = [([i, i + 1], [i, i + 1])]  # queries of these parts over keys of those
         if sizes[i + 2]:
-            outputs.append(_causal(queries, keys, values, [i + 2], trunk_rejected, kind))
+            segments.append(([i + 2], [i, i + 2]))
+        for own, seen in segments:
+            parts = (queries, own), (keys, seen), (values, seen)
+            joined = (torch.cat([tensors[j] for j in these], dim=2) for tensors, these in parts)
+            outputs.append(_attend(*joined, kind=kind))
     outputs.append(queries[-1].new_zeros(queries[-1].shape))
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _causal(
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    query_parts: list[int],
-    key_parts: list[int],
-    kind: AttentionKind,
-) -> Tensor:
-    """One segment: the named query parts over the named key parts."""
-    q = torch.cat([queries[i] for i in query_parts], dim=2)
-    k = torch.cat([keys[i] for i in key_parts], dim=2)
-    v = torch.cat([values[i] for i in key_parts], dim=2)
-    return _attend(q, k, v, kind)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, kind: AttentionKind) -> Tensor:
     """Queries [1, H, Q, E] over keys [1, K, S, E], causal from the bottom right."""
     window = kind.sliding_window
     if kind.softcap is not None or (window is not None and window < k.shape[2]):

@@ -34,10 +34,9 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from lowmem_dpo.linears.lora import LoraLinear, project
-from lowmem_dpo.machine.device import cuda_devices
+from lowmem_dpo.machine.device import PinnedCopy, cuda_devices
 from lowmem_dpo.machine.products import joins_products
 from lowmem_dpo.machine.trial import check_error, once_a_device, passes_trial, value_and_gradients
-from lowmem_dpo.machine.uploads import PinnedCopy
 from lowmem_dpo.memory.levers import Keeps
 from lowmem_dpo.model.attention import joined_attention
 from lowmem_dpo.model.families import Family

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowmem_dpo.machine.device import to_device
 from lowmem_dpo.machine.trial import check_error, passes_trial
-from lowmem_dpo.machine.uploads import to_device
 from lowmem_dpo.model.embedding import HostEmbedding
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.packs.packing import Pack

@@ -35,7 +35,7 @@ from lowmem_dpo.steps.rehearsed import StepSettings, TreeShape, tree_of_shape
 from lowmem_dpo.tokens.templates import choose_template
 from lowmem_dpo.tokens.trees import Tree
 from lowmem_dpo.training.memory_plan import limited, plan_lines, wanted_pack_tokens
-from lowmem_dpo.training.pairs import check_token_ids, load_pairs, warn_of_positions
+from lowmem_dpo.training.pairs import Pairs, check_token_ids, load_pairs
 from lowmem_dpo.training.policy import adapter_spec, check_quantised_files, stored_config
 from lowmem_dpo.training.run import Batches
 from lowmem_dpo.weights.folders import load_config, load_tokenizer, resolve_source
@@ -188,19 +188,17 @@ def forecast_of(
     Raises:
         ValueError: If the data cannot be read, or pack_tokens is less than a pair.
     """
-    trees, num_steps = [_tree_of_length(config.max_length)] * config.batch_size, None
-    num_scored = 0
+    pairs = Pairs([_tree_of_length(config.max_length)] * config.batch_size, [], "", {})
+    num_steps, num_scored = None, 0
     if config.data is not None:
         tokenizer = load_tokenizer(base, config.init_adapter, model)
         template = choose_template(tokenizer, config)
         folder = cache_folder(config.cache_dir)
         pairs = load_pairs(config, config, template, folder, seed=config.seed)
-        check_token_ids(pairs, model)
-        trees = pairs.train + pairs.evaluation
         batches = Batches.of(config, len(pairs.train))
         num_steps, num_scored = batches.num_steps, len(batches.used()) + len(pairs.evaluation)
-    else:
-        warn_of_positions(config.max_length, model)
+    check_token_ids(pairs, model)
+    trees = pairs.train + pairs.evaluation
     planner = planner_of(model, card, room, config, trees)
     found = planner.smallest() if config.smallest else planner.best()
     remedy = "" if found.fits else _remedy(planner)

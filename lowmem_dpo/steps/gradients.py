@@ -25,8 +25,7 @@ from lowmem_dpo.linears.lora import casts_kept, dropout_live
 from lowmem_dpo.losses.functions import log_odds_ratios
 from lowmem_dpo.losses.objective import Objective
 from lowmem_dpo.losses.pairs import PairLogps, join_pairs
-from lowmem_dpo.machine.device import cuda_devices
-from lowmem_dpo.machine.uploads import to_device
+from lowmem_dpo.machine.device import cuda_devices, to_device
 from lowmem_dpo.model.language_model import LanguageModel
 from lowmem_dpo.model.scoring import score
 from lowmem_dpo.packs.packing import Pack, sequence_logps

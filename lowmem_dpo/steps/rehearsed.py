@@ -43,8 +43,7 @@ from lowmem_dpo.settings.groups import (
     OptimizerSettings,
 )
 from lowmem_dpo.steps.gradients import accumulate
-from lowmem_dpo.steps.host_optimizer import HostAdamW
-from lowmem_dpo.steps.update import allocate_moments, clip_gradients, new_state
+from lowmem_dpo.steps.update import HostAdamW, allocate_moments, clip_gradients, new_state
 from lowmem_dpo.tokens.trees import TokenPair, Tree, build_tree
 from lowmem_dpo.weights.loading import unfilled_model
 from lowmem_dpo_kernels.token_logps import _TokenLogpsFunction
@@ -231,8 +230,7 @@ def unfilled(
             dtype=resolve_dtype(settings.dtype, CARD),
             device=CARD,
             mode=mode,
-            on_host=levers.parts_on_host,
-            layers_on_disk=levers.layers_on_disk,
+            levers=levers,
         )
         with mode:
             yield prepare_model(

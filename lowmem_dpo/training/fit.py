@@ -161,7 +161,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, *, trains: bool
     facts["levers"] = asdict(memory.levers)
     _say_plan(config, policy, objective, pack_tokens, trains=trains)
 
-    plan, reference = memory.plan_with(pack_tokens), None
+    plan, reference = memory.plan and memory.plan_with(pack_tokens), None
     if objective.needs_reference:
         accept = config.reference == "accept"
         if trains:  # only what its steps take, in that order
@@ -234,9 +234,9 @@ def fit(config: TrainConfig, callbacks: Sequence[StepCallback] = ()) -> TrainRes
 
         first_step = state.step
         folder.start(to_yaml(replace(config, resume=None)), first_step)
-        share = filled_share(_first_packs(run))
-        say(f"steps: {num_steps}, in micro-batches {share:.0%} filled")
-        folder.note(**_facts_at_start(run, share))
+        facts = _facts_at_start(run)
+        say(f"steps: {num_steps}, in micro-batches {facts['plan']['fill']:.0%} filled")
+        folder.note(**facts)
         begun = time.perf_counter()
         if model.device.type == "cuda":  # from here on, what is measured is of the steps
             torch.cuda.empty_cache()
@@ -313,16 +313,11 @@ def _say_plan(
         say(f"loss {config.loss_type}: compares the pairs of a step, one more forward pass a step")
 
 
-def _first_packs(run: Run) -> list[Pack]:
-    """The micro-batches of the first steps."""
+def _facts_at_start(run: Run) -> dict[str, Any]:
+    """What run.json says of a run before its first step."""
     packs: list[Pack] = []
     for batch in itertools.islice(run.batches.from_step(0), STEPS_TO_PREDICT_FILLED_SHARE):
         packs += pack_trees([run.pairs.train[i] for i in batch], run.pack_tokens)
-    return packs
-
-
-def _facts_at_start(run: Run, share: float) -> dict[str, Any]:
-    """What run.json says of a run before its first step; `share` of its micro-batches is filled."""
     reference = run.reference and {
         "num_scored": run.reference.num_scored,
         "recheck_rms": run.reference.recheck_rms,
@@ -336,8 +331,12 @@ def _facts_at_start(run: Run, share: float) -> dict[str, Any]:
         "model": run.policy.identity,
         "data": run.pairs.facts,
         "data_digest": run.pairs.digest,
-        "plan": {"pack_tokens": run.pack_tokens, "fill": share, "num_steps": run.batches.num_steps}
-        | {"levers": run.facts["levers"]},
+        "plan": {
+            "pack_tokens": run.pack_tokens,
+            "fill": filled_share(packs),
+            "num_steps": run.batches.num_steps,
+            "levers": run.facts["levers"],
+        },
         "self_check_rms": run.self_check_rms,
         "reference": reference,
         "finished": False,

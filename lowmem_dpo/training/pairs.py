@@ -15,8 +15,7 @@ from lowmem_dpo.records.folder import text_versions
 from lowmem_dpo.settings.groups import DataSettings, EncodingSettings
 from lowmem_dpo.tokens.cache import code_digest, entry_path, read_entry, write_entry
 from lowmem_dpo.tokens.encoding import encode_pairs
-from lowmem_dpo.tokens.preview import preview_pair
-from lowmem_dpo.tokens.report import EncodeReport
+from lowmem_dpo.tokens.report import EncodeReport, preview_pair
 from lowmem_dpo.tokens.split import split_by_prompt
 from lowmem_dpo.tokens.templates import ChatTemplate
 from lowmem_dpo.tokens.trees import Tree
@@ -169,11 +168,6 @@ def check_token_ids(pairs: Pairs, config: PretrainedConfig) -> None:
                 f"{vocabulary} rows: the tokenizer does not belong to this model"
             )
         longest = max(longest, tree.trunk_len + max(tree.chosen_len, tree.rejected_len))
-    warn_of_positions(longest, config)
-
-
-def warn_of_positions(longest: int, config: PretrainedConfig) -> None:
-    """Say where sequences have more tokens than the model was made for."""
     positions = config.max_position_embeddings
     if longest > positions:
         warn(

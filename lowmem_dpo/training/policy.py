@@ -144,13 +144,19 @@ def read_source(
     if settings.kernels != "auto" and device.type != "cuda":
         raise ValueError(f"kernels {settings.kernels} has no effect on {device}; leave it out")
     try:
-        resolve_implementation(_head_kernel(memory), device)
+        # What only answers takes all logits of a token, and tries no kernel for that.
+        resolve_implementation(getattr(memory, "head_kernel", "torch"), device)
     except ValueError as error:
         raise ValueError(f"head_kernel: {error}") from None
     config = load_config(base, max_length)
     comes_quantised = bool(getattr(config, "quantization_config", None))
-    check_quantised_files(base, config, settings, memory)
-    _check_head(base, config, settings, memory)
+    if comes_quantised or memory.layer_weights == "disk":
+        check_quantised_files(base, config, settings, memory)
+    if settings.head_quantization != "none" or "host" in (
+        memory.head_weight,
+        memory.embedding_weight,
+    ):
+        _check_head(base, config, settings, memory)
     cache_dir = cache_folder(settings.cache_dir)
     if Path(base).is_dir():
         weight_files(Path(base))  # that they are there, before the data is read
@@ -165,11 +171,6 @@ def read_source(
         _warn_of_other_storage(Path(init_adapter), storage)
     tokenizer = load_tokenizer(base, init_adapter, config)
     return Source(base, init_adapter, config, tokenizer, device, dtype, storage, cache_dir)
-
-
-def _head_kernel(memory: PlaceSettings) -> str:
-    """The setting; what only answers takes all logits of a token, and tries no kernel for that."""
-    return memory.head_kernel if isinstance(memory, MemorySettings) else "torch"
 
 
 def stored_config(base: str, config: PretrainedConfig) -> PretrainedConfig:
@@ -190,12 +191,10 @@ def _check_head(
     base: str, config: PretrainedConfig, settings: ModelSettings, memory: PlaceSettings
 ) -> None:
     """Refuse settings of the head that do not fit one which is the embedding."""
-    wanted = settings.head_quantization, memory.head_weight, memory.embedding_weight
-    is_usual = settings.head_quantization == "none" and "host" not in wanted
-    if is_usual or not stored_config(base, config).tie_word_embeddings:
+    if not stored_config(base, config).tie_word_embeddings:
         return
     try:
-        check_tied_head(*wanted)
+        check_tied_head(settings.head_quantization, memory.head_weight, memory.embedding_weight)
     except ValueError as error:
         if Path(base).is_dir():
             raise
@@ -322,14 +321,13 @@ def load_policy(
             device=source.device,
             cache_dir=source.cache_dir,
             quantized_copy=settings.quantized_copy,
-            on_host=levers.parts_on_host,
-            layers_on_disk=levers.layers_on_disk,
+            levers=levers,
         ),
         spec,
         levers,
         seed=seed,
         head_quantization=settings.head_quantization,
-        head_kernel=_head_kernel(memory),
+        head_kernel=getattr(memory, "head_kernel", "torch"),
         kernels=settings.allowed_kernels,
     )
     if source.init_adapter:

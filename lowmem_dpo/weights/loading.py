@@ -15,7 +15,7 @@ import functools
 import hashlib
 import math
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from lowmem_dpo.console import say, size
 from lowmem_dpo.files import in_use
 from lowmem_dpo.linears.lora import linear_layers, wrap_linears
 from lowmem_dpo.linears.nf4 import BLOCK, BLOCK2, QUANTISER_VERSION, Nf4Weight, quantize_nf4
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.memory.limits import give_back_freed_memory
 from lowmem_dpo.memory.weight_files import WeightFile
 from lowmem_dpo.model.language_model import LanguageModel
@@ -73,8 +74,7 @@ def load_model(
     device: torch.device | str,
     cache_dir: Path | None = None,
     quantized_copy: bool = True,
-    on_host: Collection[str] = (),
-    layers_on_disk: bool = False,
+    levers: Levers | None = None,
 ) -> LanguageModel:
     """Load a base model.
 
@@ -87,9 +87,9 @@ def load_model(
         device: Where the model goes.
         cache_dir: Where digests of files are remembered and quantised copies lie; None for neither.
         quantized_copy: Whether to keep what is quantised here, and to read it the next time.
-        on_host: What is left in host memory: layers (what is quantised), embedding.
-        layers_on_disk: Whether what is quantised of the layers stays in its files, those of the
-            quantised copy or the model's own; no more than a layer of it is ever in memory.
+        levers: Places in memory, of which those of layers and embedding count here; by default all
+            is on the device. Of layers on the disk what is quantised stays in its files, those of
+            the quantised copy or the model's own; no more than a layer of it is ever in memory.
 
     Raises:
         ValueError: If files are missing, damaged, being changed, or do not fit config.json, or if
@@ -97,7 +97,8 @@ def load_model(
     """
     folder = Path(source) if Path(source).is_dir() else download_model(source)
     device = torch.device(device)
-    if layers_on_disk:
+    levers = levers or Levers()
+    if levers.layers_on_disk:
         give_back_freed_memory()
     sources = [folder / "config.json", *weight_files(folder)]
     hashed = [hash_file(path, cache_dir) for path in sources]
@@ -115,7 +116,7 @@ def load_model(
         config = copy.deepcopy(config)
         config.tie_word_embeddings = False
     identity = _identity(hashed, quantization, quantise, own_head)
-    placing = _Placing(dtype, device, on_host, layers_on_disk)
+    placing = _Placing(dtype, device, levers)
     copies, network = None, None
     if quantise and quantized_copy and cache_dir:
         copies = cache_dir / COPIES_FOLDER
@@ -130,7 +131,7 @@ def load_model(
                     f"the files of {source} changed while they were read; "
                     "start again once nothing writes to them"
                 )
-        if quantise and layers_on_disk:  # so far there is nothing but the copy
+        if quantise and levers.layers_on_disk:  # so far there is nothing but the copy
             assert copies, "read_source refuses that"
             network = _read_copied(copies, identity, source, config, placing)
             if network is None:
@@ -151,8 +152,7 @@ def unfilled_model(
     dtype: torch.dtype,
     device: torch.device,
     mode: AbstractContextManager[Any],
-    on_host: Collection[str] = (),
-    layers_on_disk: bool = False,
+    levers: Levers | None = None,
 ) -> LanguageModel:
     """The model that `load_model` would make, its tensors of the same sizes and of any content.
 
@@ -162,25 +162,25 @@ def unfilled_model(
         dtype: As for `load_model`.
         device: As for `load_model`.
         mode: Entered where tensors are given memory; it may give them none.
-        on_host: As for `load_model`.
-        layers_on_disk: As for `load_model`.
+        levers: As for `load_model`.
     """
     network = _empty_model(config, dtype)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if config.tie_word_embeddings:
         expected.pop(_HEAD)
     linears = _linear_weights(network) if quantization == "nf4" else set()
-    host = torch.device("cpu")
+    levers, host = levers or Levers(), torch.device("cpu")
+    layers_wait = levers.num_slots is not None and not levers.layers_on_disk
     with mode:
         for name, shape in expected.items():
             if name in linears:
-                place = host if "layers" in on_host else device
+                place = host if layers_wait else device
                 weight = _unfilled_nf4((shape[0], shape[1]), place)
-                if layers_on_disk:
+                if levers.layers_on_disk:
                     weight.leave_on_disk(dict.fromkeys(("packed", "absmax", "absmax2"), (None, 0)))
                 _put(network, name, weight)
             else:
-                place = host if name == _EMBEDDING and "embedding" in on_host else device
+                place = host if name == _EMBEDDING and levers.embedding_on_host else device
                 _put(network, name, torch.empty(shape, dtype=dtype, device=place))
         _complete("config.json", network, device)
         return LanguageModel.of(network.eval(), "unfilled", storage_rows(network))
@@ -204,8 +204,7 @@ class _Placing:
 
     dtype: torch.dtype
     device: torch.device
-    on_host: Collection[str]
-    layers_on_disk: bool
+    levers: Levers
 
 
 def _read_copied(
@@ -219,14 +218,14 @@ def _read_copied(
                 held.enter_context(in_use(folder))
                 weights = _matched(source, model, group_nf4(read_copy(folder, identity)))
                 _fill(model, weights, source, placing, False, None)
-                if placing.layers_on_disk:  # as long as there is a model that reads from it
+                if placing.levers.layers_on_disk:  # as long as there is a model that reads from it
                     weakref.finalize(model, held.pop_all().close)
             taken = size(sum(path.stat().st_size for path in folder.iterdir()))
         except (OSError, ValueError) as error:
             say(f"model: quantised again; its copy cannot be used and is removed: {error}")
             remove_copy(folder)
             continue
-        stays = ", where its layers stay" if placing.layers_on_disk else ""
+        stays = ", where its layers stay" if placing.levers.layers_on_disk else ""
         say(f"model: read from its quantised copy {folder} ({taken}){stays}")
         return model
     return None
@@ -365,7 +364,10 @@ def _fill(
         writer: Gets everything, what is not quantised in the source's own numbers; or None.
     """
     linears, dtype, host = _linear_weights(model), placing.dtype, torch.device("cpu")
-    copies_alone = quantise and placing.layers_on_disk
+    levers = placing.levers
+    layers_wait = levers.num_slots is not None and not levers.layers_on_disk
+    waits = {"layers": layers_wait, "embedding": levers.embedding_on_host}
+    copies_alone = quantise and levers.layers_on_disk
     open_file = functools.cache(WeightFile)
     # Only the part of the buffer that something goes through takes memory.
     size_of_largest = max((stored.nbytes for stored in weights.values()), default=0)
@@ -374,10 +376,10 @@ def _fill(
         is_linear = name in linears
         is_layers = is_linear and (quantise or isinstance(stored, StoredNf4))
         part = "layers" if is_layers else "embedding" if name == _EMBEDDING else ""
-        place = host if part in placing.on_host else placing.device
+        place = host if waits.get(part) else placing.device
         tensors: dict[str, Tensor] = {}
         value: Tensor | Nf4Weight
-        if isinstance(stored, StoredNf4) and is_linear and placing.layers_on_disk:
+        if isinstance(stored, StoredNf4) and is_linear and levers.layers_on_disk:
             value = stored.left_on_disk(placing.device, open_file)
         elif isinstance(stored, StoredNf4):
             value = stored.read(place, buffer)
@@ -435,10 +437,7 @@ def _complete(source: str, model: PreTrainedModel, device: torch.device) -> None
 
 
 def _identity(
-    files: list[HashedFile],
-    quantization: Quantization,
-    quantise: bool,
-    own_head: bool,
+    files: list[HashedFile], quantization: Quantization, quantise: bool, own_head: bool
 ) -> str:
     lines = [f"{file.path.name} {file.digest}" for file in files]
     lines.append(f"quantization {quantization}")

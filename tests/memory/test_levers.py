@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_dpo.memory.levers import LEAST_SLOTS, Levers
+from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.settings.configs import GenerateConfig, TrainConfig
 
 
@@ -35,12 +35,6 @@ def test_a_plan_says_what_is_on_the_host():
     assert levers.words(4).endswith("; on the host: head, optimizer's states")
     config = dataclasses.replace(TrainConfig(), optimizer_state="host")
     assert Levers.of(config, 4) == Levers(optimizer_on_host=True)
-
-
-def test_what_is_loaded_into_host_memory_is_what_the_levers_say():
-    assert Levers().parts_on_host == set()
-    assert Levers(num_slots=LEAST_SLOTS).parts_on_host == {"layers"}
-    assert Levers(num_slots=3, embedding_on_host=True).parts_on_host == {"layers", "embedding"}
 
 
 def test_levers_agree_with_settings_that_decide_what_they_have():

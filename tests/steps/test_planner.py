@@ -71,7 +71,7 @@ def test_with_less_and_less_room_plans_get_slower_and_fit():
     assert found[0].levers.num_keep_all == NUM_LAYERS
     assert found[1].levers.num_keep_all + found[1].levers.num_keep_attention > 0
     assert found[1].levers.num_keep_all < NUM_LAYERS
-    assert found[3].levers.parts_on_host
+    assert found[3].levers.embedding_on_host or found[3].levers.num_slots is not None
     assert found[4].levers.inputs_on_host and found[4].levers.head_on_host
     best = [plan.seconds[0] for plan in found[:3]]
     assert best == sorted(best)

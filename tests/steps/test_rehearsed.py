@@ -63,8 +63,7 @@ def events(follower):
 def both(folder, quantization="nf4", dtype=torch.float32, **changes):
     config = load_config(str(folder))
     levers = changes.get("levers", USUAL)
-    how = {"quantization": quantization, "dtype": dtype, "on_host": levers.parts_on_host}
-    how["layers_on_disk"] = levers.layers_on_disk
+    how = {"quantization": quantization, "dtype": dtype, "levers": levers}
     real = load_model(str(folder), config=config, device=CPU, cache_dir=folder / "cache", **how)
     mode = FakeCard()
     with rehearsing(RehearsedCard((8, 6), lambda *_: None)):

@@ -54,8 +54,7 @@ def wide_config(**changes):
 
 def real_model(folder, dtype, levers):
     config = load_config(str(folder))
-    on_host = levers.parts_on_host
-    how = {"quantization": "nf4", "dtype": dtype, "device": CPU, "on_host": on_host}
+    how = {"quantization": "nf4", "dtype": dtype, "device": CPU, "levers": levers}
     model = load_model(str(folder), config=config, quantized_copy=False, **how)
     return prepare_model(model, SPEC, levers)
 
@@ -89,7 +88,7 @@ def test_a_rehearsal_has_the_bytes_of_the_real_one(
         remembered.cache_clear()
     follow_generation(model, real, sampling, 20)
     found, mode = Follower("cpu", PLACES), FakeCard()
-    how = {"quantization": "nf4", "dtype": dtype, "device": CPU, "on_host": levers.parts_on_host}
+    how = {"quantization": "nf4", "dtype": dtype, "device": CPU, "levers": levers}
     with rehearsing(RehearsedCard((8, 6), found.note_launch)):
         model = unfilled_model(load_config(str(folder)), mode=mode, **how)
         with mode:
@@ -248,7 +247,7 @@ def test_what_a_model_has_not_is_not_moved():
     tied = wide_config(tie_word_embeddings=True)
     limit = f"{peak_of(tied, Levers()) * 9 // 10240}KiB"
     plan = choose(tied, limit)
-    assert not plan.levers.parts_on_host - {"layers"} and not plan.levers.head_on_host
+    assert not plan.levers.embedding_on_host and not plan.levers.head_on_host
     assert not choose(wide_config(), "250MiB", head_quantization="int8").levers.head_on_host
     with pytest.raises(ValueError, match="needs at least"):
         choose(tied, limit, quantization="none")

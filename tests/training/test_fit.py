@@ -15,7 +15,7 @@ from lowmem_dpo.records.checkpoints import list_checkpoints, load_checkpoint
 from lowmem_dpo.records.folder import RunFolder
 from lowmem_dpo.settings.configs import TrainConfig
 from lowmem_dpo.steps import gradients
-from lowmem_dpo.steps.host_optimizer import HostAdamW
+from lowmem_dpo.steps.update import HostAdamW
 from lowmem_dpo.stopping import RunStopped
 from lowmem_dpo.trainer import Trainer
 from lowmem_dpo.training import fit, loop, recorder

@@ -12,9 +12,13 @@ from safetensors.torch import load_file, save_file
 from lowmem_dpo.files import is_in_use
 from lowmem_dpo.linears.lora import linear_layers
 from lowmem_dpo.linears.nf4 import Nf4Weight
+from lowmem_dpo.memory.fake_card import CARD, FakeCard
 from lowmem_dpo.memory.levers import Levers
 from lowmem_dpo.model.surgery import prepare_model
 from lowmem_dpo.weights import loading
+from lowmem_dpo.weights.folders import load_config
+from lowmem_dpo.weights.loading import unfilled_model
+from lowmem_dpo_kernels.triton_support import RehearsedCard, rehearsing
 from tests.weights.loading_lines import load_and_listen
 
 
@@ -31,7 +35,7 @@ def cache(tmp_path):
 
 def load(folder, cache, *, on_disk=True, **options):
     options = {"quantization": "nf4", "dtype": torch.float32, "cache_dir": cache} | options
-    return load_and_listen(folder, layers_on_disk=on_disk, **options)
+    return load_and_listen(folder, levers=ON_DISK if on_disk else Levers(), **options)
 
 
 def weights_of(model):
@@ -48,6 +52,7 @@ def weights_of(model):
 
 
 FIRST = "model.layers.0.mlp.up_proj"
+ON_DISK = Levers(num_slots=2, layers_on_disk=True)
 
 
 def assert_same(loaded, other):
@@ -100,7 +105,9 @@ def test_no_more_than_a_layer_is_in_memory_while_the_copy_is_made(base, cache, m
 
     buffer_bytes = max(t.nbytes for t in load_file(base / "model.safetensors").values())
     monkeypatch.setattr(loading, "quantize_nf4", counted)
+    gc.freeze()  # what other tests left is of no interest, and takes long to go through
     load(base, cache)
+    gc.unfreeze()
     assert len(made) == 4 * 7
     before = most[0] - made[0]
     assert max(most) - before < sum(made) / 4 * 1.1 + buffer_bytes
@@ -181,3 +188,26 @@ def test_a_copy_that_cannot_be_made_is_one_error(base, cache, monkeypatch):
     with pytest.raises(ValueError, match=r"^layer_weights disk needs .* but no .* GiB free"):
         load(base, cache)
     assert not list((cache / "models").iterdir())
+
+
+@pytest.mark.parametrize(
+    "levers, waits",
+    [
+        (Levers(), set()),
+        (Levers(num_slots=2), {"layers"}),
+        (Levers(num_slots=3, embedding_on_host=True), {"layers", "embedding"}),
+        (Levers(embedding_on_host=True), {"embedding"}),
+    ],
+)
+def test_what_is_loaded_into_host_memory_is_what_the_levers_say(base, levers, waits):
+    mode = FakeCard()
+    how = {"quantization": "nf4", "dtype": torch.float32, "device": CARD, "mode": mode}
+    with rehearsing(RehearsedCard((8, 6), lambda *_: None)):
+        model = unfilled_model(load_config(str(base)), levers=levers, **how)
+    embedding = model.backbone.get_input_embeddings().weight
+    layers = [layer.weight for layer in linear_layers(model.network).values()]
+    on_host = {"layers"} if all(x.packed.device.type == "cpu" for x in layers) else set()
+    on_host |= {"embedding"} if embedding.device.type == "cpu" else set()
+    assert on_host == waits
+    assert {x.packed.device.type for x in layers} == {"cpu" if "layers" in waits else "cuda"}
+    assert model.network.lm_head.weight.device.type == "cuda"

@@ -7,8 +7,7 @@ import torch
 
 from lowmem_dpo.records.checkpoints import TrainingState, load_checkpoint, save_checkpoint
 from lowmem_dpo.settings.configs import TrainConfig
-from lowmem_dpo.steps.host_optimizer import HostAdamW
-from lowmem_dpo.steps.update import allocate_moments, clip_gradients, new_state
+from lowmem_dpo.steps.update import HostAdamW, allocate_moments, clip_gradients, new_state
 
 SIZES = [(64, 33), (7,), (16, 128)]
 NUM_STEPS = 8

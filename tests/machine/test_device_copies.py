@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_dpo.machine.uploads import SMALLEST_PIECE, PinnedCopy, piece_sizes, to_device
+from lowmem_dpo.machine.device import SMALLEST_PIECE, PinnedCopy, piece_sizes, to_device
 from lowmem_dpo.memory.fake_card import CARD, FakeCard
 from lowmem_dpo.memory.trace import Follower
 
@@ -36,8 +36,8 @@ def test_all_go_to_a_card_in_one_copy_from_pinned_memory(monkeypatch):
     assert [work.link_bytes for work in follower.work] == [256 + 256 + 1280]
     events = [event for section in follower.sections for event in section.events]
     assert [(each.storage.maker, each.storage.nbytes) for each in events if each.is_birth] == [
-        ("empty in uploads: to_device", 2048),  # pinned: a power of two
-        ("_to_copy in uploads: to_device", 256 + 256 + 1280),
+        ("empty in device: to_device", 2048),  # pinned: a power of two
+        ("_to_copy in device: to_device", 256 + 256 + 1280),
     ]
 
 

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lowmem_dpo.tokens.preview import preview_pair
+from lowmem_dpo.tokens.report import preview_pair
 from lowmem_dpo.tokens.trees import TokenPair
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_dpo.data.text_values import looks_like_messages, value_of_text
+from lowmem_dpo.data.messages import looks_like_messages, value_of_text
 
 MESSAGES = [{"role": "user", "content": 'it\'s "so"\n'}, {"role": "assistant", "content": None}]
 
