@@ -32,6 +32,7 @@ def draw_memory(found: Rehearsal, room_bytes: int, path: Path) -> None:
     Raises:
         OSError: If it cannot be written.
     """
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -51,10 +52,12 @@ def draw_memory(found: Rehearsal, room_bytes: int, path: Path) -> None:
     for i, name in enumerate([*large, "other"]):
         parts = large[i : i + 1] or [other for other in names if other not in large]
         widths = [sum(bar.get(part, 0) for part in parts) / GIB for bar in bars.values()]
-        axes.barh(list(bars), widths, left=list(left.values()), color=f"C{i}", label=name)
+        axes.barh(
+            list(bars), widths, left=list(left.values()), color=colormaps["tab20"](i), label=name
+        )
         left = {bar: left[bar] + width for bar, width in zip(bars, widths, strict=True)}
     limit = (room_bytes + CONTEXT_BYTES) / GIB
-    axes.axvline(limit, color="black", linestyle="--", label="what the card has")
+    axes.axvline(limit, color="black", linestyle="--", label="room on the card")
     axes.invert_yaxis()
     axes.set(xlabel="GiB at the peak (rehearsed)", title=found.card.name)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
